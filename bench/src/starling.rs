@@ -1,0 +1,92 @@
+//! A pair of Starling nodes: `a` takes the calls and is the mesh's issuer, `b` joins by token and serves `web`.
+
+use std::ffi::OsString;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::http;
+use crate::process::{self, Process};
+use crate::scratch;
+use crate::target::{START_LIMIT, Target};
+
+/// `release/starling` in the target directory that this program was built into.
+pub(crate) fn default_path() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("find this program's own path")?;
+    let target = own.ancestors().nth(2).context("this program is not in a target directory")?;
+    Ok(target.join("release/starling"))
+}
+
+/// Makes a mesh of two nodes, with one worker each, and waits until a call through them is answered.
+pub(crate) fn start(program: &Path, backend: SocketAddr, scratch: &Path) -> Result<Target> {
+    ensure!(
+        program.is_file(),
+        "no Starling at {}: build it with `cargo build --release`, or name it with --starling PATH",
+        program.display()
+    );
+    let dir = scratch.join("starling");
+    std::fs::create_dir(&dir)?;
+    let version = run(program, "--version", ["--version"])?.trim().to_owned();
+    let [a_listen, a_outbound, a_admin, b_listen, b_outbound, b_admin] = scratch::free_ports()?.map(loopback);
+    let (a_state, b_state) = (dir.join("a"), dir.join("b"));
+
+    run(
+        program,
+        "init",
+        ["init".into(), "--state".into(), a_state.clone().into_os_string(), "--mesh".into(), "bench".into()],
+    )?;
+    let a = Node { name: "a", state: &a_state, listen: a_listen, outbound: a_outbound, admin: a_admin };
+    let a = a.start(program, &dir, [])?;
+
+    let grant = ["token", "create", "--service", "web", "--seed", &a_listen.to_string(), "--state"];
+    let grant = grant.map(OsString::from).into_iter().chain([a_state.clone().into_os_string()]);
+    let token = run(program, "token create", grant)?.trim().to_owned();
+    ensure!(token.starts_with("stl1."), "starling token create printed {token:?}, not a token");
+
+    let b = Node { name: "b", state: &b_state, listen: b_listen, outbound: b_outbound, admin: b_admin };
+    let (seed, service) = (a_listen.to_string(), format!("web={backend}"));
+    let b = b.start(program, &dir, ["--seed", &seed, "--token", &token, "--service", &service])?;
+
+    let mut target = Target { name: "Starling", version, entry: a_outbound, proxies: vec![a, b] };
+    target.wait_for_answer()?;
+    Ok(target)
+}
+
+struct Node<'a> {
+    name: &'static str,
+    state: &'a Path,
+    listen: SocketAddr,
+    outbound: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Node<'_> {
+    fn start<const N: usize>(self, program: &Path, dir: &Path, more: [&str; N]) -> Result<Process> {
+        let addresses = [("--listen", self.listen), ("--outbound", self.outbound), ("--admin", self.admin)];
+        let args = ["node", "--name", self.name, "--workers", "1", "--state"]
+            .map(OsString::from)
+            .into_iter()
+            .chain([self.state.as_os_str().to_owned()])
+            .chain(addresses.into_iter().flat_map(|(flag, address)| [flag.into(), address.to_string().into()]))
+            .chain(more.map(OsString::from));
+        let name = format!("starling-{}", self.name);
+        let mut process = Process::start(&name, program, args, dir)?;
+        let admin = self.admin;
+        process::wait_until(&format!("{name} ready"), START_LIMIT, &mut [&mut process], || {
+            http::get(admin, &admin.to_string(), "/readyz").map(drop)
+        })?;
+        Ok(process)
+    }
+}
+
+fn run<A: Into<OsString>>(program: &Path, what: &str, args: impl IntoIterator<Item = A>) -> Result<String> {
+    let mut command: Command = process::bound(program);
+    command.args(args.into_iter().map(Into::into));
+    process::run(&format!("starling {what}"), &mut command)
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}

@@ -1,0 +1,43 @@
+//! What load is sent to.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::backend::BODY;
+use crate::http;
+use crate::process::{self, Process};
+
+/// The service name that every call carries as its Host.
+pub(crate) const HOST: &str = "web.mesh.internal";
+
+/// How long a proxy may take to be ready, and then to answer the first call.
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// An address that answers with the backend's body, and the proxies on the way.
+pub(crate) struct Target {
+    /// A word for the table.
+    pub(crate) name: &'static str,
+    /// What the program says of its version.
+    pub(crate) version: String,
+    /// Where the load goes.
+    pub(crate) entry: SocketAddr,
+    /// The proxies in the order a call meets them; none for the backend itself.
+    pub(crate) proxies: Vec<Process>,
+}
+
+impl Target {
+    /// Waits until a call is answered with the backend's body.
+    pub(crate) fn wait_for_answer(&mut self) -> Result<()> {
+        let what = format!("a call through {} answered with 200", self.name);
+        let entry = self.entry;
+        process::wait_until(&what, START_LIMIT, &mut self.proxies.iter_mut().collect::<Vec<_>>(), || {
+            let body = http::get(entry, HOST, "/")?;
+            // Within the rest of the answer, not equal to it: a proxy may answer in chunks.
+            let whole = body.windows(BODY.len()).any(|part| part == BODY.as_bytes());
+            ensure!(whole, "200, but not with the backend's body");
+            Ok(())
+        })
+    }
+}

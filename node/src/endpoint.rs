@@ -1,0 +1,157 @@
+//! QUIC endpoints: one UDP port for everything, served by the control thread and the workers.
+
+use std::{
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use aws_lc_rs::hmac;
+use quinn::{
+    AckFrequencyConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, TokioRuntime, TransportConfig,
+    VarInt, crypto::rustls::QuicClientConfig,
+};
+use rand::RngExt;
+
+use crate::{
+    identity::Identity,
+    state::{StateDir, StateError},
+    tls,
+};
+
+/// Index of the control thread in connection ids. Workers count from 1.
+pub(crate) const CONTROL: u8 = 0;
+/// Index of the worker that a call is aimed at; every node has it.
+pub(crate) const FIRST_WORKER: u8 = 1;
+
+const CONNECTION_ID_BYTES: usize = 8;
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Streams that one peer may have open towards this node.
+const MAX_STREAMS: u32 = 4096;
+/// Window of one stream. A stuck reader may hold this much.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// Window of a connection: larger than a stream's, so that one stuck reader does not stall its siblings.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// A probe that waited behind this much would be stale.
+const DATAGRAM_SEND_BYTES: usize = 16 << 10;
+const DATAGRAM_RECEIVE_BYTES: usize = 64 << 10;
+
+/// The endpoint of one thread: what arrives on the mesh port with this thread's index, and what this thread dials.
+///
+/// Dialling has a socket of its own, so that one pair of addresses carries one connection: receive offload merges packets
+/// by address pair.
+#[derive(Clone)]
+pub(crate) struct MeshEndpoint {
+    /// Incoming connections.
+    pub(crate) listening: quinn::Endpoint,
+    dialling: quinn::Endpoint,
+}
+
+impl MeshEndpoint {
+    /// Puts a socket of the group to work on the current runtime.
+    pub(crate) fn new(
+        socket: UdpSocket,
+        index: u8,
+        identity: &Arc<Identity>,
+        reset_key: &[u8; 32],
+    ) -> io::Result<Self> {
+        let local = socket.local_addr()?;
+        let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
+        config.cid_generator(move || Box::new(OwnedBy(index)));
+        let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
+        server.transport_config(Arc::new(transport(None)));
+        let listening = quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))?;
+        let dialling = quinn::Endpoint::new(
+            EndpointConfig::default(),
+            None,
+            crate::reuseport::bind_ephemeral(local)?,
+            Arc::new(TokioRuntime),
+        )?;
+        Ok(Self { listening, dialling })
+    }
+
+    /// Dials a peer; `aim` is the index of the thread that shall have the connection there.
+    pub(crate) fn dial(
+        &self,
+        addr: SocketAddr,
+        crypto: Arc<QuicClientConfig>,
+        aim: u8,
+    ) -> Result<quinn::Connecting, quinn::ConnectError> {
+        self.dialling.connect_with(client_config(crypto, aim), addr, tls::SERVER_NAME)
+    }
+
+    /// Closes everything and waits until the peers have been told, or a moment has passed.
+    pub(crate) async fn close(&self) {
+        for endpoint in [&self.listening, &self.dialling] {
+            endpoint.close((starling_protocol::CloseCode::Leaving as u32).into(), b"leaving");
+        }
+        let told = async { tokio::join!(self.listening.wait_idle(), self.dialling.wait_idle()) };
+        let _ = tokio::time::timeout(Duration::from_millis(500), told).await;
+    }
+}
+
+/// An endpoint that can only dial, for a node that has no identity yet.
+pub(crate) fn joining_endpoint(addr: SocketAddr) -> io::Result<quinn::Endpoint> {
+    let any: SocketAddr = if addr.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    quinn::Endpoint::client(any)
+}
+
+pub(crate) fn client_config(crypto: Arc<QuicClientConfig>, aim: u8) -> quinn::ClientConfig {
+    let mut config = quinn::ClientConfig::new(crypto);
+    config.transport_config(Arc::new(transport(Some(KEEP_ALIVE))));
+    config.initial_dst_cid_provider(Arc::new(move || OwnedBy(aim).generate_cid()));
+    config
+}
+
+/// The key of stateless resets (RFC 9000 §10.3), kept on disk: after a restart, peers learn with their next packet that
+/// their old connections are gone.
+pub(crate) fn load_or_create_reset_key(state: &StateDir) -> Result<[u8; 32], StateError> {
+    const FILE: &str = "reset.key";
+    if let Some(key) = state.read(FILE)?.and_then(|bytes| bytes.try_into().ok()) {
+        return Ok(key);
+    }
+    let key: [u8; 32] = rand::random();
+    state.write(FILE, &key)?;
+    Ok(key)
+}
+
+fn transport(keep_alive: Option<Duration>) -> TransportConfig {
+    let mut config = TransportConfig::default();
+    config
+        .max_concurrent_bidi_streams(MAX_STREAMS.into())
+        .max_concurrent_uni_streams(64u32.into())
+        .stream_receive_window(STREAM_WINDOW_BYTES.into())
+        .receive_window(CONNECTION_WINDOW_BYTES.into())
+        .send_window(u64::from(CONNECTION_WINDOW_BYTES))
+        .datagram_send_buffer_size(DATAGRAM_SEND_BYTES)
+        .datagram_receive_buffer_size(Some(DATAGRAM_RECEIVE_BYTES))
+        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32))))
+        // One side keeps a connection alive: the one that dialled it.
+        .keep_alive_interval(keep_alive)
+        .initial_rtt(Duration::from_millis(50))
+        .ack_frequency_config(Some(AckFrequencyConfig::default()));
+    config
+}
+
+/// Connection ids whose first byte is the index of the owning thread; the rest is random.
+#[derive(Debug, Clone, Copy)]
+struct OwnedBy(u8);
+
+impl ConnectionIdGenerator for OwnedBy {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut bytes = [0; CONNECTION_ID_BYTES];
+        rand::rng().fill(&mut bytes[1..]);
+        bytes[0] = self.0;
+        ConnectionId::new(&bytes)
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}

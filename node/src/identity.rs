@@ -1,0 +1,353 @@
+//! Who this node is, who vouches for it, and how it checks others.
+
+pub(crate) mod admission;
+pub(crate) mod authority;
+pub(crate) mod certificate;
+pub(crate) mod join;
+pub(crate) mod renewal;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use rcgen::{KeyPair, PublicKeyData, SigningKey as _};
+use rustls::{
+    DigitallySignedStruct, RootCertStore, SignatureScheme,
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject},
+    server::ParsedCertificate,
+    sign::CertifiedKey,
+};
+use starling_gossip::{Credentials, RecordError};
+use starling_protocol::{MeshName, Name, NodeId, NodeRecord, SignedRecord};
+
+use self::certificate::MeshCertificate;
+use crate::state::{StateDir, StateError};
+
+const KEY: &str = "identity/key.pem";
+const CHAIN: &str = "identity/chain.pem";
+const ROOTS: &str = "identity/roots.pem";
+
+/// Why a certificate is not believed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CertificateError {
+    /// No chain to a root of this mesh.
+    #[error("it was not issued by this mesh: {0}")]
+    Chain(String),
+    /// Past its end.
+    #[error("it has expired")]
+    Expired,
+    /// Its names are not those of a node.
+    #[error("its names are not those of a node: {0}")]
+    Names(String),
+    /// Of another trust domain.
+    #[error("it belongs to mesh {0:?}")]
+    OtherMesh(String),
+}
+
+/// This node's key and certificates. The key never changes while the state directory lives; the certificate does, and new
+/// connections then use the new one.
+pub struct Identity {
+    key: KeyPair,
+    roots: RootCertStore,
+    root_ders: Vec<CertificateDer<'static>>,
+    provider: Arc<CryptoProvider>,
+    mesh: MeshName,
+    name: Name,
+    id: NodeId,
+    current: ArcSwap<Current>,
+}
+
+/// The certificate in use.
+pub(crate) struct Current {
+    pub(crate) leaf: MeshCertificate,
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    /// For TLS: the chain without the root, as members need it.
+    pub(crate) certified: Arc<CertifiedKey>,
+    /// For TLS with joiners, who know the root only by its fingerprint.
+    pub(crate) certified_with_root: Arc<CertifiedKey>,
+}
+
+impl Identity {
+    /// Loads what the state directory holds; `None` if this node has not joined yet.
+    pub(crate) fn load(state: &StateDir, provider: Arc<CryptoProvider>) -> Result<Option<Self>, StateError> {
+        let (Some(key), Some(chain), Some(roots)) =
+            (state.read_text(KEY)?, state.read_text(CHAIN)?, state.read_text(ROOTS)?)
+        else {
+            return Ok(None);
+        };
+        let key = KeyPair::from_pem(&key).map_err(|e| state.damaged(KEY, e))?;
+        let chain = pem_certificates(&chain).map_err(|e| state.damaged(CHAIN, e))?;
+        let root_ders = pem_certificates(&roots).map_err(|e| state.damaged(ROOTS, e))?;
+        Self::new(key, chain, root_ders, provider).map(Some).map_err(|e| state.damaged(CHAIN, e))
+    }
+
+    /// Puts an identity together and stores it.
+    pub(crate) fn establish(
+        state: &StateDir,
+        key: KeyPair,
+        chain: Vec<CertificateDer<'static>>,
+        root_ders: Vec<CertificateDer<'static>>,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Self, StateError> {
+        // The chain last: its presence is what makes the identity complete.
+        state.write(KEY, key.serialize_pem().as_bytes())?;
+        state.write(ROOTS, pem_text(&root_ders).as_bytes())?;
+        state.write(CHAIN, pem_text(&chain).as_bytes())?;
+        Self::new(key, chain, root_ders, provider).map_err(|e| state.damaged(CHAIN, e))
+    }
+
+    fn new(
+        key: KeyPair,
+        chain: Vec<CertificateDer<'static>>,
+        root_ders: Vec<CertificateDer<'static>>,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Self, CertificateError> {
+        let mut roots = RootCertStore::empty();
+        for root in &root_ders {
+            roots.add(root.clone()).map_err(|e| CertificateError::Chain(e.to_string()))?;
+        }
+        let current = Current::new(&key, chain, &root_ders, &provider)?;
+        if current.leaf.id != node_id(&key) {
+            return Err(CertificateError::Names("the certificate is for another key".into()));
+        }
+        Ok(Self {
+            roots,
+            provider,
+            mesh: current.leaf.mesh.clone(),
+            name: current.leaf.name.clone(),
+            id: current.leaf.id,
+            current: ArcSwap::from_pointee(current),
+            root_ders,
+            key,
+        })
+    }
+
+    /// Takes a renewed chain: stored first, then used for new connections; live ones stay as they are.
+    pub(crate) fn replace_chain(
+        &self,
+        state: &StateDir,
+        chain: Vec<CertificateDer<'static>>,
+    ) -> Result<(), StateError> {
+        let current = Current::new(&self.key, chain, &self.root_ders, &self.provider)
+            .map_err(|e| state.damaged("the renewed certificate", e))?;
+        if current.leaf.id != self.id || current.leaf.name != self.name || current.leaf.mesh != self.mesh {
+            return Err(state.damaged("the renewed certificate", "it is for somebody else"));
+        }
+        state.write(CHAIN, pem_text(&current.chain).as_bytes())?;
+        self.current.store(Arc::new(current));
+        Ok(())
+    }
+
+    /// The mesh.
+    pub fn mesh(&self) -> &MeshName {
+        &self.mesh
+    }
+
+    /// This node's name.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// This node's id.
+    pub fn id(&self) -> NodeId {
+        self.id
+    }
+
+    /// Services that the certificate grants.
+    pub fn services(&self) -> Vec<Name> {
+        self.current.load().leaf.services.clone()
+    }
+
+    /// Start and end of the certificate, unix seconds.
+    pub fn validity(&self) -> (u64, u64) {
+        let current = self.current.load();
+        (current.leaf.not_before, current.leaf.not_after)
+    }
+
+    pub(crate) fn current(&self) -> Arc<Current> {
+        self.current.load_full()
+    }
+
+    pub(crate) fn provider(&self) -> &Arc<CryptoProvider> {
+        &self.provider
+    }
+
+    pub(crate) fn root_ders(&self) -> &[CertificateDer<'static>] {
+        &self.root_ders
+    }
+
+    /// A request for the next certificate of the same key.
+    pub(crate) fn csr(&self) -> Vec<u8> {
+        csr(&self.key)
+    }
+
+    /// Checks a chain, its names and its end. With `grace`, a certificate that ended less than that ago is still taken.
+    pub(crate) fn check_chain(
+        &self,
+        chain: &[CertificateDer<'_>],
+        grace: Duration,
+    ) -> Result<MeshCertificate, CertificateError> {
+        let (leaf_der, issuers) = chain.split_first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
+        let leaf = MeshCertificate::parse(leaf_der)?;
+        let now = unix_now();
+        if now > leaf.not_after.saturating_add(grace.as_secs()) {
+            return Err(CertificateError::Expired);
+        }
+        // Within the grace the chain is judged at the certificate's own last moment.
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(now.min(leaf.not_after)));
+        verify_chain(leaf_der, issuers, &self.roots, at, &self.provider)
+            .map_err(|e| CertificateError::Chain(e.to_string()))?;
+        if leaf.mesh != self.mesh {
+            return Err(CertificateError::OtherMesh(leaf.mesh.to_string()));
+        }
+        Ok(leaf)
+    }
+}
+
+impl Current {
+    fn new(
+        key: &KeyPair,
+        chain: Vec<CertificateDer<'static>>,
+        roots: &[CertificateDer<'static>],
+        provider: &CryptoProvider,
+    ) -> Result<Self, CertificateError> {
+        let leaf = chain.first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
+        let leaf = MeshCertificate::parse(leaf)?;
+        let signing = provider
+            .key_provider
+            .load_private_key(PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())))
+            .map_err(|e| CertificateError::Chain(e.to_string()))?;
+        let with_root = [chain.clone(), roots.to_vec()].concat();
+        Ok(Self {
+            leaf,
+            certified: Arc::new(CertifiedKey::new(chain.clone(), signing.clone())),
+            certified_with_root: Arc::new(CertifiedKey::new(with_root, signing)),
+            chain,
+        })
+    }
+}
+
+/// The identity as gossip needs it.
+pub(crate) struct RecordCredentials(pub(crate) Arc<Identity>);
+
+impl Credentials for RecordCredentials {
+    fn sign(&self, record: &NodeRecord) -> SignedRecord {
+        let body = SignedRecord::encode_body(record);
+        let signature = self.0.key.sign(&SignedRecord::signed_bytes(&body)).expect("a P-256 key can sign");
+        let chain = self.0.current().chain.iter().map(|c| c.to_vec()).collect();
+        SignedRecord { body, signature, chain }
+    }
+
+    fn verify(&self, signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
+        let refuse = |why: String| RecordError(why);
+        let record = signed.peek().map_err(|e| refuse(e.to_string()))?;
+        let chain: Vec<CertificateDer<'_>> = signed.chain.iter().map(|c| CertificateDer::from(c.as_slice())).collect();
+        // A record of a node whose certificate has just ended stays readable: its end is shown, its calls are refused.
+        let leaf = self
+            .0
+            .check_chain(&chain, crate::tls::EXPIRED_GRACE)
+            .map_err(|e| refuse(format!("record of {}: {e}", record.name)))?;
+        if leaf.id != record.id || leaf.name != record.name {
+            return Err(refuse(format!("record of {} is signed by {}", record.name, leaf.name)));
+        }
+        if let Some(service) = record.services.iter().find(|s| !leaf.services.contains(&s.name)) {
+            return Err(refuse(format!("{} claims service {} without a grant", record.name, service.name)));
+        }
+        let scheme = SignatureScheme::ECDSA_NISTP256_SHA256;
+        rustls::crypto::verify_tls13_signature(
+            &SignedRecord::signed_bytes(&signed.body),
+            &chain[0],
+            &digitally_signed(scheme, &signed.signature).map_err(|e| refuse(e.to_string()))?,
+            &self.0.provider.signature_verification_algorithms,
+        )
+        .map_err(|_| refuse(format!("record of {} has a wrong signature", record.name)))?;
+        Ok(record)
+    }
+}
+
+/// rustls builds a [`DigitallySignedStruct`] only from its wire form (RFC 8446 §4.4.3): scheme, length, signature.
+fn digitally_signed(scheme: SignatureScheme, signature: &[u8]) -> Result<DigitallySignedStruct, rustls::Error> {
+    use rustls::internal::msgs::codec::{Codec, Reader};
+    let length = u16::try_from(signature.len()).map_err(|_| rustls::Error::General("signature too long".into()))?;
+    let mut wire = Vec::with_capacity(4 + signature.len());
+    wire.extend_from_slice(&u16::from(scheme).to_be_bytes());
+    wire.extend_from_slice(&length.to_be_bytes());
+    wire.extend_from_slice(signature);
+    Ok(DigitallySignedStruct::read(&mut Reader::init(&wire))?)
+}
+
+/// Checks `leaf` up to one of `roots` at a moment. Client and server use of certificates is one thing in a mesh.
+pub(crate) fn verify_chain(
+    leaf: &CertificateDer<'_>,
+    issuers: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    at: UnixTime,
+    provider: &CryptoProvider,
+) -> Result<(), rustls::Error> {
+    let parsed = ParsedCertificate::try_from(leaf)?;
+    rustls::client::verify_server_cert_signed_by_trust_anchor(
+        &parsed,
+        roots,
+        issuers,
+        at,
+        provider.signature_verification_algorithms.all,
+    )
+}
+
+/// The one crypto provider: aws-lc-rs, post-quantum key exchange first.
+pub fn crypto_provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+/// Now, in unix seconds.
+pub(crate) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// The id that belongs to a key.
+pub(crate) fn node_id(key: &impl PublicKeyData) -> NodeId {
+    certificate::id_of_spki(&key.subject_public_key_info())
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
+}
+
+/// The node's key: the stored one, or a new one that is stored before it is used for anything, so that a join that broke
+/// off can be repeated with the same key.
+pub(crate) fn load_or_create_key(state: &StateDir) -> Result<KeyPair, StateError> {
+    if let Some(pem) = state.read_text(KEY)? {
+        return KeyPair::from_pem(&pem).map_err(|e| state.damaged(KEY, e));
+    }
+    let key = KeyPair::generate().expect("the system has randomness");
+    state.write(KEY, key.serialize_pem().as_bytes())?;
+    Ok(key)
+}
+
+pub(crate) fn csr(key: &KeyPair) -> Vec<u8> {
+    let mut params = rcgen::CertificateParams::default();
+    // The names are the issuer's to give; a CSR only proves the key.
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.serialize_request(key).expect("a P-256 key can sign").der().to_vec()
+}
+
+pub(crate) fn pem_text(ders: &[CertificateDer<'_>]) -> String {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    ders.iter()
+        .map(|der| {
+            let body = STANDARD.encode(der);
+            let lines: Vec<&str> = (0..body.len()).step_by(64).map(|i| &body[i..body.len().min(i + 64)]).collect();
+            format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+        })
+        .collect()
+}
+
+pub(crate) fn pem_certificates(text: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+    let ders: Vec<_> =
+        CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
+    if ders.is_empty() { Err("no certificate in it".into()) } else { Ok(ders) }
+}

@@ -1,0 +1,163 @@
+//! The state directory: every file is written whole to a temporary name, synced and renamed, so that a kill at any point
+//! leaves the old file or the new one.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+/// A problem with the state directory: which file, what, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The system refused.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has it.
+    #[error("{path} is in use by another running node; give each node a --state directory of its own")]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file is not what it should be.
+    #[error("{path} is damaged ({problem}); restore it from a backup, or remove it and join again")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// A directory of small files that survive a crash. Made with mode 0700, its files with 0600.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    root: PathBuf,
+}
+
+/// Holds the directory for one process; the system lets go of it when the process ends, however it ends.
+#[derive(Debug)]
+pub struct StateLock {
+    _file: File,
+}
+
+impl StateDir {
+    /// Opens, and makes if need be.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, StateError> {
+        let dir = Self { root: root.into() };
+        dir.make_dir(&dir.root)?;
+        Ok(dir)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// Keeps other nodes out.
+    pub fn lock(&self) -> Result<StateLock, StateError> {
+        let path = self.root.join("lock");
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|source| StateError::Io { action: "open", path: path.clone(), source })?;
+        match file.try_lock() {
+            Ok(()) => Ok(StateLock { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(StateError::InUse { path: self.root.clone() }),
+            Err(TryLockError::Error(source)) => Err(StateError::Io { action: "lock", path, source }),
+        }
+    }
+
+    /// Whether the file is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.root.join(name).exists()
+    }
+
+    /// The file's bytes; `None` if it is not there.
+    pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {
+        let path = self.root.join(name);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StateError::Io { action: "read", path, source }),
+        }
+    }
+
+    /// The file as text; `None` if it is not there.
+    pub fn read_text(&self, name: &str) -> Result<Option<String>, StateError> {
+        self.read(name)?
+            .map(|bytes| String::from_utf8(bytes).map_err(|_| self.damaged(name, "not text")))
+            .transpose()
+    }
+
+    /// Replaces the file as a whole.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
+        let path = self.root.join(name);
+        let dir = path.parent().unwrap_or(&self.root).to_path_buf();
+        self.make_dir(&dir)?;
+        let io = |action, source| StateError::Io { action, path: path.clone(), source };
+        let mut file = tempfile::Builder::new()
+            .prefix(".new-")
+            .permissions(fs::Permissions::from_mode(0o600))
+            .tempfile_in(&dir)
+            .map_err(|e| io("create a file beside", e))?;
+        file.write_all(bytes).map_err(|e| io("write", e))?;
+        file.as_file().sync_all().map_err(|e| io("sync", e))?;
+        file.persist(&path).map_err(|e| io("replace", e.error))?;
+        // The rename is durable only once the directory is.
+        File::open(&dir).and_then(|d| d.sync_all()).map_err(|e| io("sync the directory of", e))
+    }
+
+    /// An error about the file's content.
+    pub fn damaged(&self, name: &str, problem: impl ToString) -> StateError {
+        StateError::Damaged { path: self.root.join(name), problem: problem.to_string() }
+    }
+
+    fn make_dir(&self, path: &Path) -> Result<(), StateError> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(|source| StateError::Io { action: "create", path: path.to_path_buf(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_private_and_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path().join("s")).unwrap();
+        assert_eq!(state.read("identity/key").unwrap(), None);
+        state.write("identity/key", b"one").unwrap();
+        state.write("identity/key", b"two").unwrap();
+        assert_eq!(state.read("identity/key").unwrap().unwrap(), b"two");
+        let mode = |p: &Path| fs::metadata(p).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&state.path().join("identity/key")), 0o600);
+        assert_eq!(mode(&state.path().join("identity")), 0o700);
+        assert_eq!(fs::read_dir(state.path().join("identity")).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn one_process_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let lock = state.lock().unwrap();
+        assert!(matches!(state.lock(), Err(StateError::InUse { .. })));
+        drop(lock);
+        state.lock().unwrap();
+    }
+}

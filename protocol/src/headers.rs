@@ -1,0 +1,18 @@
+//! Header fields of our own, and those that never cross a hop unchanged. All lower case.
+
+/// Milliseconds that are left to answer; shrinks hop by hop.
+pub const DEADLINE: &str = "starling-deadline";
+/// Which attempt this is, from 1; keeps a chain of proxies from multiplying retries.
+pub const ATTEMPT: &str = "starling-attempt";
+/// On responses: calls in flight at the answering node.
+pub const LOAD: &str = "starling-load";
+/// On responses made by the answering node: `no` when the service saw nothing of the call, `maybe` otherwise.
+pub const SENT: &str = "starling-sent";
+/// To the local service: the calling node's services or name, from its certificate, never from the wire.
+pub const CALLER: &str = "starling-caller";
+/// To the service behind an edge: the authenticated consumer.
+pub const CONSUMER: &str = "starling-consumer";
+/// Prefix of every field that is ours; nothing under it is believed when it comes from outside.
+pub const PREFIX: &str = "starling-";
+/// Envoy's field for a client certificate; stripped from outside like our own.
+pub const XFCC: &str = "x-forwarded-client-cert";

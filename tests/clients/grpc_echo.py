@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""A gRPC echo service and the client that checks it, both cleartext (h2c).
+
+    grpc_echo.py serve --port P [--host IP] [--lifetime S]
+        prints `ready` when it listens; one line a call on stderr
+    grpc_echo.py call --target IP:PORT [--authority NAME] [--timeout S]
+                      [--only unary|server-stream|bidi|fail|all]
+        prints one JSON object, an entry a method; exit code 1 on any mismatch
+
+Messages are plain bytes, without protobuf. Methods of /echo.Echo: Unary returns the message
+and the trailer `x-trailer: served`; ServerStream takes a decimal count n and streams `msg-0`
+to `msg-<n-1>`; Bidi echoes each message as it comes; Fail ends with RESOURCE_EXHAUSTED and
+the details "no more".
+"""
+
+import argparse
+import json
+import queue
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+SERVICE = "echo.Echo"
+TRAILER = ("x-trailer", "served")
+FAIL_DETAILS = "no more"
+
+STREAM_COUNT = 100
+BIDI_ROUNDS = 20
+
+# Over every default flow control window, under grpc's 4 MiB limit for a message.
+LARGE_MESSAGE = bytes(range(256)) * 4096
+
+# Never through a proxy named in the environment: the peer under test is on this machine.
+CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+
+
+def unary(request: bytes, context: grpc.ServicerContext) -> bytes:
+    context.set_trailing_metadata((TRAILER,))
+    return request
+
+
+def server_stream(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    for i in range(int(request)):
+        yield b"msg-%d" % i
+
+
+def bidi(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield from requests
+
+
+def fail(request: bytes, context: grpc.ServicerContext) -> bytes:
+    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, FAIL_DETAILS)
+
+
+# Without serializers grpc hands over the bytes as they are.
+HANDLERS = {
+    "Unary": grpc.unary_unary_rpc_method_handler(unary),
+    "ServerStream": grpc.unary_stream_rpc_method_handler(server_stream),
+    "Bidi": grpc.stream_stream_rpc_method_handler(bidi),
+    "Fail": grpc.unary_unary_rpc_method_handler(fail),
+}
+
+
+class CallLog(grpc.ServerInterceptor):
+    """Says on stderr which method was called, so that a test can count attempts."""
+
+    def intercept_service(self, continuation, details):
+        print(f"call {details.method}", file=sys.stderr, flush=True)
+        return continuation(details)
+
+
+def serve(args: argparse.Namespace) -> int:
+    server = grpc.server(
+        ThreadPoolExecutor(max_workers=32),
+        handlers=[grpc.method_handlers_generic_handler(SERVICE, HANDLERS)],
+        interceptors=[CallLog()],
+        options=[("grpc.so_reuseport", 0)],
+    )
+    server.add_insecure_port(f"{args.host}:{args.port}")
+    server.start()
+    print("ready", flush=True)
+    server.wait_for_termination(timeout=args.lifetime)
+    return 0
+
+
+def expect(what: str, got: object, wanted: object) -> None:
+    if got != wanted:
+        raise AssertionError(f"{what}: got {got!r}, wanted {wanted!r}")
+
+
+def check_unary(channel: grpc.Channel, timeout: float) -> dict:
+    method = channel.unary_unary(f"/{SERVICE}/Unary")
+    for message in (b"hello", b"", LARGE_MESSAGE):
+        reply, call = method.with_call(message, timeout=timeout)
+        expect("length of the reply", len(reply), len(message))
+        expect("reply is the request", reply == message, True)
+        expect("status", call.code(), grpc.StatusCode.OK)
+        trailers = [(k, v) for k, v in call.trailing_metadata()]
+        expect("trailer in the trailing metadata", TRAILER in trailers, True)
+    return {"trailing_metadata": dict(trailers), "largest_message": len(LARGE_MESSAGE)}
+
+
+def check_server_stream(channel: grpc.Channel, timeout: float) -> dict:
+    method = channel.unary_stream(f"/{SERVICE}/ServerStream")
+    call = method(b"%d" % STREAM_COUNT, timeout=timeout)
+    replies = list(call)
+    expect("messages", replies, [b"msg-%d" % i for i in range(STREAM_COUNT)])
+    expect("status", call.code(), grpc.StatusCode.OK)
+    return {"messages": len(replies)}
+
+
+def check_bidi(channel: grpc.Channel, timeout: float) -> dict:
+    """Sends a message only once the one before it came back: a buffering proxy would hang."""
+    sending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    method = channel.stream_stream(f"/{SERVICE}/Bidi")
+    call = method(iter(sending.get, None), timeout=timeout)
+    slowest = 0.0
+    try:
+        for i in range(BIDI_ROUNDS):
+            message = b"ping-%d" % i
+            sent_at = time.monotonic()
+            sending.put(message)
+            expect(f"echo {i}", next(call), message)
+            slowest = max(slowest, time.monotonic() - sent_at)
+    finally:
+        sending.put(None)
+    expect("after the last echo", next(call, "end of stream"), "end of stream")
+    expect("status", call.code(), grpc.StatusCode.OK)
+    return {"rounds": BIDI_ROUNDS, "slowest_ms": round(slowest * 1000, 1)}
+
+
+def check_fail(channel: grpc.Channel, timeout: float) -> dict:
+    try:
+        channel.unary_unary(f"/{SERVICE}/Fail")(b"", timeout=timeout)
+    except grpc.RpcError as error:
+        expect("status", error.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        expect("details", error.details(), FAIL_DETAILS)
+        return {"code": error.code().name, "details": error.details()}
+    raise AssertionError("Fail returned a message")
+
+
+CHECKS: dict[str, Callable[[grpc.Channel, float], dict]] = {
+    "unary": check_unary,
+    "server-stream": check_server_stream,
+    "bidi": check_bidi,
+    "fail": check_fail,
+}
+
+
+def run_check(name: str, channel: grpc.Channel, timeout: float) -> dict:
+    try:
+        return {"ok": True, **CHECKS[name](channel, timeout)}
+    except AssertionError as mismatch:
+        return {"ok": False, "error": str(mismatch)}
+    except grpc.RpcError as error:
+        return {"ok": False, "code": error.code().name, "details": error.details()}
+
+
+def call(args: argparse.Namespace) -> int:
+    names = list(CHECKS) if args.only == "all" else [args.only]
+    options = list(CHANNEL_OPTIONS)
+    if args.authority:
+        options.append(("grpc.default_authority", args.authority))
+    with grpc.insecure_channel(args.target, options=options) as channel:
+        results = {name: run_check(name, channel, args.timeout) for name in names}
+    print(json.dumps(results))
+    return 0 if all(result["ok"] for result in results.values()) else 1
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="gRPC echo service and client for tests")
+    commands = parser.add_subparsers(required=True)
+    server = commands.add_parser("serve")
+    server.add_argument("--port", type=int, required=True)
+    server.add_argument("--host", default="127.0.0.1")
+    server.add_argument("--lifetime", type=float, default=900.0, metavar="S")
+    server.set_defaults(run=serve)
+    client = commands.add_parser("call")
+    client.add_argument("--target", required=True, metavar="IP:PORT")
+    client.add_argument("--authority", help="default: the target")
+    client.add_argument("--only", choices=[*CHECKS, "all"], default="all")
+    client.add_argument("--timeout", type=float, default=10.0, metavar="S", help="for each call")
+    client.set_defaults(run=call)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    sys.exit(arguments.run(arguments))

@@ -12,9 +12,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 use rcgen::{KeyPair, PublicKeyData, SigningKey as _};
 use rustls::{
-    DigitallySignedStruct, RootCertStore, SignatureScheme,
+    RootCertStore,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject},
     server::ParsedCertificate,
@@ -256,27 +257,11 @@ impl Credentials for RecordCredentials {
         if let Some(service) = record.services.iter().find(|s| !leaf.services.contains(&s.name)) {
             return Err(refuse(format!("{} claims service {} without a grant", record.name, service.name)));
         }
-        let scheme = SignatureScheme::ECDSA_NISTP256_SHA256;
-        rustls::crypto::verify_tls13_signature(
-            &SignedRecord::signed_bytes(&signed.body),
-            &chain[0],
-            &digitally_signed(scheme, &signed.signature).map_err(|e| refuse(e.to_string()))?,
-            &self.0.provider.signature_verification_algorithms,
-        )
-        .map_err(|_| refuse(format!("record of {} has a wrong signature", record.name)))?;
+        let key = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &leaf.public_key);
+        key.verify(&SignedRecord::signed_bytes(&signed.body), &signed.signature)
+            .map_err(|_| refuse(format!("record of {} has a wrong signature", record.name)))?;
         Ok(record)
     }
-}
-
-/// rustls builds a [`DigitallySignedStruct`] only from its wire form (RFC 8446 §4.4.3): scheme, length, signature.
-fn digitally_signed(scheme: SignatureScheme, signature: &[u8]) -> Result<DigitallySignedStruct, rustls::Error> {
-    use rustls::internal::msgs::codec::{Codec, Reader};
-    let length = u16::try_from(signature.len()).map_err(|_| rustls::Error::General("signature too long".into()))?;
-    let mut wire = Vec::with_capacity(4 + signature.len());
-    wire.extend_from_slice(&u16::from(scheme).to_be_bytes());
-    wire.extend_from_slice(&length.to_be_bytes());
-    wire.extend_from_slice(signature);
-    Ok(DigitallySignedStruct::read(&mut Reader::init(&wire))?)
 }
 
 /// Checks `leaf` up to one of `roots` at a moment. Client and server use of certificates is one thing in a mesh.

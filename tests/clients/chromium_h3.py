@@ -224,8 +224,9 @@ def browser_flags(args: argparse.Namespace) -> list[str]:
     url = urlsplit(args.url)
     port = url.port or 443
     flags = [*BROWSER_FLAGS, f"--ignore-certificate-errors-spki-list={spki_hash(args.cert)}"]
-    if args.connect:
-        flags.append(f"--host-resolver-rules=MAP {url.hostname}:{port} {args.connect}")
+    # The browser's own errands (updates, accounts) find no host to go to.
+    target = f"MAP {url.hostname}:{port} {args.connect}" if args.connect else f"EXCLUDE {url.hostname}"
+    flags.append(f"--host-resolver-rules={target}, MAP * ~NOTFOUND")
     if not args.via_alt_svc:
         flags.append(f"--origin-to-force-quic-on={url.hostname}:{port}")
     return flags + args.flag

@@ -13,6 +13,8 @@ pub(crate) struct MeshCertificate {
     pub(crate) name: Name,
     pub(crate) id: NodeId,
     pub(crate) services: Vec<Name>,
+    /// Uncompressed P-256 point.
+    pub(crate) public_key: Vec<u8>,
     /// Unix seconds.
     pub(crate) not_before: u64,
     /// Unix seconds.
@@ -58,6 +60,7 @@ impl MeshCertificate {
             name: name.parse().map_err(|_| names("the URI's node"))?,
             id: id_of_spki(cert.public_key().raw),
             services,
+            public_key: cert.public_key().subject_public_key.data.to_vec(),
             not_before: time(cert.validity().not_before.timestamp()),
             not_after: time(cert.validity().not_after.timestamp()),
         })

@@ -1,0 +1,157 @@
+//! A request body that can be sent again, as long as little of it was read.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+    task::{Context, Poll, ready},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+
+use crate::body::{Body, BodyError};
+
+/// How much of a body is kept for another attempt, in bytes.
+const KEEP_BYTES: usize = 64 << 10;
+
+/// The body of a call, over all of its attempts.
+#[derive(Clone)]
+pub(crate) struct Source(Arc<Mutex<Shared>>);
+
+struct Shared {
+    rest: Body,
+    /// What was read so far; `None` once it was too much to keep.
+    kept: Option<Vec<Bytes>>,
+    kept_bytes: usize,
+    ended: bool,
+    broken: bool,
+    /// When the body last moved: an upload that makes progress is not late.
+    last_read: Instant,
+}
+
+impl Source {
+    pub(crate) fn new(body: Body) -> Self {
+        Self(Arc::new(Mutex::new(Shared {
+            rest: body,
+            kept: Some(Vec::new()),
+            kept_bytes: 0,
+            ended: false,
+            broken: false,
+            last_read: Instant::now(),
+        })))
+    }
+
+    /// The body for one attempt, from its start. Only one may be read at a time.
+    pub(crate) fn attempt(&self) -> Body {
+        let hint = {
+            let shared = self.lock();
+            if shared.kept_bytes == 0 { shared.rest.size_hint().exact() } else { None }
+        };
+        Body::replay(Replay { source: self.clone(), next: 0, hint })
+    }
+
+    /// Whether another attempt would see the whole body.
+    pub(crate) fn can_replay(&self) -> bool {
+        let shared = self.lock();
+        shared.kept.is_some() && !shared.broken
+    }
+
+    /// Whether the caller broke off: then nothing about the attempt is anybody else's fault.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.lock().broken
+    }
+
+    /// When the upload last made progress; `None` once it is complete.
+    pub(crate) fn uploading_since(&self) -> Option<Instant> {
+        let shared = self.lock();
+        (!shared.ended).then_some(shared.last_read)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// One attempt's view of the body: what was kept, then the rest.
+pub(crate) struct Replay {
+    source: Source,
+    next: usize,
+    hint: Option<u64>,
+}
+
+impl Replay {
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut shared = self.source.lock();
+        if let Some(chunk) = shared.kept.as_ref().and_then(|kept| kept.get(self.next)) {
+            self.next += 1;
+            return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
+        }
+        if shared.ended {
+            return Poll::Ready(None);
+        }
+        let frame = ready!(Pin::new(&mut shared.rest).poll_frame(cx));
+        shared.last_read = Instant::now();
+        match &frame {
+            Some(Ok(frame)) => match frame.data_ref() {
+                Some(data) => {
+                    shared.kept_bytes += data.len();
+                    if shared.kept_bytes > KEEP_BYTES {
+                        shared.kept = None;
+                    } else if let Some(kept) = &mut shared.kept {
+                        kept.push(data.clone());
+                        self.next += 1;
+                    }
+                }
+                // Trailers are not kept, so a body with trailers is sent once.
+                None => shared.kept = None,
+            },
+            Some(Err(_)) => {
+                shared.broken = true;
+                shared.ended = true;
+            }
+            None => shared.ended = true,
+        }
+        Poll::Ready(frame)
+    }
+
+    pub(crate) fn is_end_stream(&self) -> bool {
+        let shared = self.source.lock();
+        let kept = shared.kept.as_ref().map_or(0, Vec::len);
+        self.next >= kept && (shared.ended && !shared.broken || shared.rest.is_end_stream())
+    }
+
+    pub(crate) fn size_hint(&self) -> SizeHint {
+        self.hint.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_short_body_is_sent_again_whole() {
+        let source = Source::new(Body::full("hello"));
+        assert_eq!(source.attempt().collect().await.unwrap().to_bytes(), "hello");
+        assert!(source.can_replay());
+        assert_eq!(source.attempt().collect().await.unwrap().to_bytes(), "hello");
+    }
+
+    #[tokio::test]
+    async fn a_long_body_is_sent_once() {
+        let source = Source::new(Body::full(vec![0u8; KEEP_BYTES + 1]));
+        assert!(source.can_replay());
+        source.attempt().collect().await.unwrap();
+        assert!(!source.can_replay());
+    }
+
+    #[tokio::test]
+    async fn a_broken_body_is_the_callers_fault() {
+        let source = Source::new(Body::full("hello").with_length(Some(9)));
+        assert!(source.attempt().collect().await.is_err());
+        assert!(source.is_broken() && !source.can_replay());
+    }
+}

@@ -14,6 +14,9 @@ use starling_protocol::headers;
 /// Most fields in a head.
 pub const MAX_FIELDS: usize = 100;
 
+/// How often one call may pass through the same node before it is a loop.
+pub(crate) const MAX_VISITS: usize = 4;
+
 /// Where a message comes from, which decides which of our own fields are believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {

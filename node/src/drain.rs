@@ -1,0 +1,50 @@
+//! Going away in order: who is still busy, and when to stop waiting for them.
+
+use std::{future::Future, time::Duration};
+
+use tokio::task::JoinHandle;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// Shared by every listener of a node: two signals and a count of who is busy.
+#[derive(Clone, Debug, Default)]
+pub struct Drain {
+    draining: CancellationToken,
+    closing: CancellationToken,
+    busy: TaskTracker,
+}
+
+impl Drain {
+    /// Runs a connection or listener that the drain must wait for.
+    pub fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.busy.spawn(task)
+    }
+
+    /// Resolves when new work should no longer be taken. Cancel safe.
+    pub async fn draining(&self) {
+        self.draining.cancelled().await;
+    }
+
+    /// Whether new work should no longer be taken.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// Resolves when the patience is over and connections are to be cut. Cancel safe.
+    pub async fn closing(&self) {
+        self.closing.cancelled().await;
+    }
+
+    /// Asks everybody to finish; cuts off whoever has not after `patience`. Returns whether all finished by themselves.
+    pub async fn finish(&self, patience: Duration) -> bool {
+        self.draining.cancel();
+        self.busy.close();
+        let in_time = tokio::time::timeout(patience, self.busy.wait()).await.is_ok();
+        self.closing.cancel();
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.busy.wait()).await;
+        in_time
+    }
+}

@@ -120,7 +120,7 @@ impl Report {
         }
         let Schedule { seconds, rounds, .. } = self.schedule;
         let mut text = format!(
-            "{rounds} rounds of {seconds} s, {} connections, 128-byte answers; medians over the rounds\n\n{table}\n",
+            "{} connections, 128-byte answers, {seconds} s a round; medians over rounds: {rounds}\n\n{table}\n",
             self.connections
         );
         for row in &self.rows {

@@ -199,7 +199,8 @@ impl MeshClient {
             }
             self.0.retries.fetch_add(1, Relaxed);
             if attempt > 1 {
-                tokio::time::sleep(RETRY_PAUSE.mul_f64(rand::rng().random_range(0.1..1.0))).await;
+                let pause = RETRY_PAUSE.mul_f64(rand::rng().random_range(0.1..1.0));
+                tokio::time::sleep(pause).await;
             }
         }
     }
@@ -323,16 +324,16 @@ impl Timing {
     fn left(&self) -> Duration {
         self.timeout.saturating_sub(self.started.elapsed())
     }
+}
 
-    /// Resolves when the answer is late: the whole time has passed since the start, and since the upload last moved.
-    async fn late(&self, source: Option<&Source>) {
-        loop {
-            let progress = source.and_then(Source::uploading_since).unwrap_or(self.started);
-            let due = progress.max(self.started) + self.timeout;
-            if Instant::now() >= due {
-                return;
-            }
-            tokio::time::sleep_until(due.into()).await;
+/// Resolves when an answer is late: `timeout` has passed since now, and since the upload last moved.
+pub(crate) async fn late(source: Option<&Source>, timeout: Duration) {
+    let mut due = Instant::now() + timeout;
+    loop {
+        tokio::time::sleep_until(due.into()).await;
+        match source.and_then(Source::uploading_since).map(|moved| moved + timeout) {
+            Some(later) if later > due => due = later,
+            _ => return,
         }
     }
 }
@@ -367,7 +368,7 @@ async fn exchange(
         () = link.silent.cancelled() => {
             Err(CallError::terminated(Sent::Maybe, format!("node {node} does not answer any more")))
         }
-        () = timing.late(source) => Err(CallError::new(
+        () = late(source, timing.left()) => Err(CallError::new(
             Fault::Service,
             Sent::Maybe,
             StatusCode::GATEWAY_TIMEOUT,

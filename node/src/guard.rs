@@ -12,7 +12,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes};
 use h3::{
     error::Code,
-    quic::{self, ConnectionErrorIncoming, OpenStreams as _, StreamErrorIncoming, StreamId, WriteBuf},
+    quic::{self, ConnectionErrorIncoming, StreamErrorIncoming, StreamId, WriteBuf},
 };
 
 /// Longest frame other than DATA, in bytes. A field section is held to the same length.

@@ -33,7 +33,7 @@ const ROOTS: &str = "identity/roots.pem";
 
 /// Why a certificate is not believed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CertificateError {
+pub(crate) enum CertificateError {
     /// No chain to a root of this mesh.
     #[error("it was not issued by this mesh: {0}")]
     Chain(String),
@@ -50,7 +50,7 @@ pub enum CertificateError {
 
 /// This node's key and certificates. The key never changes while the state directory lives; the certificate does, and new
 /// connections then use the new one.
-pub struct Identity {
+pub(crate) struct Identity {
     key: KeyPair,
     roots: RootCertStore,
     root_ders: Vec<CertificateDer<'static>>,
@@ -143,27 +143,27 @@ impl Identity {
     }
 
     /// The mesh.
-    pub fn mesh(&self) -> &MeshName {
+    pub(crate) fn mesh(&self) -> &MeshName {
         &self.mesh
     }
 
     /// This node's name.
-    pub fn name(&self) -> &Name {
+    pub(crate) fn name(&self) -> &Name {
         &self.name
     }
 
     /// This node's id.
-    pub fn id(&self) -> NodeId {
+    pub(crate) fn id(&self) -> NodeId {
         self.id
     }
 
     /// Services that the certificate grants.
-    pub fn services(&self) -> Vec<Name> {
+    pub(crate) fn services(&self) -> Vec<Name> {
         self.current.load().leaf.services.clone()
     }
 
     /// Start and end of the certificate, unix seconds.
-    pub fn validity(&self) -> (u64, u64) {
+    pub(crate) fn validity(&self) -> (u64, u64) {
         let current = self.current.load();
         (current.leaf.not_before, current.leaf.not_after)
     }

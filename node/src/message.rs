@@ -36,6 +36,18 @@ pub struct Malformed {
     pub reason: &'static str,
 }
 
+impl Malformed {
+    pub(crate) const fn bad_target() -> Self {
+        bad("the request target is not a path")
+    }
+}
+
+impl From<Malformed> for crate::Problem {
+    fn from(malformed: Malformed) -> Self {
+        Self::proxy(malformed.status, crate::ProxyError::HttpRequestError, malformed.reason)
+    }
+}
+
 const fn bad(reason: &'static str) -> Malformed {
     Malformed { status: StatusCode::BAD_REQUEST, reason }
 }

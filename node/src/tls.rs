@@ -30,7 +30,7 @@ pub(crate) const SERVER_NAME: &str = "mesh.internal";
 
 /// The authenticated other end of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Who.
     pub id: NodeId,
     /// Its name.

@@ -11,7 +11,9 @@ exits with 1, with "error" in the object when there was no response at all.
 --ca that certificate is also verified for the URL's host, with openssl.
 Without --via-alt-svc Chromium speaks QUIC from the start. With it, the first load must come
 over h2 from the TCP port of the same number, and the page is loaded again until the Alt-Svc
-header has moved it to h3; "protocols" then lists every load.
+header has moved it to h3; "protocols" then lists every load. --connect holds for every port
+of the host, so a port in Alt-Svc leads there, too; a page on a port below 1024 can be moved
+only to another such port.
 """
 
 import argparse
@@ -34,6 +36,9 @@ from urllib.parse import urlsplit
 
 # Between two loads that wait for Alt-Svc to take effect.
 RELOAD_INTERVAL = 0.3
+
+# A port of the host's where the page is not (tcpmux).
+UNUSED_PORT = 1
 
 # Enough for the browser to quit when asked, before it is killed.
 QUIT_TIMEOUT = 3.0
@@ -222,14 +227,16 @@ def pipe_above_4() -> tuple[int, int]:
 
 def browser_flags(args: argparse.Namespace) -> list[str]:
     url = urlsplit(args.url)
-    port = url.port or 443
+    host = url.hostname
     flags = [*BROWSER_FLAGS, f"--ignore-certificate-errors-spki-list={spki_hash(args.cert)}"]
     # The browser's own errands (updates, accounts) find no host to go to.
-    target = f"MAP {url.hostname}:{port} {args.connect}" if args.connect else f"EXCLUDE {url.hostname}"
+    target = f"MAP {host} {args.connect}" if args.connect else f"EXCLUDE {host}"
     flags.append(f"--host-resolver-rules={target}, MAP * ~NOTFOUND")
-    if not args.via_alt_svc:
-        flags.append(f"--origin-to-force-quic-on={url.hostname}:{port}")
-    return flags + args.flag
+    # Chromium takes a private CA over QUIC only for the hosts named in this flag, on any of
+    # their ports; but it forces QUIC only on the port given.
+    forced_port = UNUSED_PORT if args.via_alt_svc else url.port or 443
+    flags.append(f"--origin-to-force-quic-on={host}:{forced_port}")
+    return flags
 
 
 def load_via_alt_svc(browser: Browser, url: str) -> dict:
@@ -253,8 +260,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--via-alt-svc", action="store_true")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for everything")
     parser.add_argument("--browser", default="chromium", metavar="PATH")
-    parser.add_argument("--flag", action="append", default=[], help="one more browser flag")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if urlsplit(args.url).scheme != "https" or not urlsplit(args.url).hostname:
+        parser.error("URL must be https://HOST[:PORT]/PATH")
+    if shutil.which(args.browser) is None:
+        parser.error(f"no browser {args.browser} on this machine")
+    return args
 
 
 def run(args: argparse.Namespace) -> dict:

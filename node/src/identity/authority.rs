@@ -36,7 +36,7 @@ const ISSUER_LIFE: Duration = Duration::from_secs(365 * 86400);
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
 
 /// Default life of a node's certificate.
-pub const DEFAULT_CERT_LIFE: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const DEFAULT_CERT_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// Why a mesh cannot be made or its issuer not be used.
 #[derive(Debug, thiserror::Error)]

@@ -26,7 +26,8 @@ pub(crate) async fn run(admission: Admission, state: StateDir) {
             }
             Err(error) => {
                 tracing::warn!(error, retry_in_s = retry.as_secs_f32(), "certificate not renewed");
-                tokio::time::sleep(retry.mul_f32(rand::rng().random_range(0.8..1.2))).await;
+                let pause = retry.mul_f32(rand::rng().random_range(0.8..1.2));
+                tokio::time::sleep(pause).await;
                 retry = (retry * 2).min(RETRY_MAX);
             }
         }

@@ -1,0 +1,332 @@
+//! A node's configuration: plain structs as in the TOML file, and diagnostics with lines.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
+use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
+
+/// Everything that a node can be told.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The node itself.
+    pub node: NodeConfig,
+    /// Its admin API.
+    pub admin: AdminConfig,
+    /// Its outbound listener.
+    pub outbound: OutboundConfig,
+    /// What it serves.
+    pub service: Vec<ServiceConfig>,
+    /// Local ports that lead to a service.
+    pub upstream: Vec<UpstreamConfig>,
+}
+
+/// `[node]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeConfig {
+    /// Name in the mesh. Default: the first label of the host name.
+    pub name: Option<Name>,
+    /// State directory. Needed.
+    pub state: Option<PathBuf>,
+    /// UDP address of the mesh port.
+    pub listen: SocketAddr,
+    /// Address told to others. Default: `listen`, or this host's own address when that is `0.0.0.0`.
+    pub advertise: Option<SocketAddr>,
+    /// Where to look for the mesh, `host:port`.
+    pub seeds: Vec<String>,
+    /// Join token, for the first start.
+    pub token: Option<String>,
+    /// File with the join token, for the first start.
+    pub token_file: Option<PathBuf>,
+    /// Where this node stands; calls prefer instances in the same zone.
+    pub zone: String,
+    /// Data-plane threads. This version has one.
+    pub workers: usize,
+    /// On issuers: how long the certificates they sign are good. Default 24 h.
+    #[serde(deserialize_with = "duration")]
+    pub cert_ttl: Duration,
+    /// How long a drain waits for calls to finish.
+    #[serde(deserialize_with = "duration")]
+    pub drain_timeout: Duration,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            name: None,
+            state: None,
+            listen: ([0, 0, 0, 0], MESH_PORT).into(),
+            advertise: None,
+            seeds: Vec::new(),
+            token: None,
+            token_file: None,
+            zone: String::new(),
+            workers: 1,
+            cert_ttl: crate::identity::authority::DEFAULT_CERT_LIFE,
+            drain_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+/// `[admin]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// TCP address; loopback only.
+    pub listen: SocketAddr,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: ([127, 0, 0, 1], ADMIN_PORT).into() }
+    }
+}
+
+/// `[outbound]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OutboundConfig {
+    /// TCP address; `None` (in TOML: no way to say so) turns it off on edges.
+    pub listen: Option<SocketAddr>,
+}
+
+impl Default for OutboundConfig {
+    fn default() -> Self {
+        Self { listen: Some(([127, 0, 0, 1], OUTBOUND_PORT).into()) }
+    }
+}
+
+/// `[[service]]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceConfig {
+    /// What callers ask for.
+    pub name: Name,
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// How it speaks.
+    #[serde(default)]
+    pub protocol: CheckedProtocol,
+    /// API version of this instance.
+    #[serde(default)]
+    pub version: String,
+    /// Share of calls; 100 is normal.
+    #[serde(default = "normal_weight")]
+    pub weight: u16,
+    /// Health check.
+    #[serde(default)]
+    pub health: Option<HealthConfig>,
+    /// Allows an address that is not loopback, which peers could reach without the mesh.
+    #[serde(default)]
+    pub allow_remote: bool,
+}
+
+/// `health = { path = "/healthz", interval = "2s" }`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HealthConfig {
+    /// Asked with GET; any status below 500 is healthy.
+    pub path: String,
+    /// How often.
+    #[serde(default = "health_interval", deserialize_with = "duration")]
+    pub interval: Duration,
+}
+
+/// `[[upstream]]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpstreamConfig {
+    /// The service that the port leads to.
+    pub service: Name,
+    /// The local port.
+    pub listen: SocketAddr,
+    /// How the application speaks; HTTP/1.1 and h2c are told apart by themselves.
+    #[serde(default)]
+    pub protocol: CheckedProtocol,
+}
+
+/// A protocol of this version; others are refused with a plain word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CheckedProtocol(pub Protocol);
+
+impl<'de> Deserialize<'de> for CheckedProtocol {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map(Self).map_err(de::Error::custom)
+    }
+}
+
+fn normal_weight() -> u16 {
+    100
+}
+
+fn health_interval() -> Duration {
+    Duration::from_secs(2)
+}
+
+/// A duration like `"10s"` or `"1h 30m"`.
+pub fn duration<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(d)?;
+    humantime::parse_duration(&text).map_err(|e| de::Error::custom(format!("{text:?} is not a duration like \"10s\": {e}")))
+}
+
+impl Config {
+    /// What is wrong with it although it parses: key path, and what to do.
+    pub fn problems(&self) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        let mut problem = |key: String, what: String| found.push((key, what));
+        if self.node.workers != 1 {
+            problem("node.workers".into(), "this version runs one worker; set workers = 1 or leave it out".into());
+        }
+        if self.node.zone.len() > 64 {
+            problem("node.zone".into(), "longer than 64 bytes; shorten it".into());
+        }
+        if self.node.advertise.is_some_and(|a| a.ip().is_unspecified() || a.port() == 0) {
+            problem("node.advertise".into(), "not an address that others can dial; give this host's own".into());
+        }
+        for (i, seed) in self.node.seeds.iter().enumerate() {
+            let port = seed.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+            if port.is_none() {
+                problem(format!("node.seeds[{i}]"), format!("{seed:?} is not HOST:PORT; the mesh port is {MESH_PORT} by default"));
+            }
+        }
+        if !self.admin.listen.ip().is_loopback() {
+            problem("admin.listen".into(), "the admin API is served on loopback only in this version; use 127.0.0.1".into());
+        }
+        for (i, service) in self.service.iter().enumerate() {
+            if !service.addr.ip().is_loopback() && !service.allow_remote {
+                let what = "not a loopback address, so peers could reach the service past the mesh; bind the service to \
+                            127.0.0.1, or set allow_remote = true";
+                problem(format!("service[{i}].addr"), what.into());
+            }
+            if self.service[..i].iter().any(|s| s.name == service.name) {
+                problem(format!("service[{i}].name"), format!("{} is listed twice; keep one", service.name));
+            }
+            if service.version.len() > 32 {
+                problem(format!("service[{i}].version"), "longer than 32 bytes; shorten it".into());
+            }
+            if service.health.as_ref().is_some_and(|h| !h.path.starts_with('/')) {
+                problem(format!("service[{i}].health"), "path must start with '/'".into());
+            }
+        }
+        if self.service.len() > starling_protocol::MAX_SERVICES {
+            problem("service".into(), format!("more than {} services; use several nodes", starling_protocol::MAX_SERVICES));
+        }
+        found
+    }
+}
+
+/// One thing that is wrong with a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Counted from 1; 0 if it belongs to no line.
+    pub line: usize,
+    /// What is wrong, and what to do.
+    pub problem: String,
+}
+
+/// Reads a TOML file and collects *every* error: after each one, the offending line is left out and the rest read again.
+pub fn read<T: DeserializeOwned>(text: &str) -> (Option<T>, Vec<Diagnostic>) {
+    /// A file with more errors than this is not a configuration.
+    const MAX_ERRORS: usize = 50;
+    let mut lines: Vec<&str> = text.lines().collect();
+    let mut found: Vec<Diagnostic> = Vec::new();
+    while found.len() < MAX_ERRORS {
+        let error = match toml::from_str::<T>(&lines.join("\n")) {
+            Ok(value) => return (found.is_empty().then_some(value), found),
+            Err(error) => error,
+        };
+        let joined = lines.join("\n");
+        let line = error.span().map_or(0, |span| joined[..span.start.min(joined.len())].matches('\n').count() + 1);
+        let problem = error.message().replace('\n', " ");
+        let missing = problem.starts_with("missing field");
+        if missing && !found.is_empty() {
+            // Most likely the field is there, on a line that was left out.
+            return (None, found);
+        }
+        found.push(Diagnostic { line, problem });
+        let blank = |l: &str| l.trim().is_empty();
+        match line.checked_sub(1).and_then(|i| lines.get(i)) {
+            Some(text) if !blank(text) && !missing => {
+                let is_header = |l: &str| l.trim_start().starts_with('[');
+                let whole_table = is_header(text);
+                lines[line - 1] = "";
+                if whole_table {
+                    for l in lines[line..].iter_mut().take_while(|l| !is_header(l)) {
+                        *l = "";
+                    }
+                }
+            }
+            _ => return (None, found),
+        }
+    }
+    (None, found)
+}
+
+/// The line of a key path like `service[1].addr` in a TOML text; 0 if it is not written there.
+pub fn line_of(text: &str, key: &str) -> usize {
+    let mut index_wanted = None;
+    let (table, field) = key.split_once('.').unwrap_or((key, ""));
+    let table = match table.split_once('[') {
+        Some((name, index)) => {
+            index_wanted = index.trim_end_matches(']').parse::<usize>().ok();
+            name
+        }
+        None => table,
+    };
+    let field = field.split(['[', '.']).next().unwrap_or_default();
+    let (mut seen, mut inside, mut header_line) = (0, false, 0);
+    for (i, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.starts_with('[') {
+            let name = line.trim_start_matches('[').split(']').next().unwrap_or_default().trim();
+            let same = name == table;
+            inside = same && index_wanted.is_none_or(|wanted| wanted == seen);
+            seen += usize::from(same);
+            if inside {
+                header_line = i + 1;
+            }
+        } else if inside && line.split('=').next().is_some_and(|k| k.trim() == field) {
+            return i + 1;
+        }
+    }
+    header_line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_is_found_with_its_line() {
+        let text = "[node]\nnmae = \"a\"\nlisten = \"nowhere\"\nzone = \"z\"\n\n[[service]]\nname = \"Orders\"\naddr = \"127.0.0.1:1\"\n\n[wat]\nx = 1\n";
+        let (config, found) = read::<Config>(text);
+        assert!(config.is_none());
+        let lines: Vec<usize> = found.iter().map(|d| d.line).collect();
+        for line in [2, 3, 7, 10] {
+            assert!(lines.contains(&line), "line {line} in {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_syntax_error_has_its_line() {
+        let (_, found) = read::<Config>("[node]\nname = \n");
+        assert_eq!(found[0].line, 2, "{found:?}");
+    }
+
+    #[test]
+    fn what_this_version_lacks_is_refused_by_name() {
+        let (_, found) = read::<Config>("[[upstream]]\nservice = \"db\"\nlisten = \"127.0.0.1:1\"\nprotocol = \"tcp\"\n");
+        assert!(found[0].problem.contains("not in this version"), "{found:?}");
+    }
+
+    #[test]
+    fn a_key_path_leads_to_its_line() {
+        let text = "[node]\nname = \"a\"\n[[service]]\nname = \"a\"\n[[service]]\nname = \"b\"\naddr = \"10.0.0.1:1\"\n";
+        assert_eq!(line_of(text, "service[1].addr"), 7);
+        assert_eq!(line_of(text, "node.name"), 2);
+        assert_eq!(line_of(text, "node.zone"), 1);
+        let (config, _) = read::<Config>("[[service]]\nname = \"b\"\naddr = \"10.0.0.1:1\"\n");
+        assert_eq!(config.unwrap().problems()[0].0, "service[0].addr");
+    }
+}

@@ -1,0 +1,57 @@
+//! Active checks of the local services: they set the state in this node's record, and so whether anybody calls.
+
+use std::time::Duration;
+
+use http::{Request, Uri};
+use starling_gossip::GossipHandle;
+use starling_protocol::ServiceState;
+
+use crate::{
+    Body,
+    config::{HealthConfig, ServiceConfig},
+    local::LocalService,
+};
+
+/// Failed checks in a row that make a service unhealthy; one good one makes it healthy.
+const FAILURES: u32 = 2;
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Checks each service that asks for it, for as long as the node runs.
+pub(crate) fn spawn(services: &[ServiceConfig], gossip: &GossipHandle) {
+    for service in services {
+        if let Some(health) = service.health.clone() {
+            tokio::spawn(run(service.clone(), health, gossip.clone()));
+        }
+    }
+}
+
+async fn run(service: ServiceConfig, health: HealthConfig, gossip: GossipHandle) {
+    let local = LocalService::new(service.addr, service.protocol.0);
+    let target: Uri = match format!("http://{}{}", service.name.service_host(), health.path).parse() {
+        Ok(target) => target,
+        Err(error) => return tracing::error!(service = %service.name, %error, "health check path"),
+    };
+    let mut failures = 0;
+    let mut state = ServiceState::Up;
+    loop {
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = target.clone();
+        let answer = tokio::time::timeout(CHECK_TIMEOUT, local.send(request)).await;
+        let good = matches!(answer, Ok(Ok(response)) if !response.status().is_server_error());
+        failures = if good { 0 } else { failures + 1 };
+        let now = if failures >= FAILURES { ServiceState::Unhealthy } else { ServiceState::Up };
+        if now != state && (good || now == ServiceState::Unhealthy) {
+            state = now;
+            tracing::info!(service = %service.name, ?state, "health");
+            let name = service.name.clone();
+            gossip
+                .announce(move |a| {
+                    if let Some(own) = a.services.iter_mut().find(|s| s.name == name) {
+                        own.state = state;
+                    }
+                })
+                .await;
+        }
+        tokio::time::sleep(health.interval).await;
+    }
+}

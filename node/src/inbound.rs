@@ -1,0 +1,167 @@
+//! Calls from other nodes to the services behind this one.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use http::{HeaderValue, Request, Response, StatusCode, Uri, uri};
+use starling_protocol::{Name, headers, service_of_host};
+
+use crate::{
+    Body, Drain, Problem, ProxyError, Sent,
+    client::number,
+    config::ServiceConfig,
+    h3_server,
+    local::LocalService,
+    message::{self, Origin},
+    metrics::Metrics,
+    problem::is_grpc,
+    replay::Source,
+    tls::Peer,
+};
+
+/// Time for a call that came without a deadline.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Calls at once; beyond it they are refused at once, not queued.
+const MAX_IN_FLIGHT: usize = 10_000;
+
+/// Serves the calls of one worker.
+#[derive(Clone)]
+pub(crate) struct Inbound(Arc<Shared>);
+
+struct Shared {
+    services: HashMap<Name, LocalService>,
+    pseudonym: String,
+    in_flight: AtomicUsize,
+    metrics: Metrics,
+}
+
+impl Inbound {
+    pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics) -> Self {
+        let services =
+            services.iter().map(|s| (s.name.clone(), LocalService::new(s.addr, s.protocol.0))).collect();
+        Self(Arc::new(Shared { services, pseudonym, in_flight: AtomicUsize::new(0), metrics }))
+    }
+
+    /// Calls in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.0.in_flight.load(Relaxed)
+    }
+
+    /// Serves a connection of an authenticated peer.
+    pub(crate) async fn serve(self, connection: quinn::Connection, peer: Peer, drain: Drain) {
+        let caller = HeaderValue::from_str(peer.name.as_str()).expect("names are ASCII");
+        h3_server::serve(connection, drain, move |request| {
+            let (inbound, caller) = (self.clone(), caller.clone());
+            async move { inbound.answer(request, caller).await }
+        })
+        .await;
+    }
+
+    async fn answer(&self, request: Request<Body>, caller: HeaderValue) -> Response<Body> {
+        let counted = InFlight::new(self.0.clone());
+        let grpc = is_grpc(request.headers());
+        let method = request.method().clone();
+        let begun = Instant::now();
+        let (service, outcome) = self.forward(request, caller).await;
+        let mut response = match outcome {
+            Ok(response) => response,
+            Err((sent, problem)) => {
+                let mut response = problem.into_response(&self.0.pseudonym, grpc);
+                let sent = if sent == Sent::No { "no" } else { "maybe" };
+                response.headers_mut().insert(headers::SENT, HeaderValue::from_static(sent));
+                response
+            }
+        };
+        response.headers_mut().insert(headers::LOAD, HeaderValue::from(self.in_flight().saturating_sub(1)));
+        let service = service.as_ref().map_or("unknown", Name::as_str);
+        self.0.metrics.server_call(service, &method, response.status(), begun.elapsed());
+        response.map(|body| body.keep(counted))
+    }
+
+    async fn forward(
+        &self,
+        request: Request<Body>,
+        caller: HeaderValue,
+    ) -> (Option<Name>, Result<Response<Body>, (Sent, Problem)>) {
+        let (mut parts, body) = request.into_parts();
+        let checked = match message::normalise_request(&mut parts, Origin::Mesh) {
+            Ok(checked) => checked,
+            Err(malformed) => return (None, Err((Sent::No, malformed.into()))),
+        };
+        let host = checked.authority.rsplit_once(':').map_or(checked.authority.as_str(), |(host, _)| host);
+        let Some((service, local)) = service_of_host(host).and_then(|s| self.0.services.get_key_value(&s)) else {
+            let detail = format!("this node does not serve {host}");
+            let problem = Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail);
+            return (None, Err((Sent::No, problem)));
+        };
+        (Some(service.clone()), self.forward_to(local, parts, body, &checked, caller).await)
+    }
+
+    async fn forward_to(
+        &self,
+        local: &LocalService,
+        mut parts: http::request::Parts,
+        body: Body,
+        checked: &message::Checked,
+        caller: HeaderValue,
+    ) -> Result<Response<Body>, (Sent, Problem)> {
+        if self.in_flight() > MAX_IN_FLIGHT {
+            let status = StatusCode::SERVICE_UNAVAILABLE;
+            let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, "too many calls in flight");
+            return Err((Sent::No, problem.retry_after(Duration::from_secs(1))));
+        }
+        let timeout = number(&parts.headers, headers::DEADLINE).map_or(DEFAULT_TIMEOUT, Duration::from_millis);
+        let late = || {
+            let detail = format!("no answer within {} ms", timeout.as_millis());
+            (Sent::Maybe, Problem::proxy(StatusCode::GATEWAY_TIMEOUT, ProxyError::HttpResponseTimeout, detail))
+        };
+        if timeout.is_zero() {
+            return Err(late());
+        }
+        // What the local service reads: who called, and nothing else of ours.
+        parts.headers.remove(headers::DEADLINE);
+        parts.headers.remove(headers::ATTEMPT);
+        parts.headers.insert(headers::CALLER, caller);
+        let target = parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/"));
+        parts.uri = Uri::builder()
+            .scheme(uri::Scheme::HTTP)
+            .authority(checked.authority.as_str())
+            .path_and_query(target)
+            .build()
+            .map_err(|_| (Sent::No, Problem::from(message::Malformed::bad_target())))?;
+
+        let method = parts.method.clone();
+        let body = body.with_length(checked.length);
+        let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::new(body));
+        let body = source.as_ref().map_or_else(Body::empty, Source::attempt);
+        let answered = local.send(Request::from_parts(parts, body));
+        let response = tokio::select! {
+            answered = answered => answered.map_err(|e| (e.sent, e.problem))?,
+            () = crate::client::late(source.as_ref(), timeout) => return Err(late()),
+        };
+        let (mut head, body) = response.into_parts();
+        let length = message::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
+        Ok(Response::from_parts(head, body.with_length(length)))
+    }
+}
+
+struct InFlight(Arc<Shared>);
+
+impl InFlight {
+    fn new(shared: Arc<Shared>) -> Self {
+        shared.in_flight.fetch_add(1, Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Relaxed);
+    }
+}

@@ -1,0 +1,165 @@
+//! What `/metrics` tells, in OpenMetrics text.
+
+use std::{
+    fmt::Write as _,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Duration,
+};
+
+use http::{Method, StatusCode};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+use starling_gossip::{Counters, Snapshot};
+
+use crate::MeshClient;
+
+/// Upper bounds in seconds, from half a millisecond.
+const BUCKETS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CallLabels {
+    service: String,
+    http_request_method: String,
+    http_response_status_code: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StatusLabel {
+    status: String,
+}
+
+type Durations = Family<CallLabels, Histogram, fn() -> Histogram>;
+
+/// Metrics of a node. Cheap to clone; each clone counts into the same.
+#[derive(Clone)]
+pub struct Metrics(Arc<Shared>);
+
+struct Shared {
+    registry: Mutex<Registry>,
+    server: Durations,
+    client: Durations,
+    members: Family<StatusLabel, Gauge>,
+    cert_expiry: Gauge,
+    in_flight: Gauge,
+    retries: Counter,
+    packets_refused: Counter,
+    records_refused: Counter,
+    /// 1 if the last reload was taken.
+    reload: Gauge,
+    /// Handles by label, newest first: a call looks through a few entries instead of hashing strings.
+    cache: Mutex<Vec<Cached>>,
+}
+
+struct Cached {
+    server: bool,
+    service: String,
+    method: Method,
+    status: StatusCode,
+    histogram: Histogram,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::default();
+        let histogram: fn() -> Histogram = || Histogram::new(BUCKETS);
+        let server = Durations::new_with_constructor(histogram);
+        let client = Durations::new_with_constructor(histogram);
+        registry.register("http_server_request_duration_seconds", "Calls served for other nodes", server.clone());
+        registry.register("http_client_request_duration_seconds", "Calls made into the mesh", client.clone());
+        let (members, cert_expiry, in_flight) = (Family::default(), Gauge::default(), Gauge::default());
+        registry.register("starling_members", "Members by status", Family::clone(&members));
+        registry.register("starling_cert_expiry_seconds", "Seconds until the certificate ends", cert_expiry.clone());
+        registry.register("starling_calls_in_flight", "Calls into the mesh that have no complete answer", in_flight.clone());
+        let retries = Counter::<u64, AtomicU64>::default();
+        registry.register("starling_retries", "Attempts beyond a call's first", retries.clone());
+        let (packets_refused, records_refused) = (Counter::default(), Counter::default());
+        registry.register("starling_gossip_packets_refused", "Gossip packets refused", Counter::clone(&packets_refused));
+        registry.register("starling_gossip_records_refused", "Node records refused", Counter::clone(&records_refused));
+        let reload = Gauge::default();
+        reload.set(1);
+        registry.register("starling_config_reload_success", "Whether the last reload was taken", Gauge::clone(&reload));
+        Self(Arc::new(Shared {
+            registry: Mutex::new(registry),
+            server,
+            client,
+            members,
+            cert_expiry,
+            in_flight,
+            retries,
+            packets_refused,
+            records_refused,
+            reload,
+            cache: Mutex::default(),
+        }))
+    }
+
+    /// Registers more metrics, for an edge.
+    pub fn register(&self, register: impl FnOnce(&mut Registry)) {
+        register(&mut self.0.registry.lock().unwrap_or_else(|e| e.into_inner()));
+    }
+
+    pub(crate) fn server_call(&self, service: &str, method: &Method, status: StatusCode, took: Duration) {
+        self.observe(true, service, method, status, took);
+    }
+
+    /// Counts a call into the mesh.
+    pub fn client_call(&self, service: &str, method: &Method, status: StatusCode, took: Duration) {
+        self.observe(false, service, method, status, took);
+    }
+
+    pub(crate) fn reloaded(&self, taken: bool) {
+        self.0.reload.set(i64::from(taken));
+    }
+
+    fn observe(&self, server: bool, service: &str, method: &Method, status: StatusCode, took: Duration) {
+        /// Bounds the memory that a caller can make us use with strange statuses.
+        const MAX_CACHED: usize = 1024;
+        let mut cache = self.0.cache.lock().unwrap_or_else(|e| e.into_inner());
+        let found = cache
+            .iter()
+            .find(|c| c.server == server && c.status == status && c.method == *method && c.service == service);
+        if let Some(cached) = found {
+            cached.histogram.observe(took.as_secs_f64());
+            return;
+        }
+        if cache.len() >= MAX_CACHED {
+            return;
+        }
+        let known = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS, Method::PATCH];
+        let labels = CallLabels {
+            service: service.to_string(),
+            http_request_method: if known.contains(method) { method.to_string() } else { "_OTHER".into() },
+            http_response_status_code: status.as_u16(),
+        };
+        let family = if server { &self.0.server } else { &self.0.client };
+        let histogram = family.get_or_create(&labels).clone();
+        histogram.observe(took.as_secs_f64());
+        cache.push(Cached { server, service: service.to_string(), method: method.clone(), status, histogram });
+    }
+
+    /// Everything, as text, with the gauges brought up to date.
+    pub(crate) fn text(&self, snapshot: &Snapshot, client: &MeshClient, gossip: Counters, cert_left: i64) -> String {
+        let shared = &self.0;
+        for status in ["alive", "suspect", "down", "left"] {
+            let count = snapshot.members.iter().filter(|m| crate::admin::status_of(m).as_str() == status).count();
+            shared.members.get_or_create(&StatusLabel { status: status.into() }).set(count as i64);
+        }
+        shared.cert_expiry.set(cert_left);
+        shared.in_flight.set(client.in_flight() as i64);
+        catch_up(&shared.retries, client.retries());
+        catch_up(&shared.packets_refused, gossip.packets_refused);
+        catch_up(&shared.records_refused, gossip.records_refused);
+        let mut text = String::new();
+        if encode(&mut text, &shared.registry.lock().unwrap_or_else(|e| e.into_inner())).is_err() {
+            let _ = writeln!(text, "# encoding failed");
+        }
+        text
+    }
+}
+
+fn catch_up(counter: &Counter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}

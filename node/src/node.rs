@@ -1,0 +1,668 @@
+//! A running node: composition of identity, gossip, endpoints, listeners and the admin API, and the order of its end.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, Snapshot};
+use starling_protocol::{
+    CloseCode, JoinToken, Name, NodeKind, Phase, ServiceRecord, ServiceState, TokenError, admin as json, alpn,
+};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Drain, MeshClient, Metrics,
+    admin::{self, ExtraRoutes, Subject},
+    config::Config,
+    endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, load_or_create_reset_key},
+    health,
+    identity::{
+        Identity, RecordCredentials,
+        admission::Admission,
+        authority::{Authority, SharedAuthority},
+        join::{Application, JoinError, join},
+        load_or_create_key, renewal, unix_now,
+    },
+    inbound::Inbound,
+    links::Links,
+    outbound::Outbound,
+    pool::Pool,
+    problem::pseudonym,
+    reuseport,
+    state::{StateDir, StateError, StateLock},
+    tls::{self, Peer},
+};
+
+/// How long peers get to take in that this node drains, before its connections say so.
+const DRAIN_GRACE: Duration = Duration::from_millis(300);
+/// How long the good-bye may take to leave the sockets.
+const LEAVE_GRACE: Duration = Duration::from_millis(300);
+/// A node that finds nobody is ready anyway after this long: what it serves itself can be called.
+const LONELY_READY: Duration = Duration::from_secs(5);
+/// How often seeds' names are resolved again.
+const RESOLVE_PERIOD: Duration = Duration::from_secs(10);
+
+/// Why a node does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Settings that make no sense together.
+    #[error("{key}: {problem}")]
+    Config {
+        /// Which.
+        key: String,
+        /// What to do.
+        problem: String,
+    },
+    /// No state directory.
+    #[error("no state directory; give --state DIR")]
+    NoState,
+    /// No identity and no way to get one.
+    #[error(
+        "{path} holds no identity, and there is no token to join with; give --token (see `starling token create`), or run \
+         `starling init` to make a new mesh"
+    )]
+    NoToken {
+        /// The directory.
+        path: String,
+    },
+    /// The token file.
+    #[error("cannot read the token file {path}")]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The join.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The certificate does not cover what the node is to serve.
+    #[error(
+        "the certificate of {name} does not grant service {service}; join again with --token from \
+         `starling token create --service {service}`"
+    )]
+    NotGranted {
+        /// The node.
+        name: Name,
+        /// The service.
+        service: Name,
+    },
+    /// The state directory belongs to a node of another name.
+    #[error("this state directory belongs to node {stored}; start it as --name {stored}, or give another --state")]
+    OtherName {
+        /// Whose it is.
+        stored: Name,
+    },
+    /// A file.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// An address.
+    #[error("cannot listen on {what} {addr}: {hint}")]
+    Bind {
+        /// What for.
+        what: &'static str,
+        /// Where.
+        addr: SocketAddr,
+        /// What to do.
+        hint: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    /// An address that cannot be listened on.
+    pub fn bind(what: &'static str, addr: SocketAddr, source: io::Error) -> Self {
+        let hint = match source.kind() {
+            io::ErrorKind::AddrInUse => "another process has the port; stop it or choose another port",
+            io::ErrorKind::AddrNotAvailable => "no interface of this host has the address",
+            io::ErrorKind::PermissionDenied => "not permitted; ports below 1024 need CAP_NET_BIND_SERVICE",
+            _ => "the system refused",
+        };
+        Self::Bind { what, addr, hint: hint.into(), source }
+    }
+}
+
+/// A running node. Dropping it does not stop it; [`Node::drain`] does.
+pub struct Node {
+    shared: Arc<Shared>,
+    worker: Worker,
+    endpoints: [MeshEndpoint; 2],
+    drain_asked: CancellationToken,
+    _lock: StateLock,
+}
+
+struct Shared {
+    identity: Arc<Identity>,
+    authority: SharedAuthority,
+    gossip: GossipHandle,
+    links: Links,
+    client: MeshClient,
+    inbound: Inbound,
+    metrics: Metrics,
+    drain: Drain,
+    drain_asked: CancellationToken,
+    generation: u64,
+    kind: NodeKind,
+    listen: SocketAddr,
+    advertise: SocketAddr,
+    outbound: Option<SocketAddr>,
+    started: Instant,
+    met_somebody: AtomicBool,
+    has_seeds: bool,
+    extra: Mutex<Extra>,
+}
+
+#[derive(Default)]
+struct Extra {
+    routes: Option<Arc<dyn ExtraRoutes>>,
+    reload: Option<Box<dyn Fn() -> Result<(), String> + Send>>,
+    reload_error: Option<String>,
+}
+
+impl Node {
+    /// Binds, joins if need be, and starts. Nothing of a join is spent before every address is bound.
+    pub async fn start(config: &Config, kind: NodeKind) -> Result<Self, StartError> {
+        if let Some((key, problem)) = config.problems().into_iter().next() {
+            return Err(StartError::Config { key, problem });
+        }
+        let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
+        let lock = state.lock()?;
+
+        let listen = config.node.listen;
+        let mut sockets =
+            reuseport::bind_group(listen, 2).map_err(|e| StartError::bind("the mesh port (UDP)", listen, e))?.into_iter();
+        let (Some(control_socket), Some(worker_socket)) = (sockets.next(), sockets.next()) else {
+            return Err(StartError::bind("the mesh port (UDP)", listen, io::ErrorKind::Other.into()));
+        };
+        let bound = control_socket.local_addr().map_err(|e| StartError::bind("the mesh port (UDP)", listen, e))?;
+        let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
+        let outbound_listener = config.outbound.listen.map(|addr| bind_tcp("the outbound port", addr)).transpose()?;
+        let upstream_listeners = config
+            .upstream
+            .iter()
+            .map(|u| Ok((u.service.clone(), bind_tcp("an upstream port", u.listen)?)))
+            .collect::<Result<Vec<_>, StartError>>()?;
+        let advertise = advertised(config, bound);
+
+        let authority = Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl)));
+        let (identity, peers_told) = establish_identity(config, kind, &state, &authority).await?;
+        // A join may just have made this node an issuer.
+        let authority = match authority {
+            Some(authority) => Some(authority),
+            None => Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl))),
+        };
+        let identity = Arc::new(identity);
+        let generation = next_generation(&state)?;
+        let reset_key = load_or_create_reset_key(&state)?;
+        let io_error = |e| StartError::bind("the mesh port (UDP)", listen, e);
+
+        let control = MeshEndpoint::new(control_socket, CONTROL, &identity, &reset_key).map_err(io_error)?;
+        let worker = Worker::start();
+        let worker_endpoint = {
+            let _runtime = worker.handle.enter();
+            MeshEndpoint::new(worker_socket, FIRST_WORKER, &identity, &reset_key).map_err(io_error)?
+        };
+
+        let me = Ident { id: identity.id(), addr: advertise, generation };
+        let mut remembered = remembered_peers(&state);
+        remembered.extend(peers_told);
+        let gossip = Gossip::new(
+            me,
+            announcement(config, kind, &identity, &authority),
+            Box::new(RecordCredentials(identity.clone())),
+            remembered,
+            &starling_gossip::Config::default(),
+            (Instant::now(), unix_now()),
+        );
+        let (gossip, outgoing) = starling_gossip::spawn(gossip);
+        let links = Links::new(identity.clone(), control.clone(), gossip.clone());
+        tokio::spawn(links.clone().run(outgoing, state.clone()));
+
+        let metrics = Metrics::new();
+        let own = pseudonym(identity.name());
+        let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
+        let client = MeshClient::new(gossip.watch(), pool, config.node.zone.clone(), own.clone());
+        let inbound = Inbound::new(&config.service, own, metrics.clone());
+        let drain = Drain::default();
+        let drain_asked = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            authority: authority.clone(),
+            gossip: gossip.clone(),
+            links: links.clone(),
+            client: client.clone(),
+            inbound: inbound.clone(),
+            metrics: metrics.clone(),
+            drain: drain.clone(),
+            drain_asked: drain_asked.clone(),
+            generation,
+            kind,
+            listen: bound,
+            advertise,
+            outbound: outbound_listener.as_ref().and_then(|l| l.local_addr().ok()),
+            started: Instant::now(),
+            met_somebody: AtomicBool::new(false),
+            has_seeds: !config.node.seeds.is_empty(),
+            extra: Mutex::default(),
+            identity: identity.clone(),
+        });
+
+        let admission = Admission { identity, authority, gossip: gossip.clone(), endpoint: control.clone() };
+        let doors = Doors { shared: shared.clone(), admission: admission.clone() };
+        tokio::spawn(doors.clone().accept(control.listening.clone()));
+        worker.handle.spawn(doors.accept(worker_endpoint.listening.clone()));
+        tokio::spawn(renewal::run(admission, state.clone()));
+        tokio::spawn(resolve_seeds(config.node.seeds.clone(), gossip.clone()));
+        tokio::spawn(keep_house(shared.clone()));
+        health::spawn(&config.service, &gossip);
+
+        let admin_listener = tokio_listener(admin_listener).map_err(|e| StartError::bind("the admin API", config.admin.listen, e))?;
+        tokio::spawn(admin::serve_tcp(admin_listener, shared.clone()));
+        let (socket, subject) = (state.path().join("admin.sock"), shared.clone());
+        tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
+
+        let outbound = outbound_listener.map(|listener| (None, listener));
+        for (service, listener) in outbound.into_iter().chain(upstream_listeners.into_iter().map(|(s, l)| (Some(s), l))) {
+            let door = Outbound { client: client.clone(), service, metrics: metrics.clone() };
+            let of = drain.clone();
+            worker.handle.spawn(async move {
+                match tokio_listener(listener) {
+                    Ok(listener) => door.serve(listener, of).await,
+                    Err(error) => tracing::error!(%error, "an outbound port"),
+                }
+            });
+        }
+        Ok(Self { shared, worker, endpoints: [control, worker_endpoint], drain_asked, _lock: lock })
+    }
+
+    /// Calls services from within this process, on the worker's thread.
+    pub fn client(&self) -> &MeshClient {
+        &self.shared.client
+    }
+
+    /// The thread that carries calls: listeners of an edge run there too.
+    pub fn worker(&self) -> &tokio::runtime::Handle {
+        &self.worker.handle
+    }
+
+    /// What listeners of an edge must take part in.
+    pub fn drain_signal(&self) -> &Drain {
+        &self.shared.drain
+    }
+
+    /// Where metrics are counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Name of the node.
+    pub fn name(&self) -> &Name {
+        self.shared.identity.name()
+    }
+
+    /// Address of the mesh port.
+    pub fn listen(&self) -> SocketAddr {
+        self.shared.listen
+    }
+
+    /// Adds an edge's routes to the admin API.
+    pub fn set_admin_routes(&self, routes: Arc<dyn ExtraRoutes>) {
+        self.shared.extra().routes = Some(routes);
+    }
+
+    /// Says what a reload does.
+    pub fn set_reload(&self, reload: impl Fn() -> Result<(), String> + Send + 'static) {
+        self.shared.extra().reload = Some(Box::new(reload));
+    }
+
+    /// Reloads the configuration; on an error the old one stays.
+    pub fn reload(&self) -> Result<(), String> {
+        self.shared.reload()
+    }
+
+    /// Resolves when the admin API was asked to drain. Cancel safe.
+    pub async fn drain_asked(&self) {
+        self.drain_asked.cancelled().await;
+    }
+
+    /// Goes away in order: not ready, record says draining, grace, GOAWAY, calls finish or are cut, good-bye, close.
+    /// Returns whether every call finished by itself.
+    pub async fn drain(&self, patience: Duration) -> bool {
+        let shared = &self.shared;
+        self.drain_asked.cancel();
+        shared.gossip.announce(|a| a.phase = Phase::Draining).await;
+        tokio::time::sleep(DRAIN_GRACE).await;
+        let finished = shared.drain.finish(patience).await;
+        shared.gossip.leave().await;
+        tokio::time::sleep(LEAVE_GRACE).await;
+        for endpoint in &self.endpoints {
+            endpoint.close().await;
+        }
+        self.worker.stop.cancel();
+        finished
+    }
+}
+
+/// The data-plane thread with its runtime.
+struct Worker {
+    handle: tokio::runtime::Handle,
+    stop: CancellationToken,
+}
+
+impl Worker {
+    fn start() -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("the system has resources for an event loop");
+        let handle = runtime.handle().clone();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        std::thread::Builder::new()
+            .name("worker-0".into())
+            .spawn(move || runtime.block_on(stopped.cancelled()))
+            .expect("the system has resources for a thread");
+        Self { handle, stop }
+    }
+}
+
+/// Takes connections on the mesh port and leads each to its protocol.
+#[derive(Clone)]
+struct Doors {
+    shared: Arc<Shared>,
+    admission: Admission,
+}
+
+impl Doors {
+    async fn accept(self, endpoint: quinn::Endpoint) {
+        while let Some(incoming) = endpoint.accept().await {
+            let doors = self.clone();
+            tokio::spawn(async move {
+                match incoming.await {
+                    Ok(connection) => doors.lead(connection).await,
+                    Err(error) => tracing::debug!(%error, "handshake"),
+                }
+            });
+        }
+    }
+
+    async fn lead(self, connection: quinn::Connection) {
+        let protocol = tls::protocol_of(&connection).unwrap_or_default();
+        if protocol == alpn::JOIN {
+            return self.admission.serve(connection).await;
+        }
+        let peer = match Peer::of(&connection, &self.shared.identity) {
+            Ok(peer) => peer,
+            Err(error) => {
+                tracing::info!(from = %connection.remote_address(), %error, "refused a connection");
+                return connection.close((CloseCode::Unauthenticated as u32).into(), b"certificate required");
+            }
+        };
+        let drain = self.shared.drain.clone();
+        if protocol == alpn::CALLS {
+            let inbound = self.shared.inbound.clone();
+            let _ = drain.clone().spawn(inbound.serve(connection, peer, drain)).await;
+        } else {
+            self.shared.links.clone().accept(connection, peer).await;
+        }
+    }
+}
+
+impl Shared {
+    fn extra(&self) -> std::sync::MutexGuard<'_, Extra> {
+        self.extra.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn phase(&self) -> &'static str {
+        match () {
+            () if self.drain_asked.is_cancelled() => "draining",
+            () if self.is_ready() => "ready",
+            () => "starting",
+        }
+    }
+}
+
+impl Subject for Shared {
+    fn snapshot(&self) -> Arc<Snapshot> {
+        self.gossip.snapshot()
+    }
+
+    fn client(&self) -> &MeshClient {
+        &self.client
+    }
+
+    fn is_ready(&self) -> bool {
+        let settled = !self.has_seeds || self.met_somebody.load(Relaxed) || self.started.elapsed() > LONELY_READY;
+        settled && !self.drain_asked.is_cancelled()
+    }
+
+    fn status(&self) -> json::Status {
+        let snapshot = self.snapshot();
+        let live: Vec<_> = snapshot.members.iter().filter(|m| m.is_live()).collect();
+        let ends = live.iter().filter_map(|m| m.record.as_ref()).map(|r| r.cert_expires).min().unwrap_or_default();
+        json::Status {
+            name: self.identity.name().clone(),
+            id: self.identity.id().to_string(),
+            mesh: self.identity.mesh().to_string(),
+            spiffe_id: self.identity.mesh().spiffe_id(self.identity.name()),
+            kind: self.kind,
+            version: env!("CARGO_PKG_VERSION").into(),
+            phase: self.phase().into(),
+            listen: self.listen,
+            advertise: self.advertise,
+            outbound: self.outbound,
+            generation: snapshot.me().map_or(self.generation, |m| m.generation),
+            uptime_s: self.started.elapsed().as_secs(),
+            cert_expires: admin::rfc3339(self.identity.validity().1),
+            issuer: self.authority.is_some(),
+            members_alive: live.len(),
+            members: snapshot.members.len(),
+            issuers_alive: live.iter().filter(|m| m.record.as_ref().is_some_and(|r| r.issuer.is_some())).count(),
+            first_cert_expires: admin::rfc3339(ends),
+            in_flight: self.client.in_flight() + self.inbound.in_flight(),
+            unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
+            reload_error: self.extra().reload_error.clone(),
+        }
+    }
+
+    async fn metrics(&self) -> String {
+        let left = self.identity.validity().1 as i64 - unix_now() as i64;
+        let counters = self.gossip.counters().await;
+        self.metrics.text(&self.snapshot(), &self.client, counters, left)
+    }
+
+    fn drain(&self) {
+        self.drain_asked.cancel();
+    }
+
+    fn reload(&self) -> Result<(), String> {
+        let mut extra = self.extra();
+        let outcome = extra.reload.as_ref().map_or(Ok(()), |reload| reload());
+        self.metrics.reloaded(outcome.is_ok());
+        extra.reload_error = outcome.clone().err();
+        match &outcome {
+            Ok(()) => tracing::info!("configuration reloaded"),
+            Err(error) => tracing::error!(error, "configuration not reloaded; the old one stays"),
+        }
+        outcome
+    }
+
+    fn extra(&self) -> Option<Arc<dyn ExtraRoutes>> {
+        Shared::extra(self).routes.clone()
+    }
+}
+
+fn bind_tcp(what: &'static str, addr: SocketAddr) -> Result<std::net::TcpListener, StartError> {
+    let listener = std::net::TcpListener::bind(addr).map_err(|e| StartError::bind(what, addr, e))?;
+    listener.set_nonblocking(true).map_err(|e| StartError::bind(what, addr, e))?;
+    Ok(listener)
+}
+
+fn tokio_listener(listener: std::net::TcpListener) -> io::Result<TcpListener> {
+    TcpListener::from_std(listener)
+}
+
+/// The address that others are told: as configured, or as bound, or the one that this host uses towards its seeds.
+fn advertised(config: &Config, bound: SocketAddr) -> SocketAddr {
+    if let Some(advertise) = config.node.advertise {
+        return advertise;
+    }
+    if !bound.ip().is_unspecified() {
+        return bound;
+    }
+    // Connecting a UDP socket sends nothing; it only asks for the route. The fallback is a documentation address.
+    let towards = config.node.seeds.first().map_or("192.0.2.1:7400", String::as_str);
+    let local = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|s| {
+        s.connect(towards)?;
+        s.local_addr()
+    });
+    let ip = local.map_or_else(|_| std::net::Ipv4Addr::LOCALHOST.into(), |addr| addr.ip());
+    SocketAddr::new(ip, bound.port())
+}
+
+/// The stored identity, or one that the local issuer gives, or one for the token; and addresses that the mesh told.
+async fn establish_identity(
+    config: &Config,
+    kind: NodeKind,
+    state: &StateDir,
+    authority: &SharedAuthority,
+) -> Result<(Identity, Vec<SocketAddr>), StartError> {
+    let provider = crate::identity::crypto_provider();
+    let services: Vec<Name> = config.service.iter().map(|s| s.name.clone()).collect();
+    let missing = |identity: &Identity| services.iter().find(|s| !identity.services().contains(s)).cloned();
+    let stored = Identity::load(state, provider.clone())?;
+    if let Some(stored) = &stored
+        && config.node.name.as_ref().is_some_and(|name| name != stored.name())
+    {
+        return Err(StartError::OtherName { stored: stored.name().clone() });
+    }
+    let token = read_token(config)?;
+    let is_fresh = |identity: &Identity| {
+        // A certificate past its end and its grace cannot renew itself.
+        unix_now() < identity.validity().1.saturating_add(tls::EXPIRED_GRACE.as_secs())
+    };
+    match stored {
+        Some(stored) if missing(&stored).is_none() && is_fresh(&stored) && authority.is_none() => {
+            return Ok((stored, Vec::new()));
+        }
+        Some(stored) if authority.is_none() && token.is_none() => {
+            if let Some(service) = missing(&stored) {
+                return Err(StartError::NotGranted { name: stored.name().clone(), service });
+            }
+            return Ok((stored, Vec::new()));
+        }
+        _ => {}
+    }
+    let name = config.node.name.clone().unwrap_or_else(default_name);
+    if let Some(authority) = authority {
+        let key = load_or_create_key(state)?;
+        let issued = authority.self_issue(&name, &services, &key).map_err(JoinError::from)?;
+        let (chain, root) = issued;
+        return Ok((Identity::establish(state, key, chain, vec![root], provider)?, Vec::new()));
+    }
+    let token = token.ok_or_else(|| StartError::NoToken { path: state.path().display().to_string() })?;
+    if kind == NodeKind::Edge && !token.claims.grants.edge {
+        return Err(JoinError::from(starling_protocol::Refusal::NotGranted("an edge (--edge)".into())).into());
+    }
+    let application = Application { token: &token, name: &name, services: &services, seeds: &config.node.seeds };
+    Ok(join(state, &application, provider).await?)
+}
+
+fn read_token(config: &Config) -> Result<Option<JoinToken>, StartError> {
+    let text = match (&config.node.token, &config.node.token_file) {
+        (Some(token), _) => token.clone(),
+        (None, Some(path)) => match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            // It is for the first start only, and may be gone by the second.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && has_identity(config) => return Ok(None),
+            Err(source) => return Err(StartError::TokenFile { path: path.clone(), source }),
+        },
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(text.parse()?))
+}
+
+fn has_identity(config: &Config) -> bool {
+    config.node.state.as_ref().is_some_and(|state| state.join("identity/chain.pem").exists())
+}
+
+/// First label of the host name, as far as it can be a name.
+fn default_name() -> Name {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let label = host.trim().split('.').next().unwrap_or_default().to_ascii_lowercase();
+    label.parse().unwrap_or_else(|_| "node".parse().expect("a valid name"))
+}
+
+/// Higher than in any former life, also when the clock was set back; stored before anything is sent.
+fn next_generation(state: &StateDir) -> Result<u64, StateError> {
+    let last: u64 = state.read_text("generation")?.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let next = unix_now().max(last + 1);
+    state.write("generation", next.to_string().as_bytes())?;
+    Ok(next)
+}
+
+fn remembered_peers(state: &StateDir) -> Vec<SocketAddr> {
+    // A damaged list costs nothing but the way back through former peers.
+    let bytes = state.read("peers.json").ok().flatten();
+    bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+fn announcement(config: &Config, kind: NodeKind, identity: &Identity, authority: &SharedAuthority) -> Announcement {
+    Announcement {
+        name: identity.name().clone(),
+        kind,
+        zone: config.node.zone.clone(),
+        issuer: authority.as_ref().map(|a| a.id()),
+        services: config
+            .service
+            .iter()
+            .map(|s| ServiceRecord {
+                name: s.name.clone(),
+                version: s.version.clone(),
+                protocol: s.protocol.0,
+                weight: s.weight,
+                state: ServiceState::Up,
+            })
+            .collect(),
+        phase: Phase::Up,
+        cert_expires: identity.validity().1,
+    }
+}
+
+async fn resolve_seeds(seeds: Vec<String>, gossip: GossipHandle) {
+    loop {
+        let mut resolved = Vec::new();
+        for seed in &seeds {
+            match tokio::net::lookup_host(seed).await {
+                Ok(addrs) => resolved.extend(addrs),
+                Err(error) => tracing::warn!(seed, %error, "cannot resolve a seed; trying again"),
+            }
+        }
+        gossip.set_seeds(resolved).await;
+        tokio::time::sleep(RESOLVE_PERIOD).await;
+    }
+}
+
+async fn keep_house(shared: Arc<Shared>) {
+    let mut watch = shared.gossip.watch();
+    while watch.changed().await.is_ok() {
+        let snapshot = watch.borrow_and_update().clone();
+        if snapshot.members.iter().any(|m| !m.is_self && m.is_live()) {
+            shared.met_somebody.store(true, Relaxed);
+        }
+        shared.client.forget_strangers();
+    }
+}

@@ -1,0 +1,247 @@
+//! Commands and flags: the contract with users.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use starling_protocol::{MeshName, Name};
+
+/// A service mesh and API edge without a control plane: QUIC and HTTP/3 between nodes, gossip for discovery.
+#[derive(Debug, Parser)]
+#[command(name = "starling", version, about, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole mesh on this machine: nodes, services and an edge
+    Demo(DemoArgs),
+    /// A sample service for the demo
+    #[command(hide = true)]
+    Sample(SampleArgs),
+    /// Make a mesh: its root and its first issuer
+    Init(InitArgs),
+    /// Join tokens
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Run a node beside a service
+    Node(Box<NodeArgs>),
+    /// Run an edge: a node with public listeners
+    Edge(EdgeArgs),
+    /// Members as a node sees them
+    Members(MembersArgs),
+    /// Services by version, with their instances
+    Services(ClientArgs),
+    /// One node's own state
+    Status(ClientArgs),
+    /// Finish what is under way and leave
+    Drain(ClientArgs),
+    /// Leave for good: the mesh will show the node as left, not down
+    Leave(ClientArgs),
+    /// API keys of an edge
+    Keys {
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
+    /// Validate a configuration without running it
+    Check(CheckArgs),
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Make the calls, kill a node under load, and print ok or FAIL a line
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// How many nodes serve the sample services
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
+    pub(crate) nodes: u8,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SampleArgs {
+    #[arg(long)]
+    pub(crate) listen: SocketAddr,
+    #[arg(long)]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InitArgs {
+    /// Directory for the root and the issuer
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: PathBuf,
+    /// Name of the mesh
+    #[arg(long)]
+    pub(crate) mesh: MeshName,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a join token; whoever holds it can join
+    Create(TokenArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenArgs {
+    /// Directory of the issuer
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: PathBuf,
+    /// Service that the node may serve; may be repeated
+    #[arg(long = "service", value_name = "NAME")]
+    pub(crate) services: Vec<Name>,
+    /// The node may be an edge
+    #[arg(long)]
+    pub(crate) edge: bool,
+    /// The node may admit others
+    #[arg(long)]
+    pub(crate) issuer: bool,
+    /// Where to join; may be repeated
+    #[arg(long = "seed", value_name = "HOST:PORT")]
+    pub(crate) seeds: Vec<String>,
+    /// How long the token is good
+    #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
+    pub(crate) ttl: Duration,
+    /// How many nodes may join with it
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) uses: u32,
+}
+
+/// Every one of these can stand in the file too; flags win over the environment, which wins over the file.
+#[derive(Debug, Args)]
+pub(crate) struct NodeArgs {
+    /// Configuration file (TOML)
+    #[arg(long, env = "STARLING_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    /// State directory
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: Option<PathBuf>,
+    /// Name in the mesh
+    #[arg(long, env = "STARLING_NAME")]
+    pub(crate) name: Option<Name>,
+    /// UDP address of the mesh port
+    #[arg(long, env = "STARLING_LISTEN", value_name = "IP:PORT")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Address told to others
+    #[arg(long, env = "STARLING_ADVERTISE", value_name = "IP:PORT")]
+    pub(crate) advertise: Option<SocketAddr>,
+    /// Where to look for the mesh; may be repeated
+    #[arg(long = "seed", env = "STARLING_SEED", value_name = "HOST:PORT", value_delimiter = ',')]
+    pub(crate) seeds: Vec<String>,
+    /// Join token, for the first start
+    #[arg(long, env = "STARLING_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// File with the join token
+    #[arg(long, env = "STARLING_TOKEN_FILE", value_name = "F")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Where this node stands
+    #[arg(long, env = "STARLING_ZONE", value_name = "Z")]
+    pub(crate) zone: Option<String>,
+    /// NAME=IP:PORT[,version=V][,protocol=http1|h2c]; may be repeated
+    #[arg(long = "service", value_name = "NAME=IP:PORT", value_parser = crate::commands::node::parse_service)]
+    pub(crate) services: Vec<starling_node::config::ServiceConfig>,
+    /// TCP address of the outbound listener
+    #[arg(long, env = "STARLING_OUTBOUND", value_name = "IP:PORT")]
+    pub(crate) outbound: Option<SocketAddr>,
+    /// SERVICE=IP:PORT, a local port that leads to a service; may be repeated
+    #[arg(long = "upstream", value_name = "SERVICE=IP:PORT", value_parser = crate::commands::node::parse_upstream)]
+    pub(crate) upstreams: Vec<starling_node::config::UpstreamConfig>,
+    /// TCP address of the admin API
+    #[arg(long, env = "STARLING_ADMIN_LISTEN", value_name = "IP:PORT")]
+    pub(crate) admin: Option<SocketAddr>,
+    /// Data-plane threads; this version has one
+    #[arg(long, env = "STARLING_WORKERS", value_name = "N")]
+    pub(crate) workers: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EdgeArgs {
+    /// Configuration file (TOML)
+    #[arg(long, env = "STARLING_CONFIG")]
+    pub(crate) config: PathBuf,
+    /// Join token, for the first start
+    #[arg(long, env = "STARLING_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ClientArgs {
+    /// The node to ask: URL of its admin API, or path of its admin.sock
+    #[arg(long, env = "STARLING_ADMIN", default_value = "http://127.0.0.1:7402", value_name = "URL|SOCKET")]
+    pub(crate) admin: String,
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    Table,
+    Wide,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MembersArgs {
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    /// Only members whose status matches this regular expression
+    #[arg(long, value_name = "RE")]
+    pub(crate) status: Option<regex::Regex>,
+    /// Only members that serve this service
+    #[arg(long, value_name = "NAME")]
+    pub(crate) service: Option<Name>,
+    /// Print again at each change
+    #[arg(long)]
+    pub(crate) watch: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Make a key; it is shown once
+    Create {
+        /// Whom it is for
+        #[arg(long)]
+        consumer: String,
+        /// Plan, if not the route's
+        #[arg(long)]
+        plan: Option<String>,
+        #[command(flatten)]
+        target: KeysTarget,
+    },
+    /// List keys, without their secrets
+    List {
+        #[command(flatten)]
+        target: KeysTarget,
+    },
+    /// Revoke a key, at once
+    Revoke {
+        /// Public part of the key
+        id: String,
+        #[command(flatten)]
+        target: KeysTarget,
+    },
+}
+
+/// A running edge by its admin API, or the state directory of one that may be stopped.
+#[derive(Debug, Args)]
+pub(crate) struct KeysTarget {
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    /// State directory of the edge, instead of its admin API
+    #[arg(long)]
+    pub(crate) state: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The configuration file
+    pub(crate) file: PathBuf,
+}

@@ -1,0 +1,20 @@
+//! One module per command.
+
+pub(crate) mod check;
+pub(crate) mod demo;
+pub(crate) mod drain;
+pub(crate) mod edge;
+pub(crate) mod init;
+pub(crate) mod keys;
+pub(crate) mod members;
+pub(crate) mod node;
+pub(crate) mod sample;
+pub(crate) mod services;
+pub(crate) mod status;
+pub(crate) mod token;
+
+/// `starling completions`
+pub(crate) fn completions(shell: clap_complete::Shell) {
+    use clap::CommandFactory;
+    clap_complete::generate(shell, &mut crate::args::Cli::command(), "starling", &mut std::io::stdout());
+}

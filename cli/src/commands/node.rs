@@ -1,0 +1,137 @@
+//! `starling node`
+
+use std::{net::SocketAddr, time::Duration};
+
+use starling_node::{
+    Node,
+    config::{self, CheckedProtocol, Config, ServiceConfig, UpstreamConfig},
+};
+use starling_protocol::NodeKind;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{Failure, args::NodeArgs, logging};
+
+pub(crate) async fn run(args: &NodeArgs) -> Result<(), Failure> {
+    logging::start();
+    follow_parent();
+    let config = configuration(args)?;
+    let patience = config.node.drain_timeout;
+    let node = Node::start(&config, NodeKind::Node).await?;
+    tracing::info!(name = %node.name(), mesh_port = %node.listen(), admin = %config.admin.listen, "node is up");
+    until_done(&node, patience).await
+}
+
+/// Serves until a signal or the admin API ends it: SIGTERM and SIGINT drain, a second one exits now, SIGHUP reloads.
+pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Failure> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            _ = term.recv() => break,
+            _ = interrupt.recv() => break,
+            () = node.drain_asked() => break,
+            _ = hang_up.recv() => {
+                // Says itself in the log how it went.
+                let _ = node.reload();
+            }
+        }
+    }
+    tracing::info!("draining; a second signal exits now");
+    tokio::select! {
+        finished = node.drain(patience) => {
+            tracing::info!(finished, "left the mesh");
+            Ok(())
+        }
+        _ = term.recv() => Err(Failure::failed("exiting before the drain was done")),
+        _ = interrupt.recv() => Err(Failure::failed("exiting before the drain was done")),
+    }
+}
+
+/// Ends with the process that started this one, if that one asks for it: a demo that is killed leaves nothing behind.
+pub(crate) fn follow_parent() {
+    if std::env::var_os("STARLING_EXIT_WITH_PARENT").is_some() {
+        let signal = Some(rustix::process::Signal::KILL);
+        if let Err(error) = rustix::process::set_parent_process_death_signal(signal) {
+            tracing::warn!(%error, "cannot follow the parent process");
+        }
+    }
+}
+
+/// File, then environment and flags.
+fn configuration(args: &NodeArgs) -> Result<Config, Failure> {
+    let mut config = match &args.config {
+        Some(path) => {
+            let text = read_file(path)?;
+            let (config, problems) = config::read::<Config>(&text);
+            match config {
+                Some(config) => config,
+                None => return Err(Failure::failed(super::check::render(path, &problems))),
+            }
+        }
+        None => Config::default(),
+    };
+    let node = &mut config.node;
+    macro_rules! override_with {
+        ($($field:ident),*) => { $( if args.$field.is_some() { node.$field.clone_from(&args.$field); } )* };
+    }
+    override_with!(state, name, advertise, token, token_file);
+    node.listen = args.listen.unwrap_or(node.listen);
+    node.workers = args.workers.unwrap_or(node.workers);
+    if let Some(zone) = &args.zone {
+        node.zone.clone_from(zone);
+    }
+    if !args.seeds.is_empty() {
+        node.seeds.clone_from(&args.seeds);
+    }
+    if !args.services.is_empty() {
+        config.service.clone_from(&args.services);
+    }
+    if !args.upstreams.is_empty() {
+        config.upstream.clone_from(&args.upstreams);
+    }
+    config.outbound.listen = args.outbound.or(config.outbound.listen);
+    config.admin.listen = args.admin.unwrap_or(config.admin.listen);
+    Ok(config)
+}
+
+pub(crate) fn read_file(path: &std::path::Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path).map_err(|e| Failure::failed(format!("cannot read {}: {e}", path.display())))
+}
+
+/// `NAME=IP:PORT[,version=V][,protocol=P]`
+pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
+    let (name, rest) = text.split_once('=').ok_or("use NAME=IP:PORT[,version=V][,protocol=http1|h2c]")?;
+    let mut parts = rest.split(',');
+    let mut service = ServiceConfig {
+        name: name.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?,
+        addr: parse_addr(parts.next().unwrap_or_default())?,
+        protocol: CheckedProtocol::default(),
+        version: String::new(),
+        weight: 100,
+        health: None,
+        allow_remote: false,
+    };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("version", version)) => service.version = version.to_string(),
+            Some(("protocol", protocol)) => service.protocol = CheckedProtocol(protocol.parse()?),
+            _ => return Err(format!("unknown part {part:?}; use version=V or protocol=http1|h2c")),
+        }
+    }
+    Ok(service)
+}
+
+/// `SERVICE=IP:PORT`
+pub(crate) fn parse_upstream(text: &str) -> Result<UpstreamConfig, String> {
+    let (service, addr) = text.split_once('=').ok_or("use SERVICE=IP:PORT")?;
+    Ok(UpstreamConfig {
+        service: service.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?,
+        listen: parse_addr(addr)?,
+        protocol: CheckedProtocol::default(),
+    })
+}
+
+fn parse_addr(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not IP:PORT"))
+}

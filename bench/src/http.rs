@@ -17,7 +17,10 @@ pub(crate) fn get(server: SocketAddr, host: &str, path: &str) -> Result<Vec<u8>>
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").as_bytes())?;
     let mut answer = Vec::new();
-    stream.take(MAX_ANSWER_BYTES).read_to_end(&mut answer).with_context(|| format!("read from {server}"))?;
+    stream
+        .take(MAX_ANSWER_BYTES)
+        .read_to_end(&mut answer)
+        .with_context(|| format!("read from {server} until it closes"))?;
     let line = answer.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
     ensure!(line.split(' ').nth(1) == Some("200"), "{server}{path} answered {line:?}");

@@ -1,1 +1,22 @@
-//! edge
+//! The public side: listeners for HTTP/1.1, 2 and 3, and one policy for all of them: authentication, rate limits, versions
+//! and routes into the mesh.
+//!
+//! [`Edge::start`] runs a node with public listeners; `gateway` is the way of a request. An edge never picks an instance and
+//! holds no mesh socket: it hands each call to the node's mesh client.
+
+mod access_log;
+mod api_key;
+mod certificates;
+mod config;
+mod edge;
+mod gateway;
+mod jwt;
+mod key_file;
+mod listener;
+mod rate;
+mod route;
+mod version;
+
+pub use config::EdgeSections;
+pub use edge::{Edge, EdgeError, read_config};
+pub use key_file::{KeyError, KeyFile};

@@ -112,7 +112,7 @@ impl Body {
     }
 
     /// Holds the body to a length: more or fewer bytes become an error (RFC 9110 §8.6).
-    pub(crate) fn with_length(mut self, promised: Option<u64>) -> Self {
+    pub fn with_length(mut self, promised: Option<u64>) -> Self {
         self.length = promised.map(|promised| Length { promised, seen: 0 });
         self
     }

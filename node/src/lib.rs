@@ -29,6 +29,7 @@ mod tls;
 
 pub mod config;
 pub mod h3_server;
+pub mod http_server;
 pub mod message;
 
 pub use admin::ExtraRoutes;

@@ -1,33 +1,21 @@
 //! The doors for the local application: the outbound listener, which routes by host name, and a port for each upstream.
 
-use std::{
-    net::SocketAddr,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use http::{Request, Response, StatusCode};
-use hyper::service::service_fn;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
-};
 use starling_protocol::{Name, service_of_host};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
     Body, Call, Drain, MeshClient, Problem, ProxyError,
+    http_server::{self, Limits},
     message::{self, Origin},
     metrics::Metrics,
     problem::is_grpc,
 };
 
-/// How long a request's head may take to arrive.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest head, in bytes.
-const MAX_HEAD_BYTES: usize = 64 << 10;
-/// Streams on one HTTP/2 connection of the application.
-const MAX_STREAMS: u32 = 1024;
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// The application is trusted with more than the internet.
+const LIMITS: Limits = Limits { max_streams: 1024, stream_window_bytes: 1 << 20 };
 /// Time for a call.
 pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -46,9 +34,9 @@ impl Outbound {
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, from)) => {
+                    Ok((stream, _)) => {
                         let (door, of) = (self.clone(), drain.clone());
-                        drain.spawn(async move { door.serve_connection(stream, from, of).await });
+                        drain.spawn(async move { door.serve_connection(stream, of).await });
                     }
                     // Out of descriptors, most likely: wait for some to come back.
                     Err(error) => {
@@ -61,41 +49,13 @@ impl Outbound {
         }
     }
 
-    async fn serve_connection(self, stream: TcpStream, from: SocketAddr, drain: Drain) {
+    async fn serve_connection(self, stream: TcpStream, drain: Drain) {
         let _ = stream.set_nodelay(true);
-        let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+        http_server::serve(stream, LIMITS, drain, move |request| {
             let door = self.clone();
-            async move { Ok::<_, std::convert::Infallible>(door.answer(request.map(Body::from)).await) }
-        });
-        let mut builder = auto::Builder::new(TokioExecutor::new());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
-            .max_buf_size(MAX_HEAD_BYTES)
-            .max_headers(message::MAX_FIELDS);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MAX_STREAMS)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(STREAM_WINDOW_BYTES * 8)
-            .max_header_list_size(MAX_HEAD_BYTES as u32);
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
-        tokio::pin!(connection);
-        let served = tokio::select! {
-            served = connection.as_mut() => served,
-            () = drain.draining() => {
-                connection.as_mut().graceful_shutdown();
-                tokio::select! {
-                    served = connection.as_mut() => served,
-                    () = drain.closing() => return,
-                }
-            }
-        };
-        if let Err(error) = served {
-            tracing::debug!(%from, %error, "connection of an application");
-        }
+            async move { door.answer(request).await }
+        })
+        .await;
     }
 
     async fn answer(&self, request: Request<Body>) -> Response<Body> {
@@ -125,7 +85,8 @@ impl Outbound {
                 })?
             }
         };
-        *called = Some(service.clone());
+        // Only names that the mesh knows become labels of metrics.
+        *called = self.client.snapshot().instances(&service).is_some().then(|| service.clone());
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service, version: None, request, timeout: DEFAULT_TIMEOUT };
         Ok(self.client.call(call).await?)

@@ -18,18 +18,21 @@ pub(crate) fn run(args: &CheckArgs) -> Result<(), Failure> {
     Err(Failure::check())
 }
 
+/// An edge's file is told from a node's by its public sections.
 fn problems(text: &str) -> Vec<Diagnostic> {
-    let (config, found) = config::read::<Config>(text);
-    let Some(config) = config else { return found };
-    located(text, config.problems())
-}
-
-/// Problems of a file that parses, with their lines.
-pub(crate) fn located(text: &str, problems: Vec<(String, String)>) -> Vec<Diagnostic> {
-    problems
-        .into_iter()
-        .map(|(key, what)| Diagnostic { line: config::line_of(text, &key), problem: format!("{key}: {what}") })
-        .collect()
+    if text.lines().any(|line| line.trim() == "[edge]") {
+        return starling_edge::read_config(text).1;
+    }
+    match config::read::<Config>(text) {
+        (Some(config), _) => {
+            let located = |(key, what): (String, String)| Diagnostic {
+                line: config::line_of(text, &key),
+                problem: format!("{key}: {what}"),
+            };
+            config.problems().into_iter().map(located).collect()
+        }
+        (None, found) => found,
+    }
 }
 
 /// `file:line: problem`, one a line.

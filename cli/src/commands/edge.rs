@@ -1,3 +1,23 @@
 //! `starling edge`
-use crate::{Failure, args::EdgeArgs};
-pub(crate) async fn run(_: &EdgeArgs) -> Result<(), Failure> { Err(Failure::failed("later")) }
+
+use starling_edge::Edge;
+
+use crate::{Failure, args::EdgeArgs, logging};
+
+pub(crate) async fn run(args: &EdgeArgs) -> Result<(), Failure> {
+    logging::start();
+    super::node::follow_parent();
+    let text = super::node::read_file(&args.config)?;
+    let (config, problems) = starling_edge::read_config(&text);
+    let Some((mut config, sections)) = config else {
+        return Err(Failure::failed(super::check::render(&args.config, &problems)));
+    };
+    if args.token.is_some() {
+        config.node.token.clone_from(&args.token);
+    }
+    let patience = config.node.drain_timeout;
+    let listen = sections.edge.listen;
+    let edge = Edge::start(&config, sections, args.config.clone()).await?;
+    tracing::info!(name = %edge.node().name(), public = %listen, mesh_port = %edge.node().listen(), "edge is up");
+    super::node::until_done(edge.node(), patience).await
+}

@@ -1,0 +1,89 @@
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use tokio::process::{Child, Command};
+
+/// A child process that dies with its owner, and whose output is kept in a file.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+    access: PathBuf,
+}
+
+impl Process {
+    /// Starts `program`. Its stderr goes to `log`, its stdout beside it with the ending `.out`.
+    pub fn start<S: AsRef<OsStr>>(program: &Path, args: impl IntoIterator<Item = S>, log: &Path) -> Result<Self> {
+        let open = |path: &Path| std::fs::File::options().create(true).append(true).open(path);
+        let access = log.with_extension("out");
+        let child = Command::new(program)
+            .args(args)
+            .env("STARLING_EXIT_WITH_PARENT", "1")
+            .stdin(Stdio::null())
+            .stdout(open(&access)?)
+            .stderr(open(log)?)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        Ok(Self { child, log: log.to_path_buf(), access })
+    }
+
+    /// Process id; `None` once it has ended and was waited for.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub async fn kill(&mut self) -> Result<()> {
+        self.child.kill().await.context("kill")
+    }
+
+    /// Sends a signal by its name, such as `TERM`, through the `kill` command.
+    pub async fn signal(&self, name: &str) -> Result<()> {
+        let pid = self.pid().context("the process has ended")?;
+        let status = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().await?;
+        if !status.success() {
+            bail!("kill -{name} {pid}: {status}");
+        }
+        Ok(())
+    }
+
+    /// Waits for its end, at most `limit`.
+    pub async fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        Ok(tokio::time::timeout(limit, self.child.wait()).await.context("still running")??)
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// What it wrote to stderr.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// What it wrote to stdout.
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(&self.access).unwrap_or_default()
+    }
+}
+
+/// Runs a short command of the binary to its end: status, stdout, stderr.
+pub async fn starling<S: AsRef<OsStr>>(
+    binary: &Path,
+    args: impl IntoIterator<Item = S>,
+) -> Result<(ExitStatus, String, String)> {
+    let output = Command::new(binary).args(args).stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = tokio::time::timeout(Duration::from_secs(60), output)
+        .await
+        .context("the command does not end")?
+        .with_context(|| format!("cannot run {}", binary.display()))?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok((output.status, text(output.stdout), text(output.stderr)))
+}

@@ -1,0 +1,844 @@
+//! The edge's part of its file, parsed into values that cannot be wrong by themselves, and the checks across them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{Ipv6Addr, SocketAddr},
+    num::NonZeroU32,
+    path::PathBuf,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
+
+use http::HeaderName;
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use serde::{Deserialize, Deserializer, de};
+use starling_protocol::Name;
+
+use crate::{jwt, route};
+
+/// How long a whole call may take if its route says nothing.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Longest timeout of a route: more than a day is a slip of the pen.
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Largest burst: what a structured field can say without loss is larger, what a plan needs is far smaller.
+const MAX_BURST: u32 = 1_000_000_000;
+
+/// What an edge has in its file beside the keys of a node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EdgeSections {
+    /// The public listeners.
+    pub edge: Edge,
+    /// Certificates, picked by server name.
+    #[serde(default)]
+    pub certificate: Vec<Certificate>,
+    /// Routes into the mesh.
+    #[serde(default)]
+    pub route: Vec<Route>,
+    /// API versions.
+    #[serde(default)]
+    pub version: Vec<Version>,
+    /// Rates that routes and keys refer to by name.
+    #[serde(default)]
+    pub plan: Vec<Plan>,
+    /// Who issues tokens, if anybody.
+    pub jwt: Option<Jwt>,
+}
+
+/// `[edge]`: the public listeners.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Edge {
+    /// TCP for HTTP/1.1 and 2, and UDP for HTTP/3, on one port.
+    pub listen: SocketAddr,
+    /// Where plain HTTP is answered with a redirect to HTTPS.
+    pub redirect: Option<SocketAddr>,
+    /// Port that Alt-Svc names (RFC 7838), if it is not the one of `listen`.
+    pub alt_svc_port: Option<u16>,
+}
+
+/// `[[certificate]]`: a chain, its key and the server names it is shown for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Certificate {
+    /// Host names in lower case, exact or `*.example.com`; at least one.
+    pub hosts: Vec<String>,
+    /// PEM file of the chain, leaf first.
+    pub cert: PathBuf,
+    /// PEM file of the private key.
+    pub key: PathBuf,
+}
+
+impl<'de> Deserialize<'de> for Certificate {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Raw {
+            hosts: Vec<Host>,
+            cert: Option<PathBuf>,
+            key: Option<PathBuf>,
+            acme: Option<de::IgnoredAny>,
+        }
+        let raw = Raw::deserialize(d)?;
+        if raw.acme.is_some() {
+            return Err(de::Error::custom("acme is not in this version yet; give cert and key files"));
+        }
+        if raw.hosts.is_empty() {
+            return Err(de::Error::custom("hosts is empty: name at least one host, such as \"api.example.com\""));
+        }
+        if raw.hosts.contains(&Host::Any) {
+            return Err(de::Error::custom("\"*\" is not a host of a certificate: use names such as \"*.example.com\""));
+        }
+        Ok(Self {
+            hosts: raw.hosts.iter().map(Host::to_string).collect(),
+            cert: raw.cert.ok_or_else(|| de::Error::missing_field("cert"))?,
+            key: raw.key.ok_or_else(|| de::Error::missing_field("key"))?,
+        })
+    }
+}
+
+/// `[[route]]`: which requests go to which service, and who may send them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Route {
+    /// Hosts it is for; all if not told.
+    #[serde(default)]
+    pub host: Host,
+    /// Prefix of the path, matched on whole segments; `/` if not told.
+    #[serde(default = "root")]
+    pub path: String,
+    /// The service behind it.
+    pub service: Name,
+    /// Ways to authenticate, any of which will do. Empty is public, and must be written.
+    pub auth: Vec<AuthMethod>,
+    /// Name of the plan whose rate holds here; no limit if not told.
+    pub plan: Option<String>,
+    /// Whether the service sees the path without the prefix.
+    #[serde(default)]
+    pub strip_prefix: bool,
+    /// How long a whole call may take; 15 s if not told.
+    #[serde(default = "default_timeout", deserialize_with = "timeout")]
+    pub timeout: Duration,
+}
+
+fn root() -> String {
+    "/".into()
+}
+
+fn default_timeout() -> Duration {
+    DEFAULT_TIMEOUT
+}
+
+/// Which hosts a route is for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Host {
+    /// `*`
+    #[default]
+    Any,
+    /// `*.example.com`: every name under the domain, which is kept with its dot in front; not the domain itself.
+    Under(String),
+    /// One name or address, in lower case.
+    Exact(String),
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Under(domain) => write!(f, "*{domain}"),
+            Self::Exact(name) => f.write_str(name),
+        }
+    }
+}
+
+impl TryFrom<String> for Host {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let name = text.to_ascii_lowercase();
+        let name = name.strip_suffix('.').unwrap_or(&name);
+        let is_v6 = |n: &str| {
+            n.strip_prefix('[').and_then(|n| n.strip_suffix(']')).is_some_and(|n| n.parse::<Ipv6Addr>().is_ok())
+        };
+        match name.strip_prefix('*') {
+            Some("") => Ok(Self::Any),
+            Some(rest) if rest.strip_prefix('.').is_some_and(is_domain) => Ok(Self::Under(rest.into())),
+            None if is_domain(name) || is_v6(name) => Ok(Self::Exact(name.into())),
+            _ => Err(format!(
+                "{text:?} is not a host: use \"api.example.com\", \"*.example.com\" or \"*\", without a port"
+            )),
+        }
+    }
+}
+
+/// Labels of RFC 1123 §2.1, and `_`, which is common below public names.
+fn is_domain(name: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
+}
+
+/// A way to say who the caller is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AuthMethod {
+    /// A key of ours, in `x-api-key` or as a bearer token.
+    ApiKey,
+    /// A token of the issuer in `[jwt]`.
+    Jwt,
+}
+
+/// `[[version]]`: the versions of one route's API.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Version {
+    /// Path of the route.
+    pub route: String,
+    /// Where a request may name its version, in the order tried; at least one.
+    #[serde(deserialize_with = "some")]
+    pub from: Vec<VersionSource>,
+    /// Version of a request that names none; such a request is refused if not told.
+    pub default: Option<String>,
+    /// The versions there are; at least one.
+    #[serde(deserialize_with = "versions")]
+    pub versions: BTreeMap<String, VersionInfo>,
+}
+
+/// Where a request may name its version.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum VersionSource {
+    /// A segment before the route's path or right after it; the service never sees it.
+    Path,
+    /// The value of a header field.
+    Header(HeaderName),
+    /// A media type of Accept, in lower case, with the version between the two parts.
+    Accept {
+        /// Before the version.
+        prefix: String,
+        /// After the version.
+        suffix: String,
+    },
+    /// The value of a query parameter, which stays in place.
+    Query(String),
+}
+
+impl TryFrom<String> for VersionSource {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let bad = |what: &str| Err(format!("{text:?}: {what}"));
+        match text.split_once(':') {
+            None if text == "path" => Ok(Self::Path),
+            Some(("header", name)) => match HeaderName::from_str(name) {
+                Ok(name) => Ok(Self::Header(name)),
+                Err(_) => bad("not a header name; use for example \"header:x-api-version\""),
+            },
+            Some(("query", name)) if is_label(name) => Ok(Self::Query(name.into())),
+            Some(("query", _)) => bad("the parameter's name may have A-Z, a-z, 0-9, '.', '_' and '-' only"),
+            Some(("accept", pattern)) => {
+                let pattern = pattern.to_ascii_lowercase();
+                match pattern.split_once("{version}") {
+                    Some((prefix, suffix)) if is_media_type(prefix, suffix) => {
+                        Ok(Self::Accept { prefix: prefix.into(), suffix: suffix.into() })
+                    }
+                    _ => bad("not a media type with {version} once; use for example \
+                         \"accept:application/vnd.example.{version}+json\""),
+                }
+            }
+            _ => bad("not a place for a version; use \"path\", \"header:NAME\", \"accept:PATTERN\" or \"query:NAME\""),
+        }
+    }
+}
+
+fn is_media_type(prefix: &str, suffix: &str) -> bool {
+    let is_token = |b: u8| b.is_ascii_alphanumeric() || b"!#$&-^_.+".contains(&b);
+    prefix.split_once('/').is_some_and(|(kind, rest)| {
+        !kind.is_empty() && kind.bytes().chain(rest.bytes()).chain(suffix.bytes()).all(is_token)
+    })
+}
+
+/// What is to be said of a version.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VersionInfo {
+    /// Since when, or from when, it should not be used any more (RFC 9745).
+    pub deprecated: Option<Date>,
+    /// From when on it is gone (RFC 8594).
+    pub sunset: Option<Date>,
+    /// Where that is explained.
+    pub link: Option<Link>,
+}
+
+/// The start of a day in UTC, in seconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Date(u64);
+
+impl Date {
+    /// Seconds since 1970.
+    pub fn unix(self) -> u64 {
+        self.0
+    }
+}
+
+impl From<Date> for SystemTime {
+    fn from(date: Date) -> Self {
+        Self::UNIX_EPOCH + Duration::from_secs(date.0)
+    }
+}
+
+impl TryFrom<String> for Date {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        unix_of_day(&text).map(Self).ok_or_else(|| format!("{text:?} is not a date since 1970: use \"YYYY-MM-DD\""))
+    }
+}
+
+fn unix_of_day(text: &str) -> Option<u64> {
+    let number = |text: &str, digits| {
+        (text.len() == digits && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse::<u16>().ok())?
+    };
+    let (year, rest) = text.split_once('-')?;
+    let (month, day) = rest.split_once('-')?;
+    let month = time::Month::try_from(u8::try_from(number(month, 2)?).ok()?).ok()?;
+    let day = u8::try_from(number(day, 2)?).ok()?;
+    let date = time::Date::from_calendar_date(number(year, 4)?.into(), month, day).ok()?;
+    date.midnight().assume_utc().unix_timestamp().try_into().ok()
+}
+
+/// An absolute http or https URI that can stand in a Link field (RFC 8288) as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Link(String);
+
+impl Link {
+    /// The URI.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Link {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let plain = text.bytes().all(|b| b.is_ascii_graphic() && !b"<>\"\\^`{|}".contains(&b));
+        let absolute = text.parse().is_ok_and(|uri: http::Uri| matches!(uri.scheme_str(), Some("https" | "http")));
+        if plain && absolute {
+            Ok(Self(text))
+        } else {
+            Err(format!("{text:?} is not a link: use an absolute URI such as \"https://example.com/news\""))
+        }
+    }
+}
+
+/// `[[plan]]`: how fast a caller may call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// What routes and keys call it.
+    pub name: String,
+    /// Calls in a time, in the long run.
+    pub rate: Rate,
+    /// Calls at once; as many as the rate's number if not told.
+    pub burst: Option<NonZeroU32>,
+    /// Whether it only counts, and lets everything pass.
+    pub shadow: bool,
+}
+
+impl Plan {
+    /// Calls at once.
+    pub fn burst(&self) -> NonZeroU32 {
+        self.burst.unwrap_or(self.rate.count)
+    }
+}
+
+impl<'de> Deserialize<'de> for Plan {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Raw {
+            name: String,
+            rate: Rate,
+            burst: Option<NonZeroU32>,
+            quota: Option<de::IgnoredAny>,
+            #[serde(default)]
+            shadow: bool,
+        }
+        let Raw { name, rate, burst, quota, shadow } = Raw::deserialize(d)?;
+        if quota.is_some() {
+            return Err(de::Error::custom("quota arrives in a later version; use rate and burst"));
+        }
+        if !is_label(&name) {
+            return Err(de::Error::custom(format!("{name:?} is not a plan name: {LABEL}")));
+        }
+        if burst.is_some_and(|burst| burst.get() > MAX_BURST) {
+            return Err(de::Error::custom(format!("burst is too large: at most {MAX_BURST}")));
+        }
+        Ok(Self { name, rate, burst, shadow })
+    }
+}
+
+/// So many in such a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Rate {
+    /// How many.
+    pub count: NonZeroU32,
+    /// In what time: a second, a minute or an hour.
+    pub window: Duration,
+}
+
+impl TryFrom<String> for Rate {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let rate = text.split_once('/').and_then(|(count, unit)| {
+            let seconds = match unit {
+                "s" => 1,
+                "m" => 60,
+                "h" => 3600,
+                _ => return None,
+            };
+            let count = digits(count).and_then(|n| u32::try_from(n).ok()).filter(|n| *n <= MAX_BURST)?;
+            Some(Self { count: NonZeroU32::new(count)?, window: Duration::from_secs(seconds) })
+        });
+        rate.ok_or_else(|| {
+            format!("{text:?} is not a rate: use a number from 1 and \"/s\", \"/m\" or \"/h\", such as \"50/s\"")
+        })
+    }
+}
+
+/// `[jwt]`: whose tokens are taken.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jwt {
+    /// What `iss` must be, letter by letter.
+    #[serde(deserialize_with = "text")]
+    pub issuer: String,
+    /// What `aud` must have one of; at least one.
+    #[serde(deserialize_with = "some")]
+    pub audience: Vec<String>,
+    /// File with the issuer's keys, a JWK Set (RFC 7517 §5).
+    #[serde(deserialize_with = "jwks")]
+    pub jwks: PathBuf,
+    /// Algorithms that are taken; at least one.
+    #[serde(deserialize_with = "some")]
+    pub algorithms: Vec<Algorithm>,
+}
+
+/// A signature algorithm with a public key (RFC 7518 §3.1, RFC 8037 §3.1).
+///
+/// There is no value for `none` or for the HMACs, whose key would be the issuer's secret: they cannot be let in by
+/// mistake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Algorithm(jsonwebtoken::Algorithm);
+
+impl Algorithm {
+    pub(crate) fn get(self) -> jsonwebtoken::Algorithm {
+        self.0
+    }
+}
+
+impl TryFrom<String> for Algorithm {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        use jsonwebtoken::Algorithm::*;
+        let known = [ES256, ES384, EdDSA, RS256, RS384, RS512, PS256, PS384, PS512];
+        text.parse().ok().filter(|algorithm| known.contains(algorithm)).map(Self).ok_or_else(|| {
+            let why = match text.as_str() {
+                "none" => "is no signature",
+                "HS256" | "HS384" | "HS512" => "needs the issuer's secret, and is refused",
+                _ => "is not known",
+            };
+            format!("algorithm {text:?} {why}: use some of {known:?}")
+        })
+    }
+}
+
+pub(crate) const LABEL: &str = "use 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'";
+
+/// Whether a text can name a plan, a consumer, a version or a query parameter: safe in a header, a URI and a log line.
+pub(crate) fn is_label(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(d)?;
+    let end = text.bytes().take_while(u8::is_ascii_digit).count();
+    let unit_ms = match &text[end..] {
+        "ms" => Some(1),
+        "s" => Some(1000),
+        "m" => Some(60 * 1000),
+        "h" => Some(60 * 60 * 1000),
+        _ => None,
+    };
+    unit_ms
+        .and_then(|unit| digits(&text[..end])?.checked_mul(unit))
+        .map(Duration::from_millis)
+        .filter(|timeout| !timeout.is_zero() && *timeout <= MAX_TIMEOUT)
+        .ok_or_else(|| {
+            de::Error::custom(format!(
+                "{text:?} is not a timeout: use \"500ms\", \"10s\", \"5m\" or \"1h\", at most \"24h\""
+            ))
+        })
+}
+
+fn text<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
+    Some(String::deserialize(d)?)
+        .filter(|text| !text.is_empty())
+        .ok_or_else(|| de::Error::custom("this must not be empty"))
+}
+
+fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Vec<T>, D::Error> {
+    let list = Vec::deserialize(d)?;
+    if list.is_empty() { Err(de::Error::custom("this list must not be empty")) } else { Ok(list) }
+}
+
+fn versions<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, VersionInfo>, D::Error> {
+    let versions = BTreeMap::<String, VersionInfo>::deserialize(d)?;
+    if versions.is_empty() {
+        return Err(de::Error::custom("there must be a version, such as { v1 = {} }"));
+    }
+    // A segment of dots would not survive the path's normal form.
+    let bad = versions.keys().find(|name| !is_label(name) || name.bytes().all(|b| b == b'.'));
+    bad.map_or(Ok(()), |name| Err(de::Error::custom(format!("{name:?} is not a version name: {LABEL}"))))?;
+    Ok(versions)
+}
+
+fn jwks<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
+    let text = text(d)?;
+    if text.contains("://") {
+        let why = "jwks from a URL arrives in a later version; save the document and give the path of the file";
+        return Err(de::Error::custom(why));
+    }
+    Ok(text.into())
+}
+
+/// Checks what no section can know alone, and reads the files that they name.
+///
+/// Each problem comes with the key it is about, such as `route[1].plan`, counted from 0, and says what to do next.
+/// Empty when an edge can run with this.
+pub fn check(edge: &EdgeSections) -> Vec<(String, String)> {
+    let mut problems = Problems(Vec::new());
+    check_certificates(edge, &mut problems);
+    check_plans(edge, &mut problems);
+    check_routes(edge, &mut problems);
+    check_versions(edge, &mut problems);
+    if let Some(Err(why)) = edge.jwt.as_ref().map(jwt::Verifier::load) {
+        problems.add("jwt.jwks", why);
+    }
+    problems.0
+}
+
+struct Problems(Vec<(String, String)>);
+
+impl Problems {
+    fn add(&mut self, key: impl Into<String>, problem: impl Into<String>) {
+        self.0.push((key.into(), problem.into()));
+    }
+}
+
+fn check_certificates(edge: &EdgeSections, problems: &mut Problems) {
+    if edge.certificate.is_empty() {
+        problems.add("certificate", "there is no certificate; add [[certificate]] with hosts, cert and key");
+    }
+    for (i, certificate) in edge.certificate.iter().enumerate() {
+        let chain =
+            CertificateDer::pem_file_iter(&certificate.cert).and_then(|certs| certs.collect::<Result<Vec<_>, _>>());
+        let chain = match chain {
+            Ok(chain) if !chain.is_empty() => Some(chain),
+            Ok(_) => {
+                let why = format!("{} has no certificate; give a PEM file of the chain", certificate.cert.display());
+                problems.add(format!("certificate[{i}].cert"), why);
+                None
+            }
+            Err(e) => {
+                let why = format!("{} cannot be read ({e}); give a PEM file of the chain", certificate.cert.display());
+                problems.add(format!("certificate[{i}].cert"), why);
+                None
+            }
+        };
+        let key = PrivateKeyDer::from_pem_file(&certificate.key).map_err(|e| {
+            let why = format!("{} cannot be read ({e}); give a PEM file of the private key", certificate.key.display());
+            problems.add(format!("certificate[{i}].key"), why);
+        });
+        let (Some(chain), Ok(key)) = (chain, key) else { continue };
+        if let Err(e) = CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider()) {
+            let why =
+                format!("cert and key do not go together ({e}); give the key that the certificate was issued for");
+            problems.add(format!("certificate[{i}].key"), why);
+        }
+    }
+}
+
+fn check_plans(edge: &EdgeSections, problems: &mut Problems) {
+    let mut names = BTreeSet::new();
+    for (i, plan) in edge.plan.iter().enumerate() {
+        if !names.insert(&plan.name) {
+            problems.add(format!("plan[{i}].name"), format!("there is another plan {:?}; rename one", plan.name));
+        }
+    }
+}
+
+fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
+    if edge.route.is_empty() {
+        problems.add("route", "there is no route; add [[route]] with path, service and auth");
+    }
+    for (i, route) in edge.route.iter().enumerate() {
+        if let Err(why) = route_path(&route.path) {
+            problems.add(format!("route[{i}].path"), why);
+        }
+        let same =
+            |other: &Route| other.host == route.host && route::segments(&other.path).eq(route::segments(&route.path));
+        if let Some(j) = edge.route[..i].iter().position(same) {
+            let why =
+                format!("route[{j}] has the same host {} and path {}; change or remove one", route.host, route.path);
+            problems.add(format!("route[{i}].path"), why);
+        }
+        if let Some(plan) = &route.plan
+            && !edge.plan.iter().any(|known| known.name == *plan)
+        {
+            problems.add(format!("route[{i}].plan"), format!("there is no plan {plan:?}; {}", known_plans(&edge.plan)));
+        }
+        if route.auth.contains(&AuthMethod::Jwt) && edge.jwt.is_none() {
+            problems.add(format!("route[{i}].auth"), "\"jwt\" needs [jwt] with issuer, audience, jwks and algorithms");
+        }
+    }
+}
+
+fn known_plans(plans: &[Plan]) -> String {
+    match plans.iter().map(|plan| plan.name.as_str()).collect::<Vec<_>>().join(", ") {
+        names if names.is_empty() => "add [[plan]] with that name and a rate".into(),
+        names => format!("add it as [[plan]], or use one of: {names}"),
+    }
+}
+
+/// Only unreserved characters (RFC 3986 §2.3): these have one spelling after [`route::canonical_path`], so that no
+/// other spelling of a path slips past the route that guards it.
+fn route_path(path: &str) -> Result<(), String> {
+    let plain = |segment: &str| segment.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+    if !path.starts_with('/') {
+        Err(format!("{path:?} does not start with '/'; write \"/{path}\""))
+    } else if !path.split('/').all(plain) {
+        Err(format!("{path:?} is not a plain path; use A-Z, a-z, 0-9, '-', '.', '_', '~' and '/' only"))
+    } else if !route::canonical_path(path).is_ok_and(|normal| normal == path) {
+        Err(format!("{path:?} has an empty, '.' or '..' segment; write the path without it"))
+    } else {
+        Ok(())
+    }
+}
+
+fn check_versions(edge: &EdgeSections, problems: &mut Problems) {
+    for (i, version) in edge.version.iter().enumerate() {
+        let same = |path: &str| route::segments(path).eq(route::segments(&version.route));
+        if !edge.route.iter().any(|route| same(&route.path)) {
+            let why = format!("no route has the path {:?}; give the path of a [[route]]", version.route);
+            problems.add(format!("version[{i}].route"), why);
+        }
+        if let Some(j) = edge.version[..i].iter().position(|other| same(&other.route)) {
+            problems
+                .add(format!("version[{i}].route"), format!("version[{j}] is for the same route; put them together"));
+        }
+        if let Some(default) = &version.default
+            && !version.versions.contains_key(default)
+        {
+            let known = version.versions.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            problems
+                .add(format!("version[{i}].default"), format!("{default:?} is not in versions; use one of: {known}"));
+        }
+        for (name, info) in &version.versions {
+            if let (Some(deprecated), Some(sunset)) = (info.deprecated, info.sunset)
+                && sunset < deprecated
+            {
+                let why = "sunset is before deprecated (RFC 9745 §4); swap the dates";
+                problems.add(format!("version[{i}].versions.{name}.sunset"), why);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EDGE: &str = "[edge]\nlisten = \"0.0.0.0:443\"\n";
+    const ROUTE: &str = "[[route]]\npath = \"/orders\"\nservice = \"orders\"\nauth = []\n";
+
+    fn parse(text: &str) -> Result<EdgeSections, String> {
+        toml::from_str(text).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_example_of_the_contract() {
+        let edge = parse(
+            r#"
+            [edge]
+            listen = "0.0.0.0:443"
+            redirect = "0.0.0.0:80"
+            alt_svc_port = 443
+            [[certificate]]
+            hosts = ["API.example.com"]
+            cert = "/etc/starling/api.pem"
+            key = "/etc/starling/api.key"
+            [[route]]
+            host = "api.example.com"
+            path = "/orders"
+            service = "orders"
+            auth = ["api-key", "jwt"]
+            plan = "default"
+            strip_prefix = false
+            timeout = "10s"
+            [[version]]
+            route = "/orders"
+            from = ["path", "header:x-api-version", "accept:application/vnd.example.{version}+json", "query:version"]
+            default = "v2"
+            versions = { v1 = { deprecated = "2026-01-01", sunset = "2027-01-01", link = "https://a.example" }, v2 = {} }
+            [[plan]]
+            name = "default"
+            rate = "50/s"
+            burst = 100
+            [jwt]
+            issuer = "https://id.example.com/"
+            audience = ["api"]
+            jwks = "/etc/starling/jwks.json"
+            algorithms = ["RS256", "ES256"]
+            "#,
+        )
+        .unwrap();
+        assert_eq!(edge.certificate[0].hosts, ["api.example.com"]);
+        assert_eq!(edge.route[0].auth, [AuthMethod::ApiKey, AuthMethod::Jwt]);
+        assert_eq!(edge.route[0].timeout, Duration::from_secs(10));
+        assert_eq!(edge.version[0].from[0], VersionSource::Path);
+        assert_eq!(edge.version[0].versions["v1"].deprecated.unwrap().unix(), 1_767_225_600);
+        assert_eq!((edge.plan[0].rate.count.get(), edge.plan[0].burst().get()), (50, 100));
+        let keys: Vec<_> = check(&edge).into_iter().map(|(key, _)| key).collect();
+        assert_eq!(keys, ["certificate[0].cert", "certificate[0].key", "jwt.jwks"]);
+    }
+
+    #[test]
+    fn what_is_not_told() {
+        let edge = parse(&format!(
+            "{EDGE}[[route]]\nservice = \"orders\"\nauth = []\n[[plan]]\nname = \"p\"\nrate = \"100/m\""
+        ))
+        .unwrap();
+        let route = &edge.route[0];
+        assert_eq!((&route.host, route.path.as_str(), route.timeout), (&Host::Any, "/", DEFAULT_TIMEOUT));
+        assert!(!route.strip_prefix && !edge.plan[0].shadow);
+        assert_eq!((edge.plan[0].burst().get(), edge.plan[0].rate.window), (100, Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn wrong_values_say_what_to_do() {
+        let route = |line: &str| format!("{EDGE}[[route]]\nservice = \"orders\"\n{line}");
+        let plan = |line: &str| format!("{EDGE}[[plan]]\nname = \"p\"\n{line}");
+        let version = |lines: &str| format!("{EDGE}[[version]]\nroute = \"/\"\n{lines}");
+        let jwt = |lines: &str| format!("{EDGE}[jwt]\nissuer = \"i\"\naudience = [\"a\"]\n{lines}");
+        for (text, want) in [
+            (route(""), "missing field `auth`"),
+            (route("auth = [\"basic\"]"), "expected `api-key` or `jwt`"),
+            (route("auth = []\nservce = 1"), "unknown field `servce`"),
+            (route("auth = []\ntimeout = \"10\""), "is not a timeout"),
+            (route("auth = []\ntimeout = \"0s\""), "is not a timeout"),
+            (route("auth = []\ntimeout = \"99999999999999999999h\""), "is not a timeout"),
+            (route("auth = []\ntimeout = \"1é\""), "is not a timeout"),
+            (route("auth = []\nhost = \"a.example:443\""), "without a port"),
+            (route("auth = []\nhost = \"a.*.example\""), "is not a host"),
+            (route("auth = []\nhost = \"*example.com\""), "is not a host"),
+            (plan("rate = \"0/s\""), "is not a rate"),
+            (plan("rate = \"50/d\""), "is not a rate"),
+            (plan("rate = \"+5/s\""), "is not a rate"),
+            (plan("rate = \"5/s\"\nburst = 0"), "nonzero"),
+            (plan("rate = \"5/s\"\nquota = \"100000/day\""), "quota arrives in a later version; use rate and burst"),
+            (version("from = [\"cookie:v\"]\nversions = { v1 = {} }"), "not a place for a version"),
+            (version("from = [\"accept:application/json\"]\nversions = { v1 = {} }"), "with {version} once"),
+            (version("from = [\"header:a b\"]\nversions = { v1 = {} }"), "not a header name"),
+            (version("from = []\nversions = { v1 = {} }"), "must not be empty"),
+            (version("from = [\"path\"]\nversions = {}"), "there must be a version"),
+            (version("from = [\"path\"]\nversions = { \"a/b\" = {} }"), "is not a version name"),
+            (version("from = [\"path\"]\nversions = { \"..\" = {} }"), "is not a version name"),
+            (version("from = [\"path\"]\nversions = { v1 = { sunset = \"2026-02-30\" } }"), "YYYY-MM-DD"),
+            (version("from = [\"path\"]\nversions = { v1 = { sunset = \"2026-1-1\" } }"), "YYYY-MM-DD"),
+            (version("from = [\"path\"]\nversions = { v1 = { link = \"https://a/>x\" } }"), "is not a link"),
+            (jwt("jwks = \"https://a/b\"\nalgorithms = [\"RS256\"]"), "give the path of the file"),
+            (jwt("jwks = \"a.json\"\nalgorithms = []"), "must not be empty"),
+            (jwt("jwks = \"a.json\"\nalgorithms = [\"none\"]"), "is no signature"),
+            (jwt("jwks = \"a.json\"\nalgorithms = [\"RS256\", \"HS256\"]"), "needs the issuer's secret"),
+            (jwt("jwks = \"a.json\""), "missing field `algorithms`"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nacme = {{}}"), "give cert and key files"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\ncert = \"a\""), "missing field `key`"),
+            (format!("{EDGE}[[certificate]]\nhosts = []\ncert = \"a\"\nkey = \"b\""), "hosts is empty"),
+        ] {
+            let error = parse(&text).expect_err(&text);
+            assert!(error.contains(want), "{text}\ngave {error}");
+        }
+    }
+
+    #[test]
+    fn sections_that_contradict_each_other() {
+        let keys = |text: &str| -> Vec<String> {
+            check(&parse(text).unwrap()).into_iter().map(|(key, _)| key).filter(|key| key != "certificate").collect()
+        };
+        assert!(check(&parse(&format!("{EDGE}{ROUTE}")).unwrap())[0].1.contains("there is no certificate"));
+        assert_eq!(keys(EDGE), ["route"]);
+        assert_eq!(keys(&format!("{EDGE}{ROUTE}")), [""; 0]);
+        for (more, want) in [
+            ("plan = \"gold\"", "route[0].plan"),
+            ("[[route]]\npath = \"/orders/\"\nservice = \"b\"\nauth = []", "route[1].path"),
+            ("[[route]]\npath = \"b\"\nservice = \"b\"\nauth = []", "route[1].path"),
+            ("[[route]]\npath = \"/a/../b\"\nservice = \"b\"\nauth = []", "route[1].path"),
+            ("[[route]]\npath = \"/a%62\"\nservice = \"b\"\nauth = []", "route[1].path"),
+            ("[[route]]\npath = \"/b\"\nservice = \"b\"\nauth = [\"jwt\"]", "route[1].auth"),
+            ("[[version]]\nroute = \"/b\"\nfrom = [\"path\"]\nversions = { v1 = {} }", "version[0].route"),
+            (
+                "[[version]]\nroute = \"/orders\"\nfrom = [\"path\"]\ndefault = \"v2\"\nversions = { v1 = {} }",
+                "version[0].default",
+            ),
+            (
+                "[[version]]\nroute = \"/orders\"\nfrom = [\"path\"]\n\
+                 versions = { v1 = { deprecated = \"2027-01-01\", sunset = \"2026-01-01\" } }",
+                "version[0].versions.v1.sunset",
+            ),
+            ("[[plan]]\nname = \"p\"\nrate = \"1/s\"\n[[plan]]\nname = \"p\"\nrate = \"2/s\"", "plan[1].name"),
+        ] {
+            assert_eq!(keys(&format!("{EDGE}{ROUTE}{more}")), [want], "{more}");
+        }
+        let other_host = "[[route]]\nhost = \"a.example\"\npath = \"/orders\"\nservice = \"b\"\nauth = []";
+        assert_eq!(keys(&format!("{EDGE}{ROUTE}{other_host}")), [""; 0]);
+    }
+
+    #[test]
+    fn certificate_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let pair = || {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let cert = rcgen::CertificateParams::new(vec!["a.example".into()]).unwrap().self_signed(&key).unwrap();
+            (cert.pem(), key.serialize_pem())
+        };
+        let ((cert, key), (_, other)) = (pair(), pair());
+        for (cert, key, want) in [
+            (&cert, &key, None),
+            (&cert, &other, Some("certificate[0].key")),
+            (&cert, &cert, Some("certificate[0].key")),
+            (&key, &key, Some("certificate[0].cert")),
+        ] {
+            let (cert_file, key_file) = (dir.path().join("c.pem"), dir.path().join("k.pem"));
+            std::fs::write(&cert_file, cert).unwrap();
+            std::fs::write(&key_file, key).unwrap();
+            let text = format!(
+                "{EDGE}{ROUTE}[[certificate]]\nhosts = [\"a.example\"]\ncert = {cert_file:?}\nkey = {key_file:?}"
+            );
+            let problems = check(&parse(&text).unwrap());
+            assert_eq!(problems.first().map(|(key, _)| key.as_str()), want, "{problems:?}");
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! A running edge: a node, its public listeners, and what a reload replaces.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use http::{HeaderValue, Method, StatusCode};
+use notify::{RecursiveMode, Watcher};
+use serde::Deserialize;
+use starling_node::{
+    ExtraRoutes, Node, StartError, StateDir,
+    config::{self, AdminConfig, Config, Diagnostic, NodeConfig, OutboundConfig, ServiceConfig, UpstreamConfig},
+};
+use starling_protocol::{NodeKind, admin};
+use tokio::sync::mpsc;
+
+use crate::{
+    access_log::AccessLog,
+    certificates::Certificates,
+    config::{AuthMethod, Certificate, Edge as EdgeSection, EdgeSections, Jwt, Plan, Route, Version, check},
+    gateway::{Gateway, Policy, Shared},
+    key_file::{KeyError, KeyFile},
+    listener,
+};
+
+/// Editors and orchestrators write in several steps; files are read once these are over.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// An edge's file: a node's keys and the edge's own.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    node: NodeConfig,
+    #[serde(default)]
+    admin: AdminConfig,
+    #[serde(default)]
+    outbound: OutboundConfig,
+    #[serde(default)]
+    service: Vec<ServiceConfig>,
+    #[serde(default)]
+    upstream: Vec<UpstreamConfig>,
+    edge: EdgeSection,
+    #[serde(default)]
+    certificate: Vec<Certificate>,
+    #[serde(default)]
+    route: Vec<Route>,
+    #[serde(default)]
+    version: Vec<Version>,
+    #[serde(default)]
+    plan: Vec<Plan>,
+    jwt: Option<Jwt>,
+}
+
+/// Reads an edge's file, and every problem in it with its line. The configuration is there only if there is no problem.
+pub fn read_config(text: &str) -> (Option<(Config, EdgeSections)>, Vec<Diagnostic>) {
+    let (file, found) = config::read::<File>(text);
+    let Some(file) = file else { return (None, found) };
+    let File { node, admin, outbound, service, upstream, edge, certificate, route, version, plan, jwt } = file;
+    let node = Config { node, admin, outbound, service, upstream };
+    let edge = EdgeSections { edge, certificate, route, version, plan, jwt };
+    let problems: Vec<Diagnostic> = node
+        .problems()
+        .into_iter()
+        .chain(check(&edge))
+        .map(|(key, what)| Diagnostic { line: config::line_of(text, &key), problem: format!("{key}: {what}") })
+        .collect();
+    if problems.is_empty() { (Some((node, edge)), problems) } else { (None, problems) }
+}
+
+/// Why an edge does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EdgeError {
+    /// Its node.
+    #[error(transparent)]
+    Node(#[from] StartError),
+    /// Its keys.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
+    /// Its certificates or policy.
+    #[error("{0}")]
+    Config(String),
+}
+
+/// A running edge.
+pub struct Edge {
+    node: Node,
+    public: Option<quinn::Endpoint>,
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+impl Edge {
+    /// Starts a node and its public listeners. `path` is where the configuration is read again on a reload.
+    pub async fn start(config: &Config, sections: EdgeSections, path: PathBuf) -> Result<Self, EdgeError> {
+        let provider = starling_node::crypto_provider();
+        // Everything that can be wrong with files or ports is found out before a join token is spent.
+        let certificates =
+            Arc::new(Certificates::load(&sections.certificate, provider.clone()).map_err(EdgeError::Config)?);
+        let policy = Policy::new(&sections, None).map_err(EdgeError::Config)?;
+        let listen = sections.edge.listen;
+        let bind = |what, addr| {
+            let listener = std::net::TcpListener::bind(addr).map_err(|e| StartError::bind(what, addr, e))?;
+            listener.set_nonblocking(true).map_err(|e| StartError::bind(what, addr, e))?;
+            Ok::<_, StartError>(listener)
+        };
+        let tcp = bind("the public port (TCP)", listen)?;
+        let bound = tcp.local_addr().map_err(|e| StartError::bind("the public port (TCP)", listen, e))?;
+        let udp =
+            std::net::UdpSocket::bind(bound).map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
+        let redirect = sections.edge.redirect.map(|addr| bind("the redirect port", addr)).transpose()?;
+        let tls = listener::tcp_tls(provider.clone(), certificates.clone()).map_err(|e| EdgeError::Config(e.to_string()))?;
+        let quic = listener::quic_config(provider, certificates.clone()).map_err(EdgeError::Config)?;
+
+        let node = Node::start(config, NodeKind::Edge).await?;
+        let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?).map_err(StartError::from)?;
+        let keys = Arc::new(KeyFile::open(state.clone())?);
+        let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
+        let shared = Arc::new(Shared {
+            client: node.client().clone(),
+            policy: ArcSwap::from_pointee(policy),
+            keys,
+            certificates,
+            log: AccessLog::start().map_err(|e| EdgeError::Config(format!("the access log: {e}")))?,
+            metrics: node.metrics().clone(),
+            alt_svc: HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).unwrap_or(HeaderValue::from_static("clear")),
+        });
+        let gateway = Gateway(shared.clone());
+        node.set_admin_routes(Arc::new(Routes(shared.clone())));
+
+        let reload = Reload { path, shared: shared.clone() };
+        let watcher = watch(&reload, &sections, &state);
+        node.set_reload(move || reload.all());
+
+        let worker = node.worker();
+        let drain = node.drain_signal().clone();
+        let public = {
+            let _runtime = worker.enter();
+            quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(quic), udp, Arc::new(quinn::TokioRuntime))
+                .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?
+        };
+        worker.spawn(listener::serve_quic(public.clone(), gateway.clone(), drain.clone()));
+        let of = drain.clone();
+        worker.spawn(async move {
+            match tokio::net::TcpListener::from_std(tcp) {
+                Ok(tcp) => listener::serve_tcp(tcp, tls, gateway, of).await,
+                Err(error) => tracing::error!(%error, "the public port"),
+            }
+        });
+        if let Some(redirect) = redirect {
+            worker.spawn(async move {
+                match tokio::net::TcpListener::from_std(redirect) {
+                    Ok(redirect) => listener::serve_redirect(redirect, alt_svc_port, drain).await,
+                    Err(error) => tracing::error!(%error, "the redirect port"),
+                }
+            });
+        }
+        Ok(Self { node, public: Some(public), _watcher: watcher })
+    }
+
+    /// Its node.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        if let Some(public) = self.public.take() {
+            public.close(0u32.into(), b"");
+        }
+    }
+}
+
+/// What a signal, a file change or the admin API does.
+#[derive(Clone)]
+struct Reload {
+    path: PathBuf,
+    shared: Arc<Shared>,
+}
+
+impl Reload {
+    /// Parses, checks, then swaps. On any error everything stays as it was.
+    fn all(&self) -> Result<(), String> {
+        let text = std::fs::read_to_string(&self.path).map_err(|e| format!("cannot read {}: {e}", self.path.display()))?;
+        let (config, problems) = read_config(&text);
+        let Some((_, sections)) = config else {
+            let lines = problems.iter().map(|p| format!("line {}: {}", p.line, p.problem));
+            return Err(lines.collect::<Vec<_>>().join("; "));
+        };
+        let policy = Policy::new(&sections, Some(&self.shared.policy.load()))?;
+        self.shared.keys.reload().map_err(|e| e.to_string())?;
+        self.shared.certificates.reload(&sections.certificate)?;
+        self.shared.policy.store(Arc::new(policy));
+        Ok(())
+    }
+}
+
+/// Watches the directories of everything that may change: editors replace files, which a watch on the file would lose.
+fn watch(reload: &Reload, sections: &EdgeSections, state: &StateDir) -> Option<notify::RecommendedWatcher> {
+    let (changed, mut changes) = mpsc::channel::<()>(1);
+    let notice = move |event: notify::Result<notify::Event>| {
+        if event.is_ok_and(|e| !matches!(e.kind, notify::EventKind::Access(_))) {
+            let _ = changed.try_send(());
+        }
+    };
+    let mut watcher = notify::recommended_watcher(notice)
+        .map_err(|error| tracing::warn!(%error, "files are not watched; reload with SIGHUP"))
+        .ok()?;
+    let files = sections.certificate.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]);
+    let jwks = sections.jwt.iter().map(|jwt| jwt.jwks.clone());
+    let parent = |file: PathBuf| file.parent().filter(|p| !p.as_os_str().is_empty()).map_or(".".into(), Path::to_path_buf);
+    let mut directories: Vec<PathBuf> = files.chain(jwks).chain([reload.path.clone()]).map(parent).collect();
+    directories.push(state.path().to_path_buf());
+    directories.sort();
+    directories.dedup();
+    for directory in directories {
+        if let Err(error) = watcher.watch(&directory, RecursiveMode::NonRecursive) {
+            tracing::warn!(directory = %directory.display(), %error, "not watched; reload with SIGHUP");
+        }
+    }
+    let reload = reload.clone();
+    tokio::spawn(async move {
+        while changes.recv().await.is_some() {
+            tokio::time::sleep(SETTLE).await;
+            while changes.try_recv().is_ok() {}
+            if let Err(error) = reload.all() {
+                tracing::error!(error, "a changed file is not taken; the old configuration stays");
+            }
+        }
+    });
+    Some(watcher)
+}
+
+/// An edge's part of the admin API.
+struct Routes(Arc<Shared>);
+
+impl ExtraRoutes for Routes {
+    fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)> {
+        let json = |status, value: serde_json::Result<serde_json::Value>| (status, value.unwrap_or_default());
+        let refuse = |status, error: String| json(status, serde_json::to_value(admin::Error { error }));
+        let failed = |error: KeyError| match error {
+            KeyError::Invalid(why) => refuse(StatusCode::UNPROCESSABLE_ENTITY, why),
+            KeyError::State(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        };
+        let keys = &self.0.keys;
+        Some(match (method.as_str(), path) {
+            ("GET", "/v1/routes") => {
+                let routes: Vec<admin::Route> = self.0.policy.load().shown().map(shown).collect();
+                json(StatusCode::OK, serde_json::to_value(routes))
+            }
+            ("GET", "/v1/keys") => json(StatusCode::OK, serde_json::to_value(keys.list())),
+            ("POST", "/v1/keys") => match serde_json::from_slice(body) {
+                Ok(new) => match keys.create(new) {
+                    Ok(key) => json(StatusCode::CREATED, serde_json::to_value(key)),
+                    Err(error) => failed(error),
+                },
+                Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
+            },
+            ("DELETE", _) if path.starts_with("/v1/keys/") => match keys.revoke(&path["/v1/keys/".len()..]) {
+                Ok(true) => json(StatusCode::OK, Ok(serde_json::json!({"revoked": true}))),
+                Ok(false) => refuse(StatusCode::NOT_FOUND, "no key has that id; see `starling keys list`".into()),
+                Err(error) => failed(error),
+            },
+            _ => return None,
+        })
+    }
+}
+
+fn shown((route, versions): (&Route, &[String])) -> admin::Route {
+    let name = |method: &AuthMethod| match method {
+        AuthMethod::ApiKey => "api-key".to_string(),
+        AuthMethod::Jwt => "jwt".to_string(),
+    };
+    admin::Route {
+        host: route.host.to_string(),
+        path: route.path.clone(),
+        service: route.service.clone(),
+        auth: route.auth.iter().map(name).collect(),
+        plan: route.plan.clone(),
+        versions: versions.to_vec(),
+    }
+}

@@ -1,0 +1,397 @@
+//! What happens to a public request, in order: normalise, route, authenticate, limit, pick the version, call. One code for
+//! HTTP/1.1, 2 and 3; each step takes the proof that the one before it made.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header, request};
+use starling_node::{
+    Body, Call, Fault, MeshClient, Metrics, Problem, ProxyError, is_grpc,
+    message::{self, Origin},
+};
+use starling_protocol::headers;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::{
+    access_log::{AccessLog, Entry},
+    api_key,
+    certificates::Certificates,
+    config::{AuthMethod, EdgeSections, Plan, Route},
+    jwt,
+    key_file::KeyFile,
+    rate::Limiter,
+    route::{self, Routes},
+    version::{Found, Versions},
+};
+
+/// The protocol that a request came by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PublicProtocol {
+    Http1,
+    Http2,
+    Http3,
+}
+
+impl PublicProtocol {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Http1 => "http/1.1",
+            Self::Http2 => "h2",
+            Self::Http3 => "h3",
+        }
+    }
+}
+
+/// The connection that a request came by.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    pub(crate) client: SocketAddr,
+    pub(crate) protocol: PublicProtocol,
+    pub(crate) sni: Option<String>,
+}
+
+/// Everything that a reload replaces.
+pub(crate) struct Policy {
+    routes: Routes<Route>,
+    versions: Versions,
+    /// By the route's path, to be shown.
+    version_names: HashMap<String, Vec<String>>,
+    plans: HashMap<String, Arc<Limit>>,
+    jwt: Option<jwt::Verifier>,
+}
+
+struct Limit {
+    plan: Plan,
+    limiter: Limiter,
+}
+
+impl Policy {
+    /// Compiles the configuration. Plans that did not change keep their counters from `former`.
+    pub(crate) fn new(sections: &EdgeSections, former: Option<&Self>) -> Result<Self, String> {
+        let plans = sections.plan.iter().map(|plan| {
+            let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
+            let limit = || Arc::new(Limit { plan: plan.clone(), limiter: Limiter::new(plan.rate, plan.burst()) });
+            (plan.name.clone(), kept.unwrap_or_else(limit))
+        });
+        Ok(Self {
+            plans: plans.collect(),
+            routes: Routes::new(sections.route.iter().cloned()),
+            versions: Versions::new(&sections.version),
+            version_names: sections.version.iter().map(|v| (v.route.clone(), v.versions.keys().cloned().collect())).collect(),
+            jwt: sections.jwt.as_ref().map(jwt::Verifier::load).transpose()?,
+        })
+    }
+
+    /// Routes with the names of their versions, most specific first.
+    pub(crate) fn shown(&self) -> impl Iterator<Item = (&Route, &[String])> {
+        self.routes.iter().map(|route| (route, self.version_names.get(&route.path).map_or(&[][..], Vec::as_slice)))
+    }
+}
+
+/// Proof that the caller may use the route.
+struct Caller {
+    /// Who; `None` on a public route.
+    consumer: Option<String>,
+    plan: Option<String>,
+}
+
+/// Proof that the caller is within its limit, and the fields that say so.
+struct Admitted {
+    fields: HeaderMap,
+}
+
+/// Answers public requests. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Gateway(pub(crate) Arc<Shared>);
+
+pub(crate) struct Shared {
+    pub(crate) client: MeshClient,
+    pub(crate) policy: ArcSwap<Policy>,
+    pub(crate) keys: Arc<KeyFile>,
+    pub(crate) certificates: Arc<Certificates>,
+    pub(crate) log: AccessLog,
+    pub(crate) metrics: Metrics,
+    pub(crate) alt_svc: HeaderValue,
+}
+
+impl Gateway {
+    /// Answers a request, whatever is wrong with it.
+    pub(crate) async fn answer(&self, request: Request<Body>, arrival: &Arrival) -> Response<Body> {
+        let begun = Instant::now();
+        let grpc = is_grpc(request.headers());
+        let method = request.method().clone();
+        let mut entry = Entry {
+            time: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
+            request_id: request_id(),
+            client: arrival.client.ip().to_string(),
+            protocol: arrival.protocol.as_str(),
+            method: method.to_string(),
+            path: request.uri().path().to_string(),
+            ..Entry::default()
+        };
+        let mut extra = HeaderMap::new();
+        let mut response = match self.pass(request, arrival, &mut entry, &mut extra).await {
+            Ok(response) => response,
+            Err(problem) => {
+                entry.error = Some(problem.detail.clone());
+                problem.into_response("starling-edge", grpc)
+            }
+        };
+        response.headers_mut().extend(extra);
+        if arrival.protocol != PublicProtocol::Http3 {
+            response.headers_mut().insert(header::ALT_SVC, self.0.alt_svc.clone());
+        }
+        if let Ok(id) = HeaderValue::from_str(&entry.request_id) {
+            response.headers_mut().insert("x-request-id", id);
+        }
+        entry.status = response.status().as_u16();
+        let service = entry.service.as_deref().unwrap_or("unknown");
+        self.0.metrics.client_call(service, &method, response.status(), begun.elapsed());
+        let logged = Logged { entry: Some(entry), begun, log: self.0.log.clone() };
+        response.map(|body| body.keep(logged))
+    }
+
+    /// The steps. `extra` collects fields of the answer, whatever becomes of the request.
+    async fn pass(
+        &self,
+        request: Request<Body>,
+        arrival: &Arrival,
+        entry: &mut Entry,
+        extra: &mut HeaderMap,
+    ) -> Result<Response<Body>, Problem> {
+        let (mut parts, body) = request.into_parts();
+        if parts.headers.keys().any(|name| name.as_str().contains('_')) {
+            // Servers that read `_` as `-` would take such a field for one that we set.
+            return Err(bad_request("underscores in field names are not accepted"));
+        }
+        let checked = message::normalise_request(&mut parts, Origin::Outside)?;
+        let host = bare_host(&checked.authority);
+        entry.host = host.to_string();
+        if arrival.sni.as_deref().is_some_and(|sni| !self.0.certificates.covers(sni, host)) {
+            let detail = "this connection is not for that host; open another one";
+            return Err(Problem::policy(StatusCode::MISDIRECTED_REQUEST, "misdirected", detail));
+        }
+        let policy = self.0.policy.load_full();
+        let path = route::canonical_path(parts.uri.path()).map_err(bad_request)?.into_owned();
+        let Some(found) = policy.versions.find(&policy.routes, host, &path) else {
+            let detail = "no route leads there";
+            return Err(Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail));
+        };
+        let Found { route, path, picker, named } = found;
+        entry.service = Some(route.service.to_string());
+
+        let caller = self.authenticate(&policy, route, &parts.headers)?;
+        entry.consumer.clone_from(&caller.consumer);
+        let admitted = limit(&policy, route, &caller, arrival.client.ip())?;
+        extra.extend(admitted.fields);
+        let version = match picker {
+            None => None,
+            Some(picker) => {
+                let picked = picker.pick(named, parts.uri.query(), &parts.headers, SystemTime::now())?;
+                for (name, value) in picked.headers {
+                    extra.append(name, value);
+                }
+                Some(picked.version)
+            }
+        };
+        entry.version.clone_from(&version);
+
+        let dress = Dress { path: &path, route, caller: &caller, arrival, authority: &checked.authority };
+        dress.put_on(&mut parts, &entry.request_id)?;
+        let request = Request::from_parts(parts, body.with_length(checked.length));
+        let call = Call { service: route.service.clone(), version, request, timeout: route.timeout };
+        self.0.client.call(call).await.map_err(|error| {
+            let detail = public_detail(error.status, error.fault);
+            entry.error = Some(error.to_string());
+            Problem { detail: detail.into(), ..Problem::from(error) }
+        })
+    }
+
+    fn authenticate(&self, policy: &Policy, route: &Route, fields: &HeaderMap) -> Result<Caller, Problem> {
+        if route.auth.is_empty() {
+            return Ok(Caller { consumer: None, plan: None });
+        }
+        let mut reason = "credentials are needed".to_string();
+        let mut challenge = HeaderValue::from_static("Bearer");
+        for method in &route.auth {
+            match method {
+                AuthMethod::ApiKey => match api_key::presented(fields) {
+                    Ok(Some(key)) => match self.0.keys.current().verify(key) {
+                        Some(key) => {
+                            let consumer = Some(key.consumer.to_string());
+                            return Ok(Caller { consumer, plan: key.plan.clone() });
+                        }
+                        None => reason = "the API key is not valid".into(),
+                    },
+                    Ok(None) => {}
+                    Err(why) => reason = why.into(),
+                },
+                AuthMethod::Jwt => match (&policy.jwt, jwt::bearer(fields)) {
+                    (_, Err(why)) => reason = why.into(),
+                    (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => match verifier.verify(token) {
+                        Ok(claims) => return Ok(Caller { consumer: Some(claims.consumer), plan: None }),
+                        Err(error) => {
+                            reason = error.to_string();
+                            challenge = error.challenge();
+                        }
+                    },
+                    _ => {}
+                },
+            }
+        }
+        Err(Problem::policy(StatusCode::UNAUTHORIZED, "unauthorized", reason)
+            .with_header(header::WWW_AUTHENTICATE, challenge))
+    }
+}
+
+/// What the service reads about the request: who called and from where, by our word and nobody else's.
+struct Dress<'a> {
+    path: &'a str,
+    route: &'a Route,
+    caller: &'a Caller,
+    arrival: &'a Arrival,
+    authority: &'a str,
+}
+
+impl Dress<'_> {
+    fn put_on(&self, parts: &mut request::Parts, request_id: &str) -> Result<(), Problem> {
+        let path = if self.route.strip_prefix { route::below(&self.route.path, self.path) } else { self.path };
+        let target = match parts.uri.query() {
+            Some(query) => format!("{path}?{query}"),
+            None => path.to_string(),
+        };
+        parts.uri = target.parse().map_err(|_| bad_request("the request target is not a path"))?;
+        for name in FORWARDED {
+            parts.headers.remove(name);
+        }
+        // A key of ours is for us alone; a token may be the service's to read.
+        parts.headers.remove("x-api-key");
+        if jwt::bearer(&parts.headers).is_ok_and(|token| token.is_some_and(api_key::is_api_key)) {
+            parts.headers.remove(header::AUTHORIZATION);
+        }
+        let client = self.arrival.client.ip().to_canonical().to_string();
+        let set: [(&'static str, &str); 4] = [
+            ("x-forwarded-for", &client),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", self.authority),
+            ("x-request-id", request_id),
+        ];
+        let consumer = self.caller.consumer.as_deref().map(|consumer| (headers::CONSUMER, consumer));
+        for (name, value) in set.into_iter().chain(consumer) {
+            let value = HeaderValue::from_str(value).map_err(|_| bad_request("a name that no field can carry"))?;
+            parts.headers.insert(HeaderName::from_static(name), value);
+        }
+        Ok(())
+    }
+}
+
+/// Fields that say where a request comes from; a client's own word for it is not passed on.
+const FORWARDED: [&str; 6] =
+    ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "forwarded"];
+
+fn limit(policy: &Policy, route: &Route, caller: &Caller, client: IpAddr) -> Result<Admitted, Problem> {
+    let name = caller.plan.as_ref().filter(|name| policy.plans.contains_key(*name)).or(route.plan.as_ref());
+    let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
+        return Ok(Admitted { fields: HeaderMap::new() });
+    };
+    let key = caller.consumer.clone().unwrap_or_else(|| address_key(client));
+    let decision = limit.limiter.take(&key, Instant::now());
+    let mut fields = HeaderMap::new();
+    if let Some((policy_field, limit_field)) = decision.fields(&limit.plan.name) {
+        fields.insert("ratelimit-policy", policy_field);
+        fields.insert("ratelimit", limit_field);
+    }
+    if decision.allowed || limit.plan.shadow {
+        return Ok(Admitted { fields });
+    }
+    let detail = format!("over the rate of plan {}", limit.plan.name);
+    let mut problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "quota-exceeded", detail);
+    problem.headers.extend(fields);
+    Err(problem.retry_after(decision.retry_after))
+}
+
+/// An address as the key of a limit: IPv6 by its /64, which one subscriber has whole.
+fn address_key(client: IpAddr) -> String {
+    match client.to_canonical() {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            format!("{a:x}:{b:x}:{c:x}:{d:x}::/64")
+        }
+    }
+}
+
+fn bare_host(authority: &str) -> &str {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => authority,
+    }
+}
+
+fn bad_request(detail: &'static str) -> Problem {
+    Problem::proxy(StatusCode::BAD_REQUEST, ProxyError::HttpRequestError, detail)
+}
+
+/// What the internet may know of a fault inside: neither names nor addresses of nodes.
+fn public_detail(status: StatusCode, fault: Fault) -> &'static str {
+    match (status.as_u16(), fault) {
+        (404, _) => "the service is not known",
+        (503, _) => "the service is not available now",
+        (504, _) => "the service did not answer in time",
+        (508, _) => "the request goes round in circles",
+        (431, _) => "the header fields are too large",
+        (_, Fault::Caller) => "the request broke off",
+        _ => "the service broke off",
+    }
+}
+
+/// Sortable by time, unguessable: UUIDv7 (RFC 9562 §5.7).
+fn request_id() -> String {
+    let ms = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+    let random: u128 = rand::random();
+    let id = (u128::from(ms) << 80) | (0x7 << 76) | (random & (0xfff << 64)) | (0b10 << 62) | (random & ((1 << 62) - 1));
+    let hex = format!("{id:032x}");
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// Writes the entry when the whole answer is out, or given up.
+struct Logged {
+    entry: Option<Entry>,
+    begun: Instant,
+    log: AccessLog,
+}
+
+impl Drop for Logged {
+    fn drop(&mut self) {
+        if let Some(mut entry) = self.entry.take() {
+            entry.duration_ms = (self.begun.elapsed().as_secs_f64() * 1e6).round() / 1e3;
+            self.log.write(entry);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_ids_are_uuids_of_version_7() {
+        let (a, b) = (request_id(), request_id());
+        assert_ne!(a, b);
+        assert_eq!((a.len(), &a[14..15]), (36, "7"));
+        assert!(matches!(&a[19..20], "8" | "9" | "a" | "b"), "{a}");
+    }
+
+    #[test]
+    fn one_subscriber_is_one_key() {
+        assert_eq!(address_key("192.0.2.1".parse().unwrap()), "192.0.2.1");
+        assert_eq!(address_key("::ffff:192.0.2.1".parse().unwrap()), "192.0.2.1");
+        let (a, b) = ("2001:db8::1".parse().unwrap(), "2001:db8::ffff:2".parse().unwrap());
+        assert_eq!(address_key(a), address_key(b));
+    }
+}

@@ -1,0 +1,498 @@
+//! JSON Web Tokens of one issuer (RFC 7519), with the rules of RFC 8725: the file says which algorithms are taken, and
+//! a key is only ever used with those it is made for.
+
+use std::fs;
+
+use http::{HeaderMap, HeaderValue, header};
+use jsonwebtoken::{
+    Algorithm, DecodingKey, Validation, decode, decode_header,
+    errors::ErrorKind,
+    jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm, KeyOperations, PublicKeyUse},
+};
+use serde::Deserialize;
+
+use crate::config;
+
+/// Longest token that is looked at, in bytes: what fits into any server's header limits.
+const MAX_TOKEN: usize = 8 * 1024;
+
+/// Longest subject, in bytes: it goes into a header and into the limiter's memory.
+const MAX_SUBJECT: usize = 256;
+
+/// How far the issuer's clock may be off, in seconds.
+const LEEWAY_S: u64 = 30;
+
+/// Verifies tokens with the keys of one issuer.
+#[derive(Debug)]
+pub(crate) struct Verifier(Vec<Key>);
+
+#[derive(Debug)]
+struct Key {
+    id: Option<String>,
+    decoding: DecodingKey,
+    /// Carries the algorithms: never empty, and all of the key's own type.
+    validation: Validation,
+}
+
+/// Who a good token speaks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Claims {
+    /// `sub`: visible ASCII, at most 256 bytes.
+    pub(crate) subject: String,
+    /// Name for limits, logs and `starling-consumer`: `jwt:` and the subject, so that no subject can pass for the
+    /// consumer of an API key, whose name has no colon.
+    pub(crate) consumer: String,
+    /// `scope` (RFC 9068 §2.2.3) or `scp`, which some issuers say instead.
+    pub(crate) scopes: Vec<String>,
+}
+
+/// Why a token is not taken. The text is for the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum JwtError {
+    /// More than 8 KiB.
+    #[error("the token is too long")]
+    TooLong,
+    /// Not a signed token, or claims of a wrong type.
+    #[error("the token is malformed")]
+    Malformed,
+    /// No key has its `kid`.
+    #[error("the token is signed with an unknown key")]
+    UnknownKey,
+    /// Not in the list, or not for that key.
+    #[error("the token's algorithm is not accepted")]
+    Algorithm,
+    /// Does not verify.
+    #[error("the token's signature is wrong")]
+    Signature,
+    /// `exp` has passed.
+    #[error("the token has expired")]
+    Expired,
+    /// `nbf` has not.
+    #[error("the token is not valid yet")]
+    NotYet,
+    /// `iss` is another.
+    #[error("the token is from another issuer")]
+    Issuer,
+    /// `aud` does not have us.
+    #[error("the token is for another audience")]
+    Audience,
+    /// No `exp`, `iss`, `aud` or `sub`.
+    #[error("the token lacks a claim")]
+    MissingClaim,
+    /// Cannot stand in a header.
+    #[error("the token's subject is not usable")]
+    Subject,
+}
+
+impl JwtError {
+    /// The value of WWW-Authenticate for the 401 (RFC 6750 §3).
+    pub(crate) fn challenge(self) -> HeaderValue {
+        HeaderValue::try_from(format!("Bearer error=\"invalid_token\", error_description=\"{self}\""))
+            .unwrap_or(HeaderValue::from_static("Bearer error=\"invalid_token\""))
+    }
+}
+
+impl From<jsonwebtoken::errors::Error> for JwtError {
+    fn from(error: jsonwebtoken::errors::Error) -> Self {
+        match error.kind() {
+            ErrorKind::InvalidSignature => Self::Signature,
+            ErrorKind::InvalidAlgorithm | ErrorKind::MissingAlgorithm => Self::Algorithm,
+            ErrorKind::ExpiredSignature => Self::Expired,
+            ErrorKind::ImmatureSignature => Self::NotYet,
+            ErrorKind::InvalidIssuer => Self::Issuer,
+            ErrorKind::InvalidAudience => Self::Audience,
+            ErrorKind::MissingRequiredClaim(_) => Self::MissingClaim,
+            _ => Self::Malformed,
+        }
+    }
+}
+
+/// The claims we read beside those that the library checks.
+#[derive(Deserialize)]
+struct Raw {
+    sub: Option<String>,
+    /// The library would take a list of issuers with ours in it; RFC 7519 §4.1.1 knows one.
+    #[serde(rename = "iss")]
+    _iss: Option<String>,
+    scope: Option<Scopes>,
+    scp: Option<Scopes>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Scopes {
+    Text(String),
+    List(Vec<String>),
+}
+
+impl From<Scopes> for Vec<String> {
+    fn from(scopes: Scopes) -> Self {
+        match scopes {
+            Scopes::Text(text) => text.split_ascii_whitespace().map(str::to_owned).collect(),
+            Scopes::List(list) => list,
+        }
+    }
+}
+
+impl Verifier {
+    /// Reads the issuer's keys. The error says what is wrong with the file and what to do.
+    ///
+    /// Keys that are not for signatures, or for no algorithm of the list, are left out; there must be one left.
+    pub(crate) fn load(config: &config::Jwt) -> Result<Self, String> {
+        let file = config.jwks.display();
+        let document = fs::read(&config.jwks).map_err(|e| {
+            format!("{file} cannot be read ({e}); save the issuer's JWK Set there, or correct the path")
+        })?;
+        let set: JwkSet = serde_json::from_slice(&document)
+            .map_err(|e| format!("{file} is not a JWK Set ({e}); save what the issuer's jwks_uri answers"))?;
+        let mut keys = Vec::new();
+        for jwk in &set.keys {
+            let algorithms = algorithms(jwk, config);
+            let Some(first) = algorithms.first() else { continue };
+            let id = jwk.common.key_id.clone();
+            let decoding = DecodingKey::from_jwk(jwk).map_err(|e| {
+                format!("key {:?} in {file} is broken ({e}); fetch the file again", id.as_deref().unwrap_or_default())
+            })?;
+            let mut validation = Validation::new(*first);
+            validation.algorithms = algorithms;
+            validation.leeway = LEEWAY_S;
+            validation.validate_nbf = true;
+            validation.set_issuer(&[&config.issuer]);
+            validation.set_audience(&config.audience);
+            validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+            keys.push(Key { id, decoding, validation });
+        }
+        if keys.is_empty() {
+            let list = config.algorithms.iter().map(|a| format!("{:?}", a.get())).collect::<Vec<_>>().join(", ");
+            return Err(format!("{file} has no public key for {list}; fetch it again, or correct jwt.algorithms"));
+        }
+        Ok(Self(keys))
+    }
+
+    /// Checks a token as it stands after `Bearer`: signature, issuer, audience, and time with 30 s of leeway.
+    pub(crate) fn verify(&self, token: &str) -> Result<Claims, JwtError> {
+        if token.len() > MAX_TOKEN {
+            return Err(JwtError::TooLong);
+        }
+        let header = decode_header(token).map_err(|_| JwtError::Malformed)?;
+        // RFC 7515 §4.1.11: we know no extension, so none may be critical.
+        if header.crit.is_some() {
+            return Err(JwtError::Malformed);
+        }
+        let key = self.key(header.kid.as_deref(), header.alg)?;
+        let Raw { sub, scope, scp, .. } = decode(token, &key.decoding, &key.validation)?.claims;
+        let subject = sub.ok_or(JwtError::MissingClaim)?;
+        if !(1..=MAX_SUBJECT).contains(&subject.len()) || !subject.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(JwtError::Subject);
+        }
+        let scopes = scope.or(scp).map(Vec::from).unwrap_or_default();
+        Ok(Claims { consumer: format!("jwt:{subject}"), subject, scopes })
+    }
+
+    /// The key of that id, or the only one there is. Nothing else in a token's header (`jwk`, `jku`, `x5u`) has a say.
+    fn key(&self, id: Option<&str>, algorithm: Algorithm) -> Result<&Key, JwtError> {
+        let candidates = match (id, self.0.as_slice()) {
+            (None, only @ [_]) => only,
+            (None, _) => return Err(JwtError::UnknownKey),
+            (Some(_), all) => all,
+        };
+        // Keys of two types may share an id (RFC 7517 §4.5).
+        let mut same_id = candidates.iter().filter(|key| id.is_none() || key.id.as_deref() == id).peekable();
+        if same_id.peek().is_none() {
+            return Err(JwtError::UnknownKey);
+        }
+        same_id.find(|key| key.validation.algorithms.contains(&algorithm)).ok_or(JwtError::Algorithm)
+    }
+}
+
+/// The algorithms of the list that a key is made for, by its type and by what it says of itself (RFC 7517 §4.2 to
+/// §4.4).
+fn algorithms(jwk: &Jwk, config: &config::Jwt) -> Vec<Algorithm> {
+    let common = &jwk.common;
+    let verifies = common.public_key_use.as_ref().is_none_or(|purpose| *purpose == PublicKeyUse::Signature)
+        && common.key_operations.as_ref().is_none_or(|operations| operations.contains(&KeyOperations::Verify));
+    let fits = |algorithm: Algorithm| match (&jwk.algorithm, algorithm) {
+        (AlgorithmParameters::RSA(_), _) => algorithm.family() == jsonwebtoken::AlgorithmFamily::Rsa,
+        (AlgorithmParameters::EllipticCurve(key), Algorithm::ES256) => key.curve == EllipticCurve::P256,
+        (AlgorithmParameters::EllipticCurve(key), Algorithm::ES384) => key.curve == EllipticCurve::P384,
+        (AlgorithmParameters::OctetKeyPair(key), Algorithm::EdDSA) => key.curve == EllipticCurve::Ed25519,
+        _ => false,
+    };
+    let allowed = config.algorithms.iter().map(|algorithm| algorithm.get());
+    allowed
+        .filter(|algorithm| verifies && fits(*algorithm))
+        .filter(|algorithm| common.key_algorithm.is_none_or(|own| own == KeyAlgorithm::from(*algorithm)))
+        .collect()
+}
+
+/// The bearer token of a request (RFC 6750 §2.1); `None` if it has no Authorization or one of another scheme.
+///
+/// The error says why a request is to be refused: more than one Authorization, or one that is not text.
+pub(crate) fn bearer(headers: &HeaderMap) -> Result<Option<&str>, &'static str> {
+    let mut fields = headers.get_all(header::AUTHORIZATION).iter();
+    let Some(field) = fields.next() else { return Ok(None) };
+    if fields.next().is_some() {
+        return Err("more than one Authorization");
+    }
+    let field = field.to_str().map_err(|_| "Authorization is not text")?.trim();
+    let (scheme, token) = field.split_once(' ').unwrap_or((field, ""));
+    match (scheme.eq_ignore_ascii_case("bearer"), token.trim_start()) {
+        (false, _) => Ok(None),
+        (true, "") => Err("Authorization has no token"),
+        (true, token) => Ok(Some(token)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+    use jsonwebtoken::{EncodingKey, Header, encode, get_current_timestamp};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// An issuer with an RSA and an EC key, and the file it publishes.
+    struct Issuer {
+        rsa: EncodingKey,
+        ec: EncodingKey,
+        rsa_public_pem: String,
+        dir: tempfile::TempDir,
+    }
+
+    impl Issuer {
+        fn new() -> Self {
+            let rsa = rcgen::KeyPair::generate_for(&rcgen::PKCS_RSA_SHA256).unwrap();
+            let ec = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+            let rsa_public_pem = rsa.public_key_pem();
+            // The library wants PKCS#1, which is PKCS#8 of a 2048-bit key without its first 26 bytes.
+            let rsa = EncodingKey::from_rsa_der(&rsa.serialize_der()[26..]);
+            let ec = EncodingKey::from_ec_der(&ec.serialize_der());
+            Self { rsa, ec, rsa_public_pem, dir: tempfile::tempdir().unwrap() }
+        }
+
+        fn jwk(key: &EncodingKey, algorithm: Algorithm, id: Option<&str>) -> Value {
+            let mut jwk = Jwk::from_encoding_key(key, algorithm).unwrap();
+            jwk.common.key_id = id.map(str::to_owned);
+            serde_json::to_value(jwk).unwrap()
+        }
+
+        fn both(&self) -> Value {
+            json!([Self::jwk(&self.rsa, Algorithm::RS256, Some("r")), Self::jwk(&self.ec, Algorithm::ES256, Some("e"))])
+        }
+
+        fn load(&self, keys: Value, algorithms: &[&str]) -> Result<Verifier, String> {
+            let file = self.dir.path().join("jwks.json");
+            fs::write(&file, json!({ "keys": keys }).to_string()).unwrap();
+            let config = json!({
+                "issuer": "https://id.example.com/",
+                "audience": ["api", "api2"],
+                "jwks": file,
+                "algorithms": algorithms,
+            });
+            Verifier::load(&serde_json::from_value(config).unwrap())
+        }
+    }
+
+    fn claims() -> Value {
+        let exp = get_current_timestamp() + 60;
+        json!({ "iss": "https://id.example.com/", "aud": "api", "sub": "alice", "exp": exp, "scope": "read write" })
+    }
+
+    fn with(key: &str, value: Value) -> Value {
+        let mut claims = claims();
+        claims[key] = value;
+        claims
+    }
+
+    fn without(key: &str) -> Value {
+        let mut claims = claims();
+        claims.as_object_mut().unwrap().remove(key);
+        claims
+    }
+
+    fn sign(algorithm: Algorithm, id: Option<&str>, key: &EncodingKey, claims: &Value) -> String {
+        let header = Header { kid: id.map(str::to_owned), ..Header::new(algorithm) };
+        encode(&header, claims, key).unwrap()
+    }
+
+    #[test]
+    fn good_tokens_of_both_kinds() {
+        let issuer = Issuer::new();
+        let verifier = issuer.load(issuer.both(), &["RS256", "ES256"]).unwrap();
+        let want = Claims {
+            subject: "alice".into(),
+            consumer: "jwt:alice".into(),
+            scopes: vec!["read".into(), "write".into()],
+        };
+        assert_eq!(verifier.verify(&sign(Algorithm::RS256, Some("r"), &issuer.rsa, &claims())), Ok(want.clone()));
+        assert_eq!(verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims())), Ok(want));
+
+        let scopes = |claims| verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims)).unwrap().scopes;
+        assert_eq!(scopes(without("scope")), [""; 0]);
+        assert_eq!(scopes(with("scope", json!(["a", "b"]))), ["a", "b"]);
+    }
+
+    #[test]
+    fn claims_that_are_not_taken() {
+        let issuer = Issuer::new();
+        let verifier = issuer.load(issuer.both(), &["ES256"]).unwrap();
+        let now = get_current_timestamp();
+        for (claims, want) in [
+            (with("exp", json!(now - 31)), Err(JwtError::Expired)),
+            (with("exp", json!(now - 20)), Ok("alice")),
+            (with("exp", json!(0)), Err(JwtError::Expired)),
+            (with("exp", json!("soon")), Err(JwtError::MissingClaim)),
+            (with("exp", json!(-5)), Err(JwtError::MissingClaim)),
+            (without("exp"), Err(JwtError::MissingClaim)),
+            (with("nbf", json!(now + 90)), Err(JwtError::NotYet)),
+            (with("nbf", json!(now + 20)), Ok("alice")),
+            (with("nbf", json!("later")), Err(JwtError::Malformed)),
+            (with("iss", json!("https://id.example.com")), Err(JwtError::Issuer)),
+            (with("iss", json!(["https://id.example.com/", "evil"])), Err(JwtError::Malformed)),
+            (without("iss"), Err(JwtError::MissingClaim)),
+            (with("aud", json!("other")), Err(JwtError::Audience)),
+            (with("aud", json!(["other", "api2"])), Ok("alice")),
+            (with("aud", json!([])), Err(JwtError::Audience)),
+            (without("aud"), Err(JwtError::MissingClaim)),
+            (without("sub"), Err(JwtError::MissingClaim)),
+            (with("sub", json!(7)), Err(JwtError::Malformed)),
+            (with("sub", json!("")), Err(JwtError::Subject)),
+            (with("sub", json!("a b")), Err(JwtError::Subject)),
+            (with("sub", json!("a\r\nb")), Err(JwtError::Subject)),
+            (with("sub", json!("a".repeat(257))), Err(JwtError::Subject)),
+            (with("sub", json!("auth0|1@x")), Ok("auth0|1@x")),
+        ] {
+            let got = verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims));
+            assert_eq!(got.map(|claims| claims.subject), want.map(str::to_owned), "{claims}");
+        }
+    }
+
+    #[test]
+    fn signatures_that_are_not_taken() {
+        let (issuer, stranger) = (Issuer::new(), Issuer::new());
+        let verifier = issuer.load(issuer.both(), &["RS256", "ES256"]).unwrap();
+        let good = sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims());
+        let parts: Vec<&str> = good.split('.').collect();
+        let encoded = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let (body, signature) = (parts[1], parts[2]);
+        let hmac = |key: &[u8], id| sign(Algorithm::HS256, id, &EncodingKey::from_secret(key), &claims());
+        let pem = issuer.rsa_public_pem.as_bytes();
+        let own_jwk = Issuer::jwk(&stranger.ec, Algorithm::ES256, Some("e"));
+        let self_made = Header {
+            kid: Some("e".into()),
+            jwk: Some(serde_json::from_value(own_jwk).unwrap()),
+            ..Header::new(Algorithm::ES256)
+        };
+        let critical =
+            Header { kid: Some("e".into()), crit: Some(vec!["b64".into()]), ..Header::new(Algorithm::ES256) };
+
+        for (what, token, want) in [
+            ("none", format!("{}.{body}.", encoded(json!({"alg": "none"}))), JwtError::Malformed),
+            ("None", format!("{}.{body}.", encoded(json!({"alg": "None", "kid": "e"}))), JwtError::Malformed),
+            (
+                "none, signed",
+                format!("{}.{body}.{signature}", encoded(json!({"alg": "none", "kid": "e"}))),
+                JwtError::Malformed,
+            ),
+            ("no signature", format!("{}.{body}.", parts[0]), JwtError::Signature),
+            ("HMAC with the public key", hmac(pem, Some("r")), JwtError::Algorithm),
+            ("HMAC with the public key, no kid", hmac(pem, None), JwtError::UnknownKey),
+            ("HMAC with nothing", hmac(b"", Some("e")), JwtError::Algorithm),
+            ("RSA for the EC key", sign(Algorithm::RS256, Some("e"), &issuer.rsa, &claims()), JwtError::Algorithm),
+            ("not in the list", sign(Algorithm::RS512, Some("r"), &issuer.rsa, &claims()), JwtError::Algorithm),
+            ("PSS for a PKCS#1 key", sign(Algorithm::PS256, Some("r"), &issuer.rsa, &claims()), JwtError::Algorithm),
+            ("unknown kid", sign(Algorithm::ES256, Some("x"), &issuer.ec, &claims()), JwtError::UnknownKey),
+            (
+                "path as kid",
+                sign(Algorithm::ES256, Some("../../dev/null"), &issuer.ec, &claims()),
+                JwtError::UnknownKey,
+            ),
+            ("empty kid", sign(Algorithm::ES256, Some(""), &issuer.ec, &claims()), JwtError::UnknownKey),
+            ("no kid, two keys", sign(Algorithm::ES256, None, &issuer.ec, &claims()), JwtError::UnknownKey),
+            ("a stranger's key", sign(Algorithm::ES256, Some("e"), &stranger.ec, &claims()), JwtError::Signature),
+            ("a stranger's RSA key", sign(Algorithm::RS256, Some("r"), &stranger.rsa, &claims()), JwtError::Signature),
+            ("key in the header", encode(&self_made, &claims(), &stranger.ec).unwrap(), JwtError::Signature),
+            ("critical extension", encode(&critical, &claims(), &issuer.ec).unwrap(), JwtError::Malformed),
+            (
+                "tampered",
+                format!("{}.{}.{signature}", parts[0], encoded(with("sub", json!("bob")))),
+                JwtError::Signature,
+            ),
+            ("oversize", format!("{good}{}", "A".repeat(1 << 20)), JwtError::TooLong),
+            ("four parts", format!("{good}.a"), JwtError::Malformed),
+            ("two parts", format!("{}.{body}", parts[0]), JwtError::Malformed),
+            ("nothing", String::new(), JwtError::Malformed),
+        ] {
+            assert_eq!(verifier.verify(&token), Err(want), "{what}");
+        }
+    }
+
+    #[test]
+    fn which_keys_are_taken() {
+        let issuer = Issuer::new();
+        let (rsa, ec) =
+            (Issuer::jwk(&issuer.rsa, Algorithm::RS256, Some("r")), Issuer::jwk(&issuer.ec, Algorithm::ES256, None));
+        let edited = |jwk: &Value, key: &str, value: Value| {
+            let mut jwk = jwk.clone();
+            jwk[key] = value;
+            jwk
+        };
+        let token = sign(Algorithm::ES256, None, &issuer.ec, &claims());
+        let only = issuer.load(json!([ec]), &["ES256"]).unwrap();
+        assert!(only.verify(&token).is_ok(), "the only key needs no kid");
+
+        let secret = json!({"kty": "oct", "k": "c2VjcmV0", "alg": "HS256"});
+        let odd = json!({"kty": "EC", "crv": "secp256k1", "x": "AA", "y": "AA"});
+        let mixed = issuer.load(json!([secret, odd, ec]), &["ES256"]).unwrap();
+        assert!(mixed.verify(&token).is_ok(), "keys of no use are left out");
+
+        let mut anonymous = rsa.clone();
+        anonymous.as_object_mut().unwrap().remove("alg");
+        let any = issuer.load(json!([anonymous]), &["RS256", "PS256"]).unwrap();
+        for algorithm in [Algorithm::RS256, Algorithm::PS256] {
+            assert!(any.verify(&sign(algorithm, Some("r"), &issuer.rsa, &claims())).is_ok(), "{algorithm:?}");
+        }
+
+        for (keys, algorithms, want) in [
+            (json!([]), ["ES256"], "has no public key for ES256"),
+            (json!([rsa]), ["ES256"], "has no public key"),
+            (json!([secret]), ["RS256"], "has no public key"),
+            (json!([edited(&rsa, "use", json!("enc"))]), ["RS256"], "has no public key"),
+            (json!([edited(&rsa, "key_ops", json!(["encrypt"]))]), ["RS256"], "has no public key"),
+            (json!([edited(&rsa, "n", json!("*"))]), ["RS256"], "is broken"),
+            (json!("x"), ["RS256"], "is not a JWK Set"),
+        ] {
+            let error = issuer.load(keys.clone(), &algorithms).unwrap_err();
+            assert!(error.contains(want), "{keys} gave {error}");
+        }
+    }
+
+    #[test]
+    fn a_challenge_says_why() {
+        let want = "Bearer error=\"invalid_token\", error_description=\"the token has expired\"";
+        assert_eq!(JwtError::Expired.challenge(), want);
+    }
+
+    #[test]
+    fn one_bearer_token() {
+        let bearer = |values: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::AUTHORIZATION, HeaderValue::from_static(value));
+            }
+            bearer(&headers).map(|token| token.map(str::to_owned))
+        };
+        let some = |token: &str| Ok(Some(token.to_owned()));
+        for (values, want) in [
+            (&[][..], Ok(None)),
+            (&["Bearer a.b.c"], some("a.b.c")),
+            (&["BEARER  a.b.c "], some("a.b.c")),
+            (&["Basic a"], Ok(None)),
+            (&["Bearera"], Ok(None)),
+            (&["Bearer"], Err("Authorization has no token")),
+            (&["Bearer a", "Basic b"], Err("more than one Authorization")),
+        ] {
+            assert_eq!(bearer(values), want, "{values:?}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Serves HTTP/1.1 and 2 on a byte stream: the application's doors and the edge's public port alike.
+
+use std::{convert::Infallible, future::Future, time::Duration};
+
+use http::{Request, Response};
+use hyper::service::service_fn;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::{Body, Drain, message};
+
+/// How long a request's head may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest head, in bytes.
+const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// Bounds of a connection that depend on who is at its other end.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Streams at once on an HTTP/2 connection.
+    pub max_streams: u32,
+    /// Flow-control window of an HTTP/2 stream, in bytes; the connection has eight times as much.
+    pub stream_window_bytes: u32,
+}
+
+/// Serves one connection until it ends; a drain lets requests under way finish. Errors of the connection are the other
+/// end's affair and only logged.
+pub async fn serve<S, H, F>(stream: S, limits: Limits, drain: Drain, handler: H)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    H: Fn(Request<Body>) -> F,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+        let answer = handler(request.map(Body::from));
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .max_headers(message::MAX_FIELDS);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.max_streams)
+        .initial_stream_window_size(limits.stream_window_bytes)
+        .initial_connection_window_size(limits.stream_window_bytes.saturating_mul(8))
+        .max_header_list_size(MAX_HEAD_BYTES as u32);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let served = tokio::select! {
+        served = connection.as_mut() => served,
+        () = drain.draining() => {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                served = connection.as_mut() => served,
+                () = drain.closing() => return,
+            }
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "connection");
+    }
+}

@@ -229,7 +229,8 @@ impl Cluster {
     fn spawn(&mut self, name: &str, mesh: SocketAddr, more: Vec<String>, seeds: &[SocketAddr]) -> Result<()> {
         let (admin, outbound) = (free_port(), free_port());
         let state = self.state_of(name);
-        let mut args: Vec<String> = ["node", "--name", name, "--state", &state.to_string_lossy()].map(String::from).into();
+        let mut args: Vec<String> =
+            ["node", "--name", name, "--state", &state.to_string_lossy()].map(String::from).into();
         let addresses = [("--listen", mesh), ("--admin", admin), ("--outbound", outbound)];
         args.extend(addresses.iter().flat_map(|(flag, addr)| [flag.to_string(), addr.to_string()]));
         args.extend(seeds.iter().flat_map(|seed| ["--seed".to_string(), seed.to_string()]));

@@ -24,7 +24,7 @@ const FIELD: HeaderName = HeaderName::from_static("x-api-key");
 /// All keys of an edge, by id: what `keys.json` has.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct KeyStore {
+pub(crate) struct KeyStore {
     /// In the order of their ids, each id once.
     #[serde(deserialize_with = "sorted")]
     keys: Vec<StoredKey>,
@@ -33,16 +33,16 @@ pub struct KeyStore {
 /// What is kept of a key. The secret is not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct StoredKey {
+pub(crate) struct StoredKey {
     /// The part of the key that names it.
-    pub id: KeyId,
+    pub(crate) id: KeyId,
     /// Whose it is.
-    pub consumer: Consumer,
+    pub(crate) consumer: Consumer,
     /// Plan that holds for it in place of the route's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub plan: Option<String>,
+    pub(crate) plan: Option<String>,
     /// When it was made, in seconds since 1970.
-    pub created: u64,
+    pub(crate) created: u64,
     /// SHA-256 of the secret as it stands in the key.
     hash: Hash,
 }
@@ -50,11 +50,11 @@ pub struct StoredKey {
 /// Names a key: 12 hex digits in lower case.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String")]
-pub struct KeyId(String);
+pub(crate) struct KeyId(String);
 
 impl KeyId {
     /// The id as text.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -79,14 +79,7 @@ impl TryFrom<String> for KeyId {
 /// Who calls: 1 to 64 of `A-Z`, `a-z`, `0-9`, `.`, `_` and `-`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Consumer(String);
-
-impl Consumer {
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
+pub(crate) struct Consumer(String);
 
 impl std::fmt::Display for Consumer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -148,24 +141,24 @@ fn sorted<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<StoredKey>, D::Error> {
 
 impl KeyStore {
     /// Reads a document. The error says what is wrong with it and where.
-    pub fn parse(document: &[u8]) -> Result<Self, serde_json::Error> {
+    pub(crate) fn parse(document: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice(document)
     }
 
     /// The document: JSON for people to read, with a line end. It opens no door, but names all consumers.
-    pub fn serialize(&self) -> Result<Vec<u8>, serde_json::Error> {
+    pub(crate) fn serialize(&self) -> Result<Vec<u8>, serde_json::Error> {
         let mut document = serde_json::to_vec_pretty(self)?;
         document.push(b'\n');
         Ok(document)
     }
 
     /// All keys, by id.
-    pub fn keys(&self) -> &[StoredKey] {
+    pub(crate) fn keys(&self) -> &[StoredKey] {
         &self.keys
     }
 
     /// Makes a key and keeps its hash. The text returned is the key itself: it cannot be had again.
-    pub fn create(&mut self, consumer: Consumer, plan: Option<String>, now_unix: u64) -> (StoredKey, String) {
+    pub(crate) fn create(&mut self, consumer: Consumer, plan: Option<String>, now_unix: u64) -> (StoredKey, String) {
         let (id, at) = loop {
             let id = KeyId(hex(&rand::random::<[u8; ID_BYTES]>()));
             if let Err(at) = self.keys.binary_search_by(|key| key.id.cmp(&id)) {
@@ -180,7 +173,7 @@ impl KeyStore {
     }
 
     /// Forgets a key. Returns whether it was there.
-    pub fn revoke(&mut self, id: &str) -> bool {
+    pub(crate) fn revoke(&mut self, id: &str) -> bool {
         let at = self.position(id);
         at.map(|at| self.keys.remove(at)).is_some()
     }
@@ -188,7 +181,7 @@ impl KeyStore {
     /// The key that a caller presents, if it is one of ours and the secret is right.
     ///
     /// The time this takes tells nothing of a secret, and does not depend on whether the id is known.
-    pub fn verify(&self, presented: &str) -> Option<&StoredKey> {
+    pub(crate) fn verify(&self, presented: &str) -> Option<&StoredKey> {
         let (id, secret) = presented.strip_prefix(PREFIX)?.split_once('_')?;
         if !is_hex(id, ID_BYTES) || !is_hex(secret, SECRET_BYTES) {
             return None;

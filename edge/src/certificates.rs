@@ -82,8 +82,10 @@ fn load(config: &[Certificate], provider: &CryptoProvider) -> Result<Vec<Loaded>
             let chain = CertificateDer::pem_file_iter(&certificate.cert)
                 .and_then(Iterator::collect::<Result<Vec<_>, _>>)
                 .map_err(|e| wrong(&certificate.cert, e.to_string()))?;
-            let key = PrivateKeyDer::from_pem_file(&certificate.key).map_err(|e| wrong(&certificate.key, e.to_string()))?;
-            let key = CertifiedKey::from_der(chain, key, provider).map_err(|e| wrong(&certificate.key, e.to_string()))?;
+            let key =
+                PrivateKeyDer::from_pem_file(&certificate.key).map_err(|e| wrong(&certificate.key, e.to_string()))?;
+            let key =
+                CertifiedKey::from_der(chain, key, provider).map_err(|e| wrong(&certificate.key, e.to_string()))?;
             Ok(Loaded { hosts: certificate.hosts.clone(), key: Arc::new(key) })
         })
         .collect()

@@ -528,7 +528,7 @@ fn jwks<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
 ///
 /// Each problem comes with the key it is about, such as `route[1].plan`, counted from 0, and says what to do next.
 /// Empty when an edge can run with this.
-pub fn check(edge: &EdgeSections) -> Vec<(String, String)> {
+pub(crate) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
     let mut problems = Problems(Vec::new());
     check_certificates(edge, &mut problems);
     check_plans(edge, &mut problems);

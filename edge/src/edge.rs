@@ -109,10 +109,10 @@ impl Edge {
         };
         let tcp = bind("the public port (TCP)", listen)?;
         let bound = tcp.local_addr().map_err(|e| StartError::bind("the public port (TCP)", listen, e))?;
-        let udp =
-            std::net::UdpSocket::bind(bound).map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
+        let udp = std::net::UdpSocket::bind(bound).map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
         let redirect = sections.edge.redirect.map(|addr| bind("the redirect port", addr)).transpose()?;
-        let tls = listener::tcp_tls(provider.clone(), certificates.clone()).map_err(|e| EdgeError::Config(e.to_string()))?;
+        let tls =
+            listener::tcp_tls(provider.clone(), certificates.clone()).map_err(|e| EdgeError::Config(e.to_string()))?;
         let quic = listener::quic_config(provider, certificates.clone()).map_err(EdgeError::Config)?;
 
         let node = Node::start(config, NodeKind::Edge).await?;
@@ -126,14 +126,16 @@ impl Edge {
             certificates,
             log: AccessLog::start().map_err(|e| EdgeError::Config(format!("the access log: {e}")))?,
             metrics: node.metrics().clone(),
-            alt_svc: HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).unwrap_or(HeaderValue::from_static("clear")),
+            alt_svc: HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400"))
+                .unwrap_or(HeaderValue::from_static("clear")),
         });
         let gateway = Gateway(shared.clone());
         node.set_admin_routes(Arc::new(Routes(shared.clone())));
 
         let reload = Reload { path, shared: shared.clone() };
-        let watcher = watch(&reload, &sections, &state);
+        let path = reload.path.clone();
         node.set_reload(move || reload.all());
+        let watcher = watch(node.reloader(), &path, &sections, &state);
 
         let worker = node.worker();
         let drain = node.drain_signal().clone();
@@ -176,7 +178,6 @@ impl Drop for Edge {
 }
 
 /// What a signal, a file change or the admin API does.
-#[derive(Clone)]
 struct Reload {
     path: PathBuf,
     shared: Arc<Shared>,
@@ -185,7 +186,8 @@ struct Reload {
 impl Reload {
     /// Parses, checks, then swaps. On any error everything stays as it was.
     fn all(&self) -> Result<(), String> {
-        let text = std::fs::read_to_string(&self.path).map_err(|e| format!("cannot read {}: {e}", self.path.display()))?;
+        let text =
+            std::fs::read_to_string(&self.path).map_err(|e| format!("cannot read {}: {e}", self.path.display()))?;
         let (config, problems) = read_config(&text);
         let Some((_, sections)) = config else {
             let lines = problems.iter().map(|p| format!("line {}: {}", p.line, p.problem));
@@ -199,22 +201,33 @@ impl Reload {
     }
 }
 
-/// Watches the directories of everything that may change: editors replace files, which a watch on the file would lose.
-fn watch(reload: &Reload, sections: &EdgeSections, state: &StateDir) -> Option<notify::RecommendedWatcher> {
+/// Watches the directories of everything that may change: editors and orchestrators replace files, which a watch on the
+/// file itself would lose.
+fn watch(
+    reload: impl Fn() -> Result<(), String> + Send + 'static,
+    config: &Path,
+    sections: &EdgeSections,
+    state: &StateDir,
+) -> Option<notify::RecommendedWatcher> {
     let (changed, mut changes) = mpsc::channel::<()>(1);
+    // The node writes its own files into the state directory; only the keys there concern us.
+    let (state, keys) = (state.path().to_path_buf(), state.path().join(KeyFile::NAME));
+    let own_files = state.clone();
     let notice = move |event: notify::Result<notify::Event>| {
-        if event.is_ok_and(|e| !matches!(e.kind, notify::EventKind::Access(_))) {
+        let concerns_us = |path: &PathBuf| *path == keys || path.parent() != Some(&own_files);
+        if event.is_ok_and(|e| !matches!(e.kind, notify::EventKind::Access(_)) && e.paths.iter().any(concerns_us)) {
             let _ = changed.try_send(());
         }
     };
     let mut watcher = notify::recommended_watcher(notice)
         .map_err(|error| tracing::warn!(%error, "files are not watched; reload with SIGHUP"))
         .ok()?;
-    let files = sections.certificate.iter().flat_map(|c| [c.cert.clone(), c.key.clone()]);
-    let jwks = sections.jwt.iter().map(|jwt| jwt.jwks.clone());
-    let parent = |file: PathBuf| file.parent().filter(|p| !p.as_os_str().is_empty()).map_or(".".into(), Path::to_path_buf);
-    let mut directories: Vec<PathBuf> = files.chain(jwks).chain([reload.path.clone()]).map(parent).collect();
-    directories.push(state.path().to_path_buf());
+    let files = sections.certificate.iter().flat_map(|c| [&*c.cert, &*c.key]);
+    let jwks = sections.jwt.iter().map(|jwt| &*jwt.jwks);
+    let parent =
+        |file: &Path| file.parent().filter(|p| !p.as_os_str().is_empty()).map_or(".".into(), Path::to_path_buf);
+    let mut directories: Vec<PathBuf> = files.chain(jwks).chain([config]).map(parent).collect();
+    directories.push(state);
     directories.sort();
     directories.dedup();
     for directory in directories {
@@ -222,14 +235,12 @@ fn watch(reload: &Reload, sections: &EdgeSections, state: &StateDir) -> Option<n
             tracing::warn!(directory = %directory.display(), %error, "not watched; reload with SIGHUP");
         }
     }
-    let reload = reload.clone();
     tokio::spawn(async move {
         while changes.recv().await.is_some() {
             tokio::time::sleep(SETTLE).await;
             while changes.try_recv().is_ok() {}
-            if let Err(error) = reload.all() {
-                tracing::error!(error, "a changed file is not taken; the old configuration stays");
-            }
+            // Says itself in the log how it went.
+            let _ = reload();
         }
     });
     Some(watcher)

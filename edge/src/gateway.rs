@@ -82,7 +82,11 @@ impl Policy {
             plans: plans.collect(),
             routes: Routes::new(sections.route.iter().cloned()),
             versions: Versions::new(&sections.version),
-            version_names: sections.version.iter().map(|v| (v.route.clone(), v.versions.keys().cloned().collect())).collect(),
+            version_names: sections
+                .version
+                .iter()
+                .map(|v| (v.route.clone(), v.versions.keys().cloned().collect()))
+                .collect(),
             jwt: sections.jwt.as_ref().map(jwt::Verifier::load).transpose()?,
         })
     }
@@ -299,7 +303,11 @@ fn limit(policy: &Policy, route: &Route, caller: &Caller, client: IpAddr) -> Res
     let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
         return Ok(Admitted { fields: HeaderMap::new() });
     };
-    let key = caller.consumer.clone().unwrap_or_else(|| address_key(client));
+    // Told apart, so that nobody can be named like an address.
+    let key = match &caller.consumer {
+        Some(consumer) => format!("consumer {consumer}"),
+        None => format!("address {}", address_key(client)),
+    };
     let decision = limit.limiter.take(&key, Instant::now());
     let mut fields = HeaderMap::new();
     if let Some((policy_field, limit_field)) = decision.fields(&limit.plan.name) {
@@ -354,7 +362,8 @@ fn public_detail(status: StatusCode, fault: Fault) -> &'static str {
 fn request_id() -> String {
     let ms = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
     let random: u128 = rand::random();
-    let id = (u128::from(ms) << 80) | (0x7 << 76) | (random & (0xfff << 64)) | (0b10 << 62) | (random & ((1 << 62) - 1));
+    let id =
+        (u128::from(ms) << 80) | (0x7 << 76) | (random & (0xfff << 64)) | (0b10 << 62) | (random & ((1 << 62) - 1));
     let hex = format!("{id:032x}");
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }

@@ -12,8 +12,6 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::api_key::{Consumer, KeyStore, StoredKey};
 
-const FILE: &str = "keys.json";
-
 /// Why keys cannot be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
@@ -34,6 +32,8 @@ pub struct KeyFile {
 }
 
 impl KeyFile {
+    pub(crate) const NAME: &str = "keys.json";
+
     /// Reads the file; none is an empty one.
     pub fn open(state: StateDir) -> Result<Self, KeyError> {
         let current = ArcSwap::from_pointee(read(&state)?);
@@ -76,16 +76,16 @@ impl KeyFile {
         // From disk, not from memory: the command line may have changed it meanwhile.
         let mut keys = read(&self.state)?;
         let outcome = change(&mut keys);
-        let bytes = keys.serialize().map_err(|e| self.state.damaged(FILE, e))?;
-        self.state.write(FILE, &bytes)?;
+        let bytes = keys.serialize().map_err(|e| self.state.damaged(Self::NAME, e))?;
+        self.state.write(Self::NAME, &bytes)?;
         self.current.store(Arc::new(keys));
         Ok(outcome)
     }
 }
 
 fn read(state: &StateDir) -> Result<KeyStore, KeyError> {
-    match state.read(FILE)? {
-        Some(bytes) => Ok(KeyStore::parse(&bytes).map_err(|e| state.damaged(FILE, e))?),
+    match state.read(KeyFile::NAME)? {
+        Some(bytes) => Ok(KeyStore::parse(&bytes).map_err(|e| state.damaged(KeyFile::NAME, e))?),
         None => Ok(KeyStore::default()),
     }
 }

@@ -15,7 +15,10 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::{certificates::Certificates, gateway::{Arrival, Gateway, PublicProtocol}};
+use crate::{
+    certificates::Certificates,
+    gateway::{Arrival, Gateway, PublicProtocol},
+};
 
 /// Connections of a listener.
 const MAX_CONNECTIONS: usize = 10_000;
@@ -26,7 +29,10 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const LIMITS: Limits = Limits { max_streams: 128, stream_window_bytes: 256 << 10 };
 
 /// TLS for TCP.
-pub(crate) fn tcp_tls(provider: Arc<CryptoProvider>, certificates: Arc<Certificates>) -> Result<TlsAcceptor, rustls::Error> {
+pub(crate) fn tcp_tls(
+    provider: Arc<CryptoProvider>,
+    certificates: Arc<Certificates>,
+) -> Result<TlsAcceptor, rustls::Error> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
         .with_no_client_auth()
@@ -36,7 +42,10 @@ pub(crate) fn tcp_tls(provider: Arc<CryptoProvider>, certificates: Arc<Certifica
 }
 
 /// TLS for QUIC.
-pub(crate) fn quic_config(provider: Arc<CryptoProvider>, certificates: Arc<Certificates>) -> Result<quinn::ServerConfig, String> {
+pub(crate) fn quic_config(
+    provider: Arc<CryptoProvider>,
+    certificates: Arc<Certificates>,
+) -> Result<quinn::ServerConfig, String> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| e.to_string())?
@@ -85,8 +94,7 @@ async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gate
     let _ = stream.set_nodelay(true);
     let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await else { return };
     let session = stream.get_ref().1;
-    let protocol =
-        if session.alpn_protocol() == Some(b"h2") { PublicProtocol::Http2 } else { PublicProtocol::Http1 };
+    let protocol = if session.alpn_protocol() == Some(b"h2") { PublicProtocol::Http2 } else { PublicProtocol::Http1 };
     let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
     http_server::serve(stream, LIMITS, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
@@ -134,7 +142,9 @@ pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, drai
 
 /// Answers plain HTTP with the way to HTTPS.
 pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drain: Drain) {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
+        let Ok(place) = room.clone().acquire_owned().await else { return };
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
@@ -146,7 +156,10 @@ pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drai
             () = drain.draining() => return,
         };
         let of = drain.clone();
-        drain.spawn(http_server::serve(stream, LIMITS, of, move |request| async move { redirect(request, public_port) }));
+        drain.spawn(async move {
+            http_server::serve(stream, LIMITS, of, move |request| async move { redirect(request, public_port) }).await;
+            drop(place);
+        });
     }
 }
 

@@ -196,11 +196,8 @@ impl Gossip {
         config: &Config,
         epoch: (Instant, u64),
     ) -> Self {
-        let timing = Timing {
-            probe_period: config.probe_period,
-            probe_rtt: config.probe_rtt,
-            suspicion: config.suspicion,
-        };
+        let timing =
+            Timing { probe_period: config.probe_period, probe_rtt: config.probe_rtt, suspicion: config.suspicion };
         let mut gossip = Self {
             membership: Membership::new(me, timing, StdRng::seed_from_u64(config.seed)),
             records: Records::default(),

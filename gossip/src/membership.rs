@@ -215,9 +215,7 @@ impl Membership {
     fn is_refuted_suspicion(&self, timer: &Timer<Ident>) -> bool {
         let Timer::ChangeSuspectToDown { member_id, incarnation, .. } = timer else { return false };
         !self.foca.iter_membership_state().any(|member| {
-            member.id() == member_id
-                && member.state() == foca::State::Suspect
-                && member.incarnation() == *incarnation
+            member.id() == member_id && member.state() == foca::State::Suspect && member.incarnation() == *incarnation
         })
     }
 

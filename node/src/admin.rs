@@ -131,8 +131,11 @@ async fn answer<S: Subject>(
             Ok(()) => json(StatusCode::OK, &serde_json::json!({"reloaded": true})),
             Err(why) => refuse(StatusCode::UNPROCESSABLE_ENTITY, &why),
         },
-        (_, "/livez" | "/readyz" | "/metrics" | "/v1/members" | "/v1/services" | "/v1/status" | "/v1/drain" | "/v1/leave"
-            | "/v1/reload") => refuse(StatusCode::METHOD_NOT_ALLOWED, "wrong method for this path"),
+        (
+            _,
+            "/livez" | "/readyz" | "/metrics" | "/v1/members" | "/v1/services" | "/v1/status" | "/v1/drain"
+            | "/v1/leave" | "/v1/reload",
+        ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "wrong method for this path"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see docs/operations.md"),
     }
 }

@@ -100,7 +100,11 @@ impl CallError {
 impl From<CallError> for Problem {
     fn from(error: CallError) -> Self {
         let problem = Problem::proxy(error.status, error.error, error.detail);
-        if error.status == StatusCode::SERVICE_UNAVAILABLE { problem.retry_after(Duration::from_secs(1)) } else { problem }
+        if error.status == StatusCode::SERVICE_UNAVAILABLE {
+            problem.retry_after(Duration::from_secs(1))
+        } else {
+            problem
+        }
     }
 }
 
@@ -280,7 +284,13 @@ impl MeshClient {
                 if source.is_some_and(Source::is_broken) {
                     let status = StatusCode::BAD_REQUEST;
                     let detail = "the request body broke off";
-                    return Err(CallError::new(Fault::Caller, Sent::Maybe, status, ProxyError::HttpRequestError, detail));
+                    return Err(CallError::new(
+                        Fault::Caller,
+                        Sent::Maybe,
+                        status,
+                        ProxyError::HttpRequestError,
+                        detail,
+                    ));
                 }
                 match error.error {
                     ProxyError::HttpResponseTimeout => load.answered(timing.timeout, true),

@@ -167,7 +167,8 @@ fn health_interval() -> Duration {
 /// A duration like `"10s"` or `"1h 30m"`.
 pub fn duration<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(d)?;
-    humantime::parse_duration(&text).map_err(|e| de::Error::custom(format!("{text:?} is not a duration like \"10s\": {e}")))
+    humantime::parse_duration(&text)
+        .map_err(|e| de::Error::custom(format!("{text:?} is not a duration like \"10s\": {e}")))
 }
 
 impl Config {
@@ -187,11 +188,17 @@ impl Config {
         for (i, seed) in self.node.seeds.iter().enumerate() {
             let port = seed.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
             if port.is_none() {
-                problem(format!("node.seeds[{i}]"), format!("{seed:?} is not HOST:PORT; the mesh port is {MESH_PORT} by default"));
+                problem(
+                    format!("node.seeds[{i}]"),
+                    format!("{seed:?} is not HOST:PORT; the mesh port is {MESH_PORT} by default"),
+                );
             }
         }
         if !self.admin.listen.ip().is_loopback() {
-            problem("admin.listen".into(), "the admin API is served on loopback only in this version; use 127.0.0.1".into());
+            problem(
+                "admin.listen".into(),
+                "the admin API is served on loopback only in this version; use 127.0.0.1".into(),
+            );
         }
         for (i, service) in self.service.iter().enumerate() {
             if !service.addr.ip().is_loopback() && !service.allow_remote {
@@ -210,7 +217,10 @@ impl Config {
             }
         }
         if self.service.len() > starling_protocol::MAX_SERVICES {
-            problem("service".into(), format!("more than {} services; use several nodes", starling_protocol::MAX_SERVICES));
+            problem(
+                "service".into(),
+                format!("more than {} services; use several nodes", starling_protocol::MAX_SERVICES),
+            );
         }
         found
     }
@@ -316,13 +326,15 @@ mod tests {
 
     #[test]
     fn what_this_version_lacks_is_refused_by_name() {
-        let (_, found) = read::<Config>("[[upstream]]\nservice = \"db\"\nlisten = \"127.0.0.1:1\"\nprotocol = \"tcp\"\n");
+        let (_, found) =
+            read::<Config>("[[upstream]]\nservice = \"db\"\nlisten = \"127.0.0.1:1\"\nprotocol = \"tcp\"\n");
         assert!(found[0].problem.contains("not in this version"), "{found:?}");
     }
 
     #[test]
     fn a_key_path_leads_to_its_line() {
-        let text = "[node]\nname = \"a\"\n[[service]]\nname = \"a\"\n[[service]]\nname = \"b\"\naddr = \"10.0.0.1:1\"\n";
+        let text =
+            "[node]\nname = \"a\"\n[[service]]\nname = \"a\"\n[[service]]\nname = \"b\"\naddr = \"10.0.0.1:1\"\n";
         assert_eq!(line_of(text, "service[1].addr"), 7);
         assert_eq!(line_of(text, "node.name"), 2);
         assert_eq!(line_of(text, "node.zone"), 1);

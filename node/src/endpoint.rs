@@ -9,8 +9,8 @@ use std::{
 
 use aws_lc_rs::hmac;
 use quinn::{
-    AckFrequencyConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, TokioRuntime, TransportConfig,
-    VarInt, crypto::rustls::QuicClientConfig,
+    AckFrequencyConfig, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, TokioRuntime,
+    TransportConfig, VarInt, crypto::rustls::QuicClientConfig,
 };
 use rand::RngExt;
 

@@ -362,7 +362,8 @@ mod tests {
     use super::*;
 
     fn frame(kind: u8, payload: usize) -> Vec<u8> {
-        let mut out = vec![kind, 0x80 | (payload >> 24) as u8, (payload >> 16) as u8, (payload >> 8) as u8, payload as u8];
+        let mut out =
+            vec![kind, 0x80 | (payload >> 24) as u8, (payload >> 16) as u8, (payload >> 8) as u8, payload as u8];
         out.resize(out.len() + payload, 0xab);
         out
     }

@@ -191,7 +191,8 @@ impl Identity {
         chain: &[CertificateDer<'_>],
         grace: Duration,
     ) -> Result<MeshCertificate, CertificateError> {
-        let (leaf_der, issuers) = chain.split_first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
+        let (leaf_der, issuers) =
+            chain.split_first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
         let leaf = MeshCertificate::parse(leaf_der)?;
         let now = unix_now();
         if now > leaf.not_after.saturating_add(grace.as_secs()) {

@@ -43,8 +43,7 @@ struct Shared {
 
 impl Inbound {
     pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics) -> Self {
-        let services =
-            services.iter().map(|s| (s.name.clone(), LocalService::new(s.addr, s.protocol.0))).collect();
+        let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s.addr, s.protocol.0))).collect();
         Self(Arc::new(Shared { services, pseudonym, in_flight: AtomicUsize::new(0), metrics }))
     }
 
@@ -146,7 +145,8 @@ impl Inbound {
             () = crate::client::late(source.as_ref(), timeout) => return Err(late()),
         };
         let (mut head, body) = response.into_parts();
-        let length = message::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
+        let length =
+            message::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
         Ok(Response::from_parts(head, body.with_length(length)))
     }
 }

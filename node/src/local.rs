@@ -164,7 +164,10 @@ impl LocalService {
         if error.is_parse() || error.is_parse_too_large() {
             let status = StatusCode::BAD_GATEWAY;
             let detail = format!("the service's answer is not valid HTTP: {error}");
-            return LocalError { sent: Sent::Maybe, problem: Problem::proxy(status, ProxyError::HttpProtocolError, detail) };
+            return LocalError {
+                sent: Sent::Maybe,
+                problem: Problem::proxy(status, ProxyError::HttpProtocolError, detail),
+            };
         }
         self.terminated(&error.to_string(), if unsent { Sent::No } else { Sent::Maybe })
     }

@@ -65,7 +65,10 @@ pub struct Checked {
 /// one Content-Length, none of our own fields from outside.
 pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<Checked, Malformed> {
     if parts.headers.len() > MAX_FIELDS {
-        return Err(Malformed { status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, reason: "too many header fields" });
+        return Err(Malformed {
+            status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            reason: "too many header fields",
+        });
     }
     if parts.method == Method::CONNECT {
         let reason = "CONNECT is not supported by this version";
@@ -158,8 +161,7 @@ fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {
 
 fn same_authority(a: &Authority, b: &Authority, scheme: Option<&str>) -> bool {
     let default = if scheme == Some("https") { 443 } else { 80 };
-    a.host().eq_ignore_ascii_case(b.host())
-        && a.port_u16().unwrap_or(default) == b.port_u16().unwrap_or(default)
+    a.host().eq_ignore_ascii_case(b.host()) && a.port_u16().unwrap_or(default) == b.port_u16().unwrap_or(default)
 }
 
 /// HTTP/2 and 3 have no connection fields, and `TE` may only say `trailers`.
@@ -321,7 +323,8 @@ mod tests {
 
     #[test]
     fn our_own_fields_are_not_believed_from_outside() {
-        let own = ["starling-caller", "starling-deadline", "starling-consumer", "x-forwarded-client-cert", "starling_caller"];
+        let own =
+            ["starling-caller", "starling-deadline", "starling-consumer", "x-forwarded-client-cert", "starling_caller"];
         let mut fields = vec![("host", "a"), ("x-mine", "1")];
         fields.extend(own.iter().map(|name| (*name, "spoofed")));
         let mut parts = request(Version::HTTP_11, "/", &fields);

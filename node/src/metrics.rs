@@ -72,11 +72,19 @@ impl Metrics {
         let (members, cert_expiry, in_flight) = (Family::default(), Gauge::default(), Gauge::default());
         registry.register("starling_members", "Members by status", Family::clone(&members));
         registry.register("starling_cert_expiry_seconds", "Seconds until the certificate ends", cert_expiry.clone());
-        registry.register("starling_calls_in_flight", "Calls into the mesh that have no complete answer", in_flight.clone());
+        registry.register(
+            "starling_calls_in_flight",
+            "Calls into the mesh that have no complete answer",
+            in_flight.clone(),
+        );
         let retries = Counter::<u64, AtomicU64>::default();
         registry.register("starling_retries", "Attempts beyond a call's first", retries.clone());
         let (packets_refused, records_refused) = (Counter::default(), Counter::default());
-        registry.register("starling_gossip_packets_refused", "Gossip packets refused", Counter::clone(&packets_refused));
+        registry.register(
+            "starling_gossip_packets_refused",
+            "Gossip packets refused",
+            Counter::clone(&packets_refused),
+        );
         registry.register("starling_gossip_records_refused", "Node records refused", Counter::clone(&records_refused));
         let reload = Gauge::default();
         reload.set(1);
@@ -128,7 +136,8 @@ impl Metrics {
         if cache.len() >= MAX_CACHED {
             return;
         }
-        let known = [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS, Method::PATCH];
+        let known =
+            [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS, Method::PATCH];
         let labels = CallLabels {
             service: service.to_string(),
             http_request_method: if known.contains(method) { method.to_string() } else { "_OTHER".into() },

@@ -183,8 +183,9 @@ impl Node {
         let lock = state.lock()?;
 
         let listen = config.node.listen;
-        let mut sockets =
-            reuseport::bind_group(listen, 2).map_err(|e| StartError::bind("the mesh port (UDP)", listen, e))?.into_iter();
+        let mut sockets = reuseport::bind_group(listen, 2)
+            .map_err(|e| StartError::bind("the mesh port (UDP)", listen, e))?
+            .into_iter();
         let (Some(control_socket), Some(worker_socket)) = (sockets.next(), sockets.next()) else {
             return Err(StartError::bind("the mesh port (UDP)", listen, io::ErrorKind::Other.into()));
         };
@@ -269,13 +270,15 @@ impl Node {
         tokio::spawn(keep_house(shared.clone()));
         health::spawn(&config.service, &gossip);
 
-        let admin_listener = tokio_listener(admin_listener).map_err(|e| StartError::bind("the admin API", config.admin.listen, e))?;
+        let admin_listener =
+            tokio_listener(admin_listener).map_err(|e| StartError::bind("the admin API", config.admin.listen, e))?;
         tokio::spawn(admin::serve_tcp(admin_listener, shared.clone()));
         let (socket, subject) = (state.path().join("admin.sock"), shared.clone());
         tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
 
         let outbound = outbound_listener.map(|listener| (None, listener));
-        for (service, listener) in outbound.into_iter().chain(upstream_listeners.into_iter().map(|(s, l)| (Some(s), l))) {
+        for (service, listener) in outbound.into_iter().chain(upstream_listeners.into_iter().map(|(s, l)| (Some(s), l)))
+        {
             let door = Outbound { client: client.clone(), service, metrics: metrics.clone() };
             let of = drain.clone();
             worker.handle.spawn(async move {
@@ -331,6 +334,12 @@ impl Node {
     /// Reloads the configuration; on an error the old one stays.
     pub fn reload(&self) -> Result<(), String> {
         self.shared.reload()
+    }
+
+    /// The same, for those who outlive a borrow of the node: file watchers.
+    pub fn reloader(&self) -> impl Fn() -> Result<(), String> + Send + Sync + use<> {
+        let shared = self.shared.clone();
+        move || shared.reload()
     }
 
     /// Resolves when the admin API was asked to drain. Cancel safe.

@@ -96,9 +96,7 @@ impl StateDir {
 
     /// The file as text; `None` if it is not there.
     pub fn read_text(&self, name: &str) -> Result<Option<String>, StateError> {
-        self.read(name)?
-            .map(|bytes| String::from_utf8(bytes).map_err(|_| self.damaged(name, "not text")))
-            .transpose()
+        self.read(name)?.map(|bytes| String::from_utf8(bytes).map_err(|_| self.damaged(name, "not text"))).transpose()
     }
 
     /// Replaces the file as a whole.
@@ -125,11 +123,11 @@ impl StateDir {
     }
 
     fn make_dir(&self, path: &Path) -> Result<(), StateError> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(|source| StateError::Io { action: "create", path: path.to_path_buf(), source })
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| StateError::Io {
+            action: "create",
+            path: path.to_path_buf(),
+            source,
+        })
     }
 }
 

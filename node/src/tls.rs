@@ -142,7 +142,12 @@ impl MeshVerifier {
         self.0.provider()
     }
 
-    fn check(&self, leaf: &CertificateDer<'_>, issuers: &[CertificateDer<'_>], grace: Duration) -> Result<(), rustls::Error> {
+    fn check(
+        &self,
+        leaf: &CertificateDer<'_>,
+        issuers: &[CertificateDer<'_>],
+        grace: Duration,
+    ) -> Result<(), rustls::Error> {
         let chain: Vec<CertificateDer<'_>> = std::iter::once(leaf).chain(issuers).cloned().collect();
         self.0.check_chain(&chain, grace).map(|_| ()).map_err(|e| {
             tracing::debug!(error = %e, "refused a peer's certificate");

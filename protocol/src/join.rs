@@ -95,7 +95,9 @@ pub enum Refusal {
     #[error("a live node is called {0:?} already; choose another --name, or stop that node first")]
     NameTaken(Name),
     /// The issuer named in the token does not answer.
-    #[error("the issuer that made this token cannot be reached from the seed; try again, or use a token of another issuer")]
+    #[error(
+        "the issuer that made this token cannot be reached from the seed; try again, or use a token of another issuer"
+    )]
     IssuerUnreachable,
     /// The certificate to renew is not valid.
     #[error("the certificate cannot be renewed: {0}; join again with a new token")]

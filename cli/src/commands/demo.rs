@@ -123,7 +123,13 @@ burst = 5
             names.collect::<Vec<_>>().join(", ")
         };
         let rows = members.iter().map(|m| {
-            vec![m.name.clone(), format!("{:?}", m.kind).to_lowercase(), m.status.as_str().into(), m.addr.to_string(), services(m)]
+            vec![
+                m.name.clone(),
+                format!("{:?}", m.kind).to_lowercase(),
+                m.status.as_str().into(),
+                m.addr.to_string(),
+                services(m),
+            ]
         });
         output::table(&["NAME", "KIND", "STATUS", "ADDRESS", "SERVES"], rows.collect());
         let seed = self.cluster.node("seed");

@@ -26,7 +26,10 @@ pub(crate) async fn run(command: &KeysCommand) -> Result<(), Failure> {
                 Output::Json => output::json(&key, false)?,
                 _ => println!("{}", key.key.as_deref().unwrap_or_default()),
             }
-            eprintln!("the key is shown this once; only its hash is stored. Revoke it with: starling keys revoke {}", key.id);
+            eprintln!(
+                "the key is shown this once; only its hash is stored. Revoke it with: starling keys revoke {}",
+                key.id
+            );
             Ok(())
         }
         KeysCommand::List { target } => {

@@ -63,8 +63,17 @@ fn print(members: &[Member], args: &MembersArgs) -> Result<(), Failure> {
                 ]
             });
             let header = [
-                "NAME", "KIND", "STATUS", "ADDRESS", "SERVICES", "ZONE", "GENERATION", "INCARNATION", "SINCE",
-                "CERT ENDS", "ID",
+                "NAME",
+                "KIND",
+                "STATUS",
+                "ADDRESS",
+                "SERVICES",
+                "ZONE",
+                "GENERATION",
+                "INCARNATION",
+                "SINCE",
+                "CERT ENDS",
+                "ID",
             ];
             output::table(&header, rows.collect());
         }

@@ -92,10 +92,8 @@ impl Admission {
     fn renew_here(&self, renew: &Renew) -> Result<JoinReply, Refusal> {
         let authority = self.authority.as_ref().ok_or(Refusal::IssuerUnreachable)?;
         let chain: Vec<CertificateDer<'_>> = renew.chain.iter().map(|c| CertificateDer::from(c.as_slice())).collect();
-        let leaf = self
-            .identity
-            .check_chain(&chain, tls::EXPIRED_GRACE)
-            .map_err(|e| Refusal::NotRenewable(e.to_string()))?;
+        let leaf =
+            self.identity.check_chain(&chain, tls::EXPIRED_GRACE).map_err(|e| Refusal::NotRenewable(e.to_string()))?;
         let chain = authority.renew(&leaf, &renew.csr)?;
         tracing::debug!(node = %leaf.name, "renewed a certificate");
         Ok(JoinReply::Granted(starling_protocol::Grant {
@@ -123,7 +121,9 @@ impl Admission {
         let snapshot = self.gossip.snapshot();
         let issuers = snapshot.members.iter().filter(|m| {
             let record = m.record.as_ref();
-            !m.is_self && m.is_live() && record.is_some_and(|r| r.issuer.is_some() && (issuer.is_none() || r.issuer == issuer))
+            !m.is_self
+                && m.is_live()
+                && record.is_some_and(|r| r.issuer.is_some() && (issuer.is_none() || r.issuer == issuer))
         });
         for member in issuers {
             let ask = ask(&self.endpoint, &self.identity, member.addr, request);

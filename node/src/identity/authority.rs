@@ -13,9 +13,7 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use serde::{Deserialize, Serialize};
-use starling_protocol::{
-    Grant, Grants, Join, JoinToken, MeshName, Name, NodeId, Refusal, TokenClaims, encode,
-};
+use starling_protocol::{Grant, Grants, Join, JoinToken, MeshName, Name, NodeId, Refusal, TokenClaims, encode};
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
@@ -179,8 +177,7 @@ impl Authority {
 
     /// Loads the issuer of a state directory, or says that there is none.
     pub fn require(state: &StateDir) -> Result<Self, AuthorityError> {
-        Self::load(state)?
-            .ok_or_else(|| AuthorityError::NotAnIssuer { path: state.path().display().to_string() })
+        Self::load(state)?.ok_or_else(|| AuthorityError::NotAnIssuer { path: state.path().display().to_string() })
     }
 
     /// Sets how long certificates live.
@@ -226,10 +223,8 @@ impl Authority {
         join: &Join,
         is_taken: impl Fn(&Name, NodeId) -> bool,
     ) -> Result<(Grant, Grants), Refusal> {
-        let proof = hmac::sign(
-            &hmac::Key::new(hmac::HMAC_SHA256, &self.token_secret(&join.claims)),
-            &join.proven_bytes(),
-        );
+        let proof =
+            hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.token_secret(&join.claims)), &join.proven_bytes());
         if !bool::from(proof.as_ref().ct_eq(&join.proof)) {
             return Err(Refusal::Forged);
         }
@@ -324,8 +319,7 @@ impl Authority {
         let now = unix_now();
         spent.0.retain(|_, token| token.expires > now);
         let token_id = NodeId(claims.id).to_string();
-        let token =
-            spent.0.entry(token_id).or_insert_with(|| SpentToken { expires: claims.expires, keys: Vec::new() });
+        let token = spent.0.entry(token_id).or_insert_with(|| SpentToken { expires: claims.expires, keys: Vec::new() });
         let key = id.to_string();
         if token.keys.contains(&key) {
             return Ok(());

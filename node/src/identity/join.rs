@@ -118,9 +118,8 @@ async fn attempt(
     let endpoint = joining_endpoint(addr).map_err(|e| fault(&e))?;
     let crypto = tls::joining_crypto(provider.clone(), token.claims.root);
     let asked = async {
-        let connecting = endpoint
-            .connect_with(client_config(crypto, CONTROL), addr, tls::SERVER_NAME)
-            .map_err(|e| fault(&e))?;
+        let connecting =
+            endpoint.connect_with(client_config(crypto, CONTROL), addr, tls::SERVER_NAME).map_err(|e| fault(&e))?;
         let connection = connecting.await.map_err(|e| if is_foreign(&e) { Unreached::Foreign } else { fault(&e) })?;
         let reply = exchange(&connection, request).await.map_err(|e| fault(&e));
         connection.close((CloseCode::Done as u32).into(), b"");

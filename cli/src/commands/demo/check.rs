@@ -52,7 +52,12 @@ pub(super) async fn run(mut demo: Demo) -> Result<(), Failure> {
             Door::Http3 => "HTTP/3",
             _ => "HTTP/1.1",
         };
-        story.tell(&format!("edge, {name}: refused without a key, answered with one, v2 by path and by header"), public(&demo, &client, door)).await;
+        story
+            .tell(
+                &format!("edge, {name}: refused without a key, answered with one, v2 by path and by header"),
+                public(&demo, &client, door),
+            )
+            .await;
         story.tell(&format!("edge, {name}: 64 MiB up, digest compared"), upload(&demo, &client, door)).await;
         story.tell(&format!("edge, {name}: 64 MiB down, digest compared"), download(&demo, &client, door)).await;
     }
@@ -92,7 +97,13 @@ async fn unknown(demo: &Demo) -> Result<String> {
     Ok(answer.header("proxy-status").to_string())
 }
 
-async fn send(demo: &Demo, client: &Client, door: Door, request: http::request::Builder, body: Bytes) -> Result<Answer> {
+async fn send(
+    demo: &Demo,
+    client: &Client,
+    door: Door,
+    request: http::request::Builder,
+    body: Bytes,
+) -> Result<Answer> {
     client.send(door, demo.edge, request.body(body)?).await
 }
 

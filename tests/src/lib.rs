@@ -1,1 +1,130 @@
-//! tests
+//! The harness of the end-to-end tests: the real binary, real services and clients, and what to do when a part is missing.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use starling_chaos::{Client, Process, free_port, wait_for};
+
+/// The binary, built if need be: `cargo test` alone does not build another package's binary.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let test = std::env::current_exe().expect("a test has a path");
+        let profile = test.ancestors().nth(2).expect("tests live in target/PROFILE/deps").to_path_buf();
+        let release = profile.file_name().is_some_and(|name| name == "release");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "starling"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if release {
+            build.arg("--release");
+        }
+        assert!(build.status().expect("cargo runs").success(), "the binary does not build");
+        profile.join("starling")
+    })
+}
+
+/// Says that a test cannot run here, and why; where everything is required, that is a failure.
+pub fn skip(why: &str) {
+    assert!(std::env::var_os("STARLING_REQUIRE_ALL").is_none(), "required here: {why}");
+    eprintln!("skipped: {why}");
+}
+
+/// The Python that has the packages of `tests/clients/requirements.txt`; `None` skips.
+pub fn python() -> Option<PathBuf> {
+    let python = std::env::var_os("STARLING_TEST_PYTHON").map(PathBuf::from).filter(|p| p.exists());
+    if python.is_none() {
+        skip("STARLING_TEST_PYTHON does not name a Python with tests/clients/requirements.txt");
+    }
+    python
+}
+
+/// A program of the system; `None` skips.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let dirs = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&dirs)
+        .chain(["/usr/sbin".into()])
+        .map(|dir| dir.join(name))
+        .find(|path| path.exists());
+    if found.is_none() {
+        skip(&format!("{name} is not installed"));
+    }
+    found
+}
+
+/// One of the clients beside the tests.
+pub fn client_script(name: &str) -> String {
+    format!("{}/clients/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Runs a program to its end, at most two minutes: success, stdout, stderr.
+pub fn run(program: &Path, args: &[&str]) -> (bool, String, String) {
+    let output = Command::new("timeout")
+        .args(["-k", "5", "120"])
+        .arg(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("{}: {e}", program.display()));
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.success(), text(output.stdout), text(output.stderr))
+}
+
+/// A sample service of the binary itself.
+pub async fn sample(dir: &Path, name: &str) -> (Process, SocketAddr) {
+    let addr = free_port();
+    let args = ["sample", "--listen", &addr.to_string(), "--name", name];
+    let process = Process::start(binary(), args, &dir.join(format!("{name}.service.log"))).expect("the sample starts");
+    listening(addr).await;
+    (process, addr)
+}
+
+/// A server that misbehaves in the given way, as `clients/broken_server.py` can. Needs a Python, any.
+pub async fn broken_server(dir: &Path, mode: &str) -> Option<(Process, SocketAddr)> {
+    let python = program("python3")?;
+    let addr = free_port();
+    let args = [client_script("broken_server.py"), "--port".into(), addr.port().to_string(), "--mode".into(), mode.into()];
+    let process = Process::start(&python, args, &dir.join(format!("{mode}.log"))).expect("python starts");
+    listening(addr).await;
+    Some((process, addr))
+}
+
+/// nginx with one location: its answer tells the host and the caller that it was told.
+pub async fn nginx(dir: &Path) -> Option<(Process, SocketAddr)> {
+    let nginx = program("nginx")?;
+    let addr = free_port();
+    let path = dir.join("nginx.conf");
+    let own = dir.display();
+    let config = format!(
+        r#"daemon off; master_process off; pid {own}/nginx.pid; error_log {own}/nginx.err;
+events {{}}
+http {{
+  access_log off; client_max_body_size 0; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
+  fastcgi_temp_path {own}/t3; uwsgi_temp_path {own}/t4; scgi_temp_path {own}/t5;
+  server {{ listen {addr}; location / {{ return 200 "nginx $host caller=$http_starling_caller\n"; }} }}
+}}
+"#
+    );
+    std::fs::write(&path, config).expect("the directory can be written");
+    let process = Process::start(&nginx, ["-c", &path.to_string_lossy()], &dir.join("nginx.log")).expect("nginx starts");
+    listening(addr).await;
+    Some((process, addr))
+}
+
+/// Waits until somebody accepts connections there.
+pub async fn listening(addr: SocketAddr) {
+    wait_for("the server listens", Duration::from_secs(60), || async move {
+        tokio::net::TcpStream::connect(addr).await.map(|_| ()).map_err(|e| e.to_string())
+    })
+    .await
+    .expect("the server listens");
+}
+
+/// A GET through an outbound listener.
+pub async fn call(outbound: SocketAddr, service: &str, path: &str) -> starling_chaos::Answer {
+    let host = format!("{service}.mesh.internal");
+    Client::plain().get(outbound, &host, path).await.expect("the outbound listener answers")
+}

@@ -45,10 +45,8 @@ pub fn python() -> Option<PathBuf> {
 /// A program of the system; `None` skips.
 pub fn program(name: &str) -> Option<PathBuf> {
     let dirs = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&dirs)
-        .chain(["/usr/sbin".into()])
-        .map(|dir| dir.join(name))
-        .find(|path| path.exists());
+    let found =
+        std::env::split_paths(&dirs).chain(["/usr/sbin".into()]).map(|dir| dir.join(name)).find(|path| path.exists());
     if found.is_none() {
         skip(&format!("{name} is not installed"));
     }
@@ -86,7 +84,8 @@ pub async fn sample(dir: &Path, name: &str) -> (Process, SocketAddr) {
 pub async fn broken_server(dir: &Path, mode: &str) -> Option<(Process, SocketAddr)> {
     let python = program("python3")?;
     let addr = free_port();
-    let args = [client_script("broken_server.py"), "--port".into(), addr.port().to_string(), "--mode".into(), mode.into()];
+    let args =
+        [client_script("broken_server.py"), "--port".into(), addr.port().to_string(), "--mode".into(), mode.into()];
     let process = Process::start(&python, args, &dir.join(format!("{mode}.log"))).expect("python starts");
     listening(addr).await;
     Some((process, addr))
@@ -109,7 +108,8 @@ http {{
 "#
     );
     std::fs::write(&path, config).expect("the directory can be written");
-    let process = Process::start(&nginx, ["-c", &path.to_string_lossy()], &dir.join("nginx.log")).expect("nginx starts");
+    let process =
+        Process::start(&nginx, ["-c", &path.to_string_lossy()], &dir.join("nginx.log")).expect("nginx starts");
     listening(addr).await;
     Some((process, addr))
 }

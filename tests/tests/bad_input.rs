@@ -35,7 +35,9 @@ async fn init_refuses_to_overwrite() {
 
 #[tokio::test]
 async fn usage_and_unreachable_have_their_exit_codes() {
-    for args in [&["node", "--listen", "nowhere"][..], &["nosuch"], &["init"], &["init", "--mesh", "A B", "--state", "x"]] {
+    for args in
+        [&["node", "--listen", "nowhere"][..], &["nosuch"], &["init"], &["init", "--mesh", "A B", "--state", "x"]]
+    {
         assert_eq!(fails(args).await.0, 2, "{args:?}");
     }
     let nobody = format!("http://{}", free_port());
@@ -75,9 +77,21 @@ async fn a_node_says_why_it_does_not_start() {
     let dir = dir();
     let node = |state: &str| {
         let own = |a: std::net::SocketAddr| a.to_string();
-        ["node", "--name", "x", "--state", state, "--listen", &own(free_port()), "--admin", &own(free_port()), "--outbound", &own(free_port())]
-            .map(String::from)
-            .to_vec()
+        [
+            "node",
+            "--name",
+            "x",
+            "--state",
+            state,
+            "--listen",
+            &own(free_port()),
+            "--admin",
+            &own(free_port()),
+            "--outbound",
+            &own(free_port()),
+        ]
+        .map(String::from)
+        .to_vec()
     };
     let said = |args: Vec<String>| async move { fails(&args.iter().map(String::as_str).collect::<Vec<_>>()).await.1 };
 
@@ -131,8 +145,21 @@ async fn tokens_are_refused_with_the_reason() {
             let service = format!("{service}=127.0.0.1:9");
             let (listen, admin, outbound) = (own(), own(), own());
             let args = [
-                "node", "--name", name, "--state", &state, "--listen", &listen, "--admin", &admin, "--outbound",
-                &outbound, "--service", &service, "--token", &token,
+                "node",
+                "--name",
+                name,
+                "--state",
+                &state,
+                "--listen",
+                &listen,
+                "--admin",
+                &admin,
+                "--outbound",
+                &outbound,
+                "--service",
+                &service,
+                "--token",
+                &token,
             ];
             let (code, said) = fails(&args).await;
             assert_eq!(code, 1, "{said}");
@@ -178,12 +205,29 @@ async fn a_token_is_good_for_its_uses_also_through_a_relay_and_over_a_restart_of
     cluster.converge().await.unwrap();
     let state = cluster.node("seed").state.to_string_lossy().into_owned();
     let relay = cluster.node("relay").mesh.to_string();
-    let token = cluster.run(&["token", "create", "--state", &state, "--seed", &relay]).await.unwrap().trim().to_string();
+    let token =
+        cluster.run(&["token", "create", "--state", &state, "--seed", &relay]).await.unwrap().trim().to_string();
     let join = |name: &'static str| {
         let own = || free_port().to_string();
-        ["node", "--name", name, "--state", &path(cluster.dir(), name), "--listen", &own(), "--admin", &own(), "--outbound", &own(), "--token", &token, "--seed", &relay]
-            .map(String::from)
-            .to_vec()
+        [
+            "node",
+            "--name",
+            name,
+            "--state",
+            &path(cluster.dir(), name),
+            "--listen",
+            &own(),
+            "--admin",
+            &own(),
+            "--outbound",
+            &own(),
+            "--token",
+            &token,
+            "--seed",
+            &relay,
+        ]
+        .map(String::from)
+        .to_vec()
     };
     let _first = Process::start(binary(), join("first"), &cluster.dir().join("first.log")).unwrap();
     let second = join("second");
@@ -202,8 +246,24 @@ async fn an_unreachable_seed_is_retried_and_said() {
     // The flag names a dead seed first, the token itself a live one.
     let alive: starling_protocol::JoinToken = cluster.token(&[]).await.unwrap().parse().unwrap();
     let own = || free_port().to_string();
-    let args = ["node", "--name", "a", "--state", &path(cluster.dir(), "a"), "--listen", &own(), "--admin", &own(), "--outbound", &own(), "--token", &alive.to_string(), "--seed", &gone.to_string()]
-        .map(String::from);
+    let args = [
+        "node",
+        "--name",
+        "a",
+        "--state",
+        &path(cluster.dir(), "a"),
+        "--listen",
+        &own(),
+        "--admin",
+        &own(),
+        "--outbound",
+        &own(),
+        "--token",
+        &alive.to_string(),
+        "--seed",
+        &gone.to_string(),
+    ]
+    .map(String::from);
     let node = Process::start(binary(), args, &cluster.dir().join("a.log")).unwrap();
     cluster.wait_status("seed", "a", MemberStatus::Alive).await.unwrap();
     let log = node.log();

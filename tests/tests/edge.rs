@@ -102,16 +102,17 @@ algorithms = ["ES256"]
     cluster.add_edge("edge", &sections).await.unwrap();
     cluster.converge().await.unwrap();
     let admin = format!("http://{}", cluster.node("edge").admin);
-    let key = cluster.run(&["keys", "create", "--consumer", "acme", "--admin", &admin]).await.unwrap().trim().to_string();
-    let jwt = EncodingKey::from_ec_pem(signing.serialize_pem().as_bytes()).unwrap();
+    let key =
+        cluster.run(&["keys", "create", "--consumer", "acme", "--admin", &admin]).await.unwrap().trim().to_string();
+    let jwt = EncodingKey::from_ec_der(&signing.serialize_der());
     let client = Client::trusting(&cert).unwrap();
     Some(Public { cluster, addr, cert, key_file, client, key, jwt, _services: services })
 }
 
 fn jwk_set(key: &rcgen::KeyPair) -> String {
     use jsonwebtoken::jwk::{
-        AlgorithmParameters, CommonParameters, EllipticCurve, EllipticCurveKeyParameters, EllipticCurveKeyType, Jwk, JwkSet,
-        KeyAlgorithm,
+        AlgorithmParameters, CommonParameters, EllipticCurve, EllipticCurveKeyParameters, EllipticCurveKeyType, Jwk,
+        JwkSet, KeyAlgorithm,
     };
     // An uncompressed point: 4, x, y.
     let point = key.public_key_raw();
@@ -227,7 +228,7 @@ async fn versions_are_picked_and_spoofed_fields_dropped_on_every_protocol() {
 
         let spoofed = [("starling-caller", "root"), ("x-forwarded-for", "1.2.3.4"), ("starling-consumer", "root")];
         let answer = edge.get(door, "/web/x", &spoofed).await;
-        assert_eq!(answer.text(), format!("nginx {HOST} caller=edge\n"), "{door:?}: {answer:?}");
+        assert_eq!(answer.text(), "nginx web.mesh.internal caller=edge\n", "{door:?}: {answer:?}");
         assert_eq!(edge.get(door, "/web", &[("x_forwarded_for", "1")]).await.status, 400, "underscore aliases");
         let alt_svc = answer.header("alt-svc");
         assert_eq!(alt_svc.is_empty(), door == Door::Http3, "{door:?} {alt_svc}");
@@ -263,7 +264,10 @@ async fn a_limit_is_one_limit_over_all_protocols() {
     }
     assert_eq!(statuses, [200, 200, 200, 200, 200, 200, 429, 429, 429]);
     for door in Door::PUBLIC {
-        assert_eq!(edge.get(door, "/limited", &[("x-api-key", &edge.key), ("x-forwarded-for", "9.9.9.9")]).await.status, 429);
+        assert_eq!(
+            edge.get(door, "/limited", &[("x-api-key", &edge.key), ("x-forwarded-for", "9.9.9.9")]).await.status,
+            429
+        );
     }
 }
 
@@ -312,10 +316,12 @@ async fn certificates_and_policy_are_replaced_while_it_runs() {
 async fn curl_gets_the_same_over_http1_and_http2() {
     let Some(edge) = start().await else { return };
     let Some(curl) = program("curl") else { return };
-    let (resolve, url) = (format!("{HOST}:{}:127.0.0.1", edge.addr.port()), format!("https://{HOST}:{}/web/", edge.addr.port()));
+    let (resolve, url) =
+        (format!("{HOST}:{}:127.0.0.1", edge.addr.port()), format!("https://{HOST}:{}/web/", edge.addr.port()));
     let cert = edge.cert.to_string_lossy();
     for version in ["--http1.1", "--http2"] {
-        let args = ["-sS", version, "--cacert", &cert, "--resolve", &resolve, "-w", " %{http_version} %{http_code}", &url];
+        let args =
+            ["-sS", version, "--cacert", &cert, "--resolve", &resolve, "-w", " %{http_version} %{http_code}", &url];
         let (ok, out, err) = run(&curl, &args);
         let number = if version == "--http2" { "2" } else { "1.1" };
         assert!(ok && out.ends_with(&format!(" {number} 200")), "{out} {err}");
@@ -389,7 +395,8 @@ async fn the_plain_port_leads_to_https() {
     let Some(edge) = start().await else { return };
     let file = std::fs::read_to_string(edge.cluster.dir().join("edge.toml")).unwrap();
     let redirect = file.lines().find_map(|l| l.strip_prefix("redirect = ")).unwrap().trim_matches('"').parse().unwrap();
-    let request = Request::builder().method(Method::GET).uri(format!("http://{HOST}/web?q=1")).body(Bytes::new()).unwrap();
+    let request =
+        Request::builder().method(Method::GET).uri(format!("http://{HOST}/web?q=1")).body(Bytes::new()).unwrap();
     let answer = Client::plain().send(Door::PlainHttp1, redirect, request).await.unwrap();
     assert_eq!(answer.status, 308);
     assert_eq!(answer.header("location"), format!("https://{HOST}:{}/web?q=1", edge.addr.port()));

@@ -144,13 +144,13 @@ pub(crate) struct NodeArgs {
     /// Where this node stands
     #[arg(long, env = "STARLING_ZONE", value_name = "Z")]
     pub(crate) zone: Option<String>,
-    /// NAME=IP:PORT[,version=V][,protocol=http1|h2c]; may be repeated
+    /// A service to offer, as `NAME=IP:PORT[,version=V][,protocol=http1|h2c]`; may be repeated
     #[arg(long = "service", value_name = "NAME=IP:PORT", value_parser = crate::commands::node::parse_service)]
     pub(crate) services: Vec<starling_node::config::ServiceConfig>,
     /// TCP address of the outbound listener
     #[arg(long, env = "STARLING_OUTBOUND", value_name = "IP:PORT")]
     pub(crate) outbound: Option<SocketAddr>,
-    /// SERVICE=IP:PORT, a local port that leads to a service; may be repeated
+    /// A local port that leads to a service, as `SERVICE=IP:PORT`; may be repeated
     #[arg(long = "upstream", value_name = "SERVICE=IP:PORT", value_parser = crate::commands::node::parse_upstream)]
     pub(crate) upstreams: Vec<starling_node::config::UpstreamConfig>,
     /// TCP address of the admin API

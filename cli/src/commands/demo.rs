@@ -5,6 +5,7 @@ mod check;
 use std::{net::SocketAddr, path::PathBuf};
 
 use starling_chaos::{Cluster, NodeSpec, Process, free_port, self_signed};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Failure, args::DemoArgs, output};
 
@@ -27,17 +28,28 @@ pub(crate) async fn run(args: &DemoArgs) -> Result<(), Failure> {
     let started = std::time::Instant::now();
     let demo = tokio::select! {
         demo = Demo::start(args.nodes) => demo.map_err(failed)?,
-        _ = tokio::signal::ctrl_c() => return Ok(()),
+        stopped = stop() => return stopped,
     };
     let took = started.elapsed().as_secs_f32();
-    println!("a mesh of {} processes is up in {took:.1} s, with no control plane\n", args.nodes + 3);
+    println!("a mesh of {} nodes is up in {took:.1} s, with no control plane\n", args.nodes + 3);
     if args.check {
-        return check::run(demo).await;
+        return tokio::select! {
+            checked = check::run(demo) => checked,
+            stopped = stop() => stopped.and(Err(Failure::failed("stopped before the check was done"))),
+        };
     }
     demo.show().await.map_err(failed)?;
     println!("\nCtrl-C stops everything and leaves nothing behind.");
-    tokio::signal::ctrl_c().await?;
-    Ok(())
+    stop().await
+}
+
+/// Resolves when the demo is told to stop; dropping it then takes every process and file along.
+async fn stop() -> Result<(), Failure> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+        _ = terminate.recv() => Ok(()),
+    }
 }
 
 fn failed(error: anyhow::Error) -> Failure {

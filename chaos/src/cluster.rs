@@ -77,8 +77,9 @@ pub struct Running {
 #[derive(Debug)]
 pub struct Cluster {
     binary: PathBuf,
-    dir: tempfile::TempDir,
+    /// Before the directory, because fields are dropped in this order.
     nodes: BTreeMap<String, Running>,
+    dir: tempfile::TempDir,
     seed: SocketAddr,
 }
 
@@ -146,7 +147,12 @@ impl Cluster {
         let names: Vec<&str> = spec.services.iter().filter_map(|s| s.split('=').next()).collect();
         let grants: Vec<&str> = names.iter().flat_map(|name| ["--service", name]).collect();
         let token = self.token(&grants).await?;
-        let mut args = vec!["--token".to_string(), token];
+        self.add_with_token(spec, &token).await
+    }
+
+    /// The same with a token that is there already.
+    pub async fn add_with_token(&mut self, spec: &NodeSpec, token: &str) -> Result<()> {
+        let mut args = vec!["--token".to_string(), token.to_string()];
         args.extend(spec.services.iter().flat_map(|s| ["--service".to_string(), s.clone()]));
         args.extend(spec.flags.iter().cloned());
         self.spawn(&spec.name, free_port(), args, &[self.seed])?;

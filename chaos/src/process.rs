@@ -74,6 +74,19 @@ impl Process {
     }
 }
 
+impl Drop for Process {
+    /// Kills, and waits a moment for the end: whoever removes the directory next should find nobody writing into it.
+    fn drop(&mut self) {
+        let _ = self.child.start_kill();
+        for _ in 0..200 {
+            if !self.is_running() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
 /// Runs a short command of the binary to its end: status, stdout, stderr.
 pub async fn starling<S: AsRef<OsStr>>(
     binary: &Path,

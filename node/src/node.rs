@@ -15,7 +15,7 @@ use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, Snapshot};
 use starling_protocol::{
     CloseCode, JoinToken, Name, NodeKind, Phase, ServiceRecord, ServiceState, TokenError, admin as json, alpn,
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -221,6 +221,7 @@ impl Node {
         let me = Ident { id: identity.id(), addr: advertise, generation };
         let mut remembered = remembered_peers(&state);
         remembered.extend(peers_told);
+        let (contacts, known_contacts) = watch::channel(remembered.clone());
         let gossip = Gossip::new(
             me,
             announcement(config, kind, &identity, &authority),
@@ -265,8 +266,8 @@ impl Node {
         let doors = Doors { shared: shared.clone(), admission: admission.clone() };
         tokio::spawn(doors.clone().accept(control.listening.clone()));
         worker.handle.spawn(doors.accept(worker_endpoint.listening.clone()));
-        tokio::spawn(renewal::run(admission, state.clone()));
-        tokio::spawn(resolve_seeds(config.node.seeds.clone(), gossip.clone()));
+        tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
+        tokio::spawn(resolve_seeds(config.node.seeds.clone(), gossip.clone(), contacts));
         tokio::spawn(keep_house(shared.clone()));
         health::spawn(&config.service, &gossip);
 
@@ -651,7 +652,9 @@ fn announcement(config: &Config, kind: NodeKind, identity: &Identity, authority:
     }
 }
 
-async fn resolve_seeds(seeds: Vec<String>, gossip: GossipHandle) {
+/// Tells gossip, and whoever must find an issuer without gossip, where the seeds are.
+async fn resolve_seeds(seeds: Vec<String>, gossip: GossipHandle, contacts: watch::Sender<Vec<SocketAddr>>) {
+    let remembered = contacts.borrow().clone();
     loop {
         let mut resolved = Vec::new();
         for seed in &seeds {
@@ -660,6 +663,7 @@ async fn resolve_seeds(seeds: Vec<String>, gossip: GossipHandle) {
                 Err(error) => tracing::warn!(seed, %error, "cannot resolve a seed; trying again"),
             }
         }
+        contacts.send_replace([&resolved[..], &remembered].concat());
         gossip.set_seeds(resolved).await;
         tokio::time::sleep(RESOLVE_PERIOD).await;
     }

@@ -1,15 +1,15 @@
 //! Nodes find each other, call each other, die, come back and leave.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request};
-use starling_chaos::{Client, Cluster, Door, Load, NodeSpec, free_port, wait_for};
+use starling_chaos::{Client, Cluster, Door, Load, NodeSpec, Process, free_port, wait_for};
 use starling_protocol::admin::{Member, MemberStatus, Service, Status};
 use starling_tests::{binary, broken_server, call, nginx, sample};
 
 /// A seed and two nodes that serve `orders` with nginx behind them.
-async fn two_instances() -> Option<(Cluster, starling_chaos::Process)> {
+async fn two_instances() -> Option<(Cluster, Process)> {
     let mut cluster = Cluster::start(binary()).await.unwrap();
     let (web, addr) = nginx(cluster.dir()).await?;
     for name in ["orders-1", "orders-2"] {
@@ -170,43 +170,117 @@ async fn an_upstream_port_leads_to_its_service() {
     assert_eq!(answer.text(), "hello from store\n");
 }
 
-#[tokio::test]
-async fn certificates_renew_at_half_life_and_no_connection_notices() {
+/// A mesh whose certificates live for `ttl`, of one node that serves `store` itself.
+struct ShortLived {
+    cluster: Cluster,
+    state: String,
+    mesh: SocketAddr,
+    admin: SocketAddr,
+    outbound: SocketAddr,
+    _processes: [Process; 2],
+}
+
+async fn short_lived(ttl: &str) -> ShortLived {
     let cluster = Cluster::start(binary()).await.unwrap();
     let dir = cluster.dir().to_path_buf();
-    // An issuer of short certificates, made by its file.
     let (mesh, admin, outbound) = (free_port(), free_port(), free_port());
-    let state = dir.join("short");
-    cluster.run(&["init", "--mesh", "short", "--state", &state.to_string_lossy()]).await.unwrap();
-    let file = dir.join("short.toml");
-    let (_service, addr) = sample(&dir, "store").await;
+    let state = dir.join("short").to_string_lossy().into_owned();
+    cluster.run(&["init", "--mesh", "short", "--state", &state]).await.unwrap();
+    let (service, addr) = sample(&dir, "store").await;
     let text = format!(
-        "[node]\nname = \"short\"\nstate = {state:?}\nlisten = \"{mesh}\"\ncert_ttl = \"12s\"\n[admin]\nlisten = \
+        "[node]\nname = \"short\"\nstate = {state:?}\nlisten = \"{mesh}\"\ncert_ttl = \"{ttl}\"\n[admin]\nlisten = \
          \"{admin}\"\n[outbound]\nlisten = \"{outbound}\"\n[[service]]\nname = \"store\"\naddr = \"{addr}\"\n"
     );
+    let file = dir.join("short.toml");
     std::fs::write(&file, text).unwrap();
-    let args = ["node", "--config", &file.to_string_lossy()];
-    let _node = starling_chaos::Process::start(binary(), args, &dir.join("short.log")).unwrap();
-    starling_tests::listening(admin).await;
-    let ends = || async {
-        let answer = Client::plain().get(admin, &admin.to_string(), "/v1/status").await.map_err(|e| e.to_string())?;
-        serde_json::from_slice::<Status>(&answer.body).map(|s| s.cert_expires).map_err(|e| e.to_string())
-    };
-    wait_for("the service is known", Duration::from_secs(30), || async {
+    let node = Process::start(binary(), ["node", "--config", &file.to_string_lossy()], &dir.join("short.log")).unwrap();
+    wait_for("the service is known", Duration::from_secs(60), || async {
         let answer = Client::plain().get(outbound, "store", "/").await.map_err(|e| e.to_string())?;
         if answer.status == 200 { Ok(()) } else { Err(answer.text()) }
     })
     .await
     .unwrap();
-    let load = Load::start(outbound, "store.mesh.internal", 2);
+    ShortLived { cluster, state, mesh, admin, outbound, _processes: [node, service] }
+}
+
+async fn status_at(admin: SocketAddr) -> Result<Status, String> {
+    let answer = Client::plain().get(admin, &admin.to_string(), "/v1/status").await.map_err(|e| e.to_string())?;
+    serde_json::from_slice(&answer.body).map_err(|e| e.to_string())
+}
+
+#[tokio::test]
+async fn certificates_renew_at_half_life_and_no_connection_notices() {
+    let short = short_lived("12s").await;
+    let load = Load::start(short.outbound, "store.mesh.internal", 2);
     for renewal in 1..=2 {
-        let before = ends().await.unwrap();
+        let before = status_at(short.admin).await.unwrap().cert_expires;
         wait_for(&format!("renewal {renewal}"), Duration::from_secs(60), || async {
-            if ends().await? == before { Err("not renewed yet".into()) } else { Ok(()) }
+            if status_at(short.admin).await?.cert_expires == before { Err("not renewed yet".into()) } else { Ok(()) }
         })
         .await
         .unwrap();
     }
     let tally = load.stop().await;
     assert!(tally.failed.is_empty() && tally.good > 100, "{tally:?}");
+}
+
+#[tokio::test]
+async fn a_node_that_slept_past_its_certificate_renews_and_is_back() {
+    let short = short_lived("6s").await;
+    let token = ["token", "create", "--state", &short.state, "--seed", &short.mesh.to_string()];
+    let token = short.cluster.run(&token).await.unwrap().trim().to_string();
+    let (listen, admin, outbound) = (free_port().to_string(), free_port(), free_port().to_string());
+    let state = short.cluster.dir().join("sleeper").to_string_lossy().into_owned();
+    let seed = short.mesh.to_string();
+    let args = [
+        "node",
+        "--name",
+        "sleeper",
+        "--state",
+        &state,
+        "--listen",
+        &listen,
+        "--admin",
+        &admin.to_string(),
+        "--outbound",
+        &outbound,
+        "--seed",
+        &seed,
+        "--token",
+        &token,
+    ]
+    .map(String::from);
+    let log = short.cluster.dir().join("sleeper.log");
+    let mut sleeper = Process::start(binary(), &args, &log).unwrap();
+    let alive = || async {
+        let status = status_at(short.admin).await?;
+        if status.members_alive == 2 { Ok(()) } else { Err(format!("{} alive", status.members_alive)) }
+    };
+    wait_for("the sleeper joins", Duration::from_secs(60), alive).await.unwrap();
+    sleeper.kill().await.unwrap();
+    // Certificates live for six seconds: after this, the sleeper's own has ended.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let _awake = Process::start(binary(), &args, &log).unwrap();
+    wait_for("the sleeper is back", Duration::from_secs(60), || async {
+        let answer = Client::plain().get(admin, &admin.to_string(), "/v1/members").await.map_err(|e| e.to_string())?;
+        let members: Vec<Member> = serde_json::from_slice(&answer.body).map_err(|e| e.to_string())?;
+        let alive = members.iter().filter(|m| m.status == MemberStatus::Alive).count();
+        if alive == 2 { Ok(()) } else { Err(format!("{members:?}")) }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn a_second_issuer_admits_nodes_by_itself() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let token = cluster.token(&["--issuer"]).await.unwrap();
+    cluster.add_with_token(&NodeSpec::named("issuer-2"), &token).await.unwrap();
+    cluster.converge().await.unwrap();
+    cluster.kill("seed").await.unwrap();
+    let state = cluster.node("issuer-2").state.to_string_lossy().into_owned();
+    let seed = cluster.node("issuer-2").mesh.to_string();
+    let token = cluster.run(&["token", "create", "--state", &state, "--seed", &seed]).await.unwrap();
+    cluster.add_with_token(&NodeSpec::named("late"), token.trim()).await.unwrap();
+    cluster.wait_status("issuer-2", "late", MemberStatus::Alive).await.unwrap();
 }

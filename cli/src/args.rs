@@ -115,7 +115,7 @@ pub(crate) struct TokenArgs {
 }
 
 /// Every one of these can stand in the file too; flags win over the environment, which wins over the file.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct NodeArgs {
     /// Configuration file (TOML)
     #[arg(long, env = "STARLING_CONFIG")]

@@ -162,7 +162,10 @@ struct Shared {
     outbound: Option<SocketAddr>,
     started: Instant,
     met_somebody: AtomicBool,
-    has_seeds: bool,
+    /// Where to look for the mesh, `host:port`; a reload may change it.
+    seeds: watch::Sender<Vec<String>>,
+    /// What this node was started with, to tell what a reload cannot change.
+    config: Config,
     extra: Mutex<Extra>,
 }
 
@@ -257,7 +260,8 @@ impl Node {
             outbound: outbound_listener.as_ref().and_then(|l| l.local_addr().ok()),
             started: Instant::now(),
             met_somebody: AtomicBool::new(false),
-            has_seeds: !config.node.seeds.is_empty(),
+            seeds: watch::Sender::new(config.node.seeds.clone()),
+            config: config.clone(),
             extra: Mutex::default(),
             identity: identity.clone(),
         });
@@ -267,7 +271,7 @@ impl Node {
         tokio::spawn(doors.clone().accept(control.listening.clone()));
         worker.handle.spawn(doors.accept(worker_endpoint.listening.clone()));
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
-        tokio::spawn(resolve_seeds(config.node.seeds.clone(), gossip.clone(), contacts));
+        tokio::spawn(resolve_seeds(shared.seeds.subscribe(), gossip.clone(), contacts));
         tokio::spawn(keep_house(shared.clone()));
         health::spawn(&config.service, &gossip);
 
@@ -330,6 +334,13 @@ impl Node {
     /// Says what a reload does.
     pub fn set_reload(&self, reload: impl Fn() -> Result<(), String> + Send + 'static) {
         self.shared.extra().reload = Some(Box::new(reload));
+    }
+
+    /// A function that takes a changed configuration, for [`Node::set_reload`]: seeds, zone, and version and weight of the
+    /// services change at once. It refuses what only a restart can change, and then changes nothing.
+    pub fn reconfigurer(&self) -> impl Fn(&Config) -> Result<(), String> + Send + Sync + use<> {
+        let (shared, runtime) = (self.shared.clone(), tokio::runtime::Handle::current());
+        move |config| shared.reconfigure(config, &runtime)
     }
 
     /// Reloads the configuration; on an error the old one stays.
@@ -436,6 +447,46 @@ impl Shared {
         self.extra.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn reconfigure(&self, new: &Config, runtime: &tokio::runtime::Handle) -> Result<(), String> {
+        if let Some((key, problem)) = new.problems().into_iter().next() {
+            return Err(format!("{key}: {problem}"));
+        }
+        let old = &self.config;
+        let fixed = |c: &Config| {
+            let services: Vec<_> =
+                c.service.iter().map(|s| (s.name.clone(), s.addr, s.protocol, s.health.clone())).collect();
+            let upstreams: Vec<_> = c.upstream.iter().map(|u| (u.service.clone(), u.listen)).collect();
+            (
+                services,
+                upstreams,
+                c.node.listen,
+                c.node.advertise,
+                c.node.name.clone(),
+                c.admin.listen,
+                c.outbound.listen,
+            )
+        };
+        if fixed(old) != fixed(new) {
+            let what = "name, addresses, and which services and upstreams there are";
+            return Err(format!("{what} change only with a restart; nothing was changed"));
+        }
+        self.seeds.send_replace(new.node.seeds.clone());
+        let (gossip, zone, services) = (self.gossip.clone(), new.node.zone.clone(), new.service.clone());
+        runtime.spawn(async move {
+            gossip
+                .announce(move |a| {
+                    a.zone = zone;
+                    for service in services {
+                        if let Some(own) = a.services.iter_mut().find(|s| s.name == service.name) {
+                            (own.version, own.weight) = (service.version, service.weight);
+                        }
+                    }
+                })
+                .await;
+        });
+        Ok(())
+    }
+
     fn phase(&self) -> &'static str {
         match () {
             () if self.drain_asked.is_cancelled() => "draining",
@@ -455,7 +506,8 @@ impl Subject for Shared {
     }
 
     fn is_ready(&self) -> bool {
-        let settled = !self.has_seeds || self.met_somebody.load(Relaxed) || self.started.elapsed() > LONELY_READY;
+        let settled =
+            self.seeds.borrow().is_empty() || self.met_somebody.load(Relaxed) || self.started.elapsed() > LONELY_READY;
         settled && !self.drain_asked.is_cancelled()
     }
 
@@ -500,7 +552,12 @@ impl Subject for Shared {
 
     fn reload(&self) -> Result<(), String> {
         let mut extra = self.extra();
-        let outcome = extra.reload.as_ref().map_or(Ok(()), |reload| reload());
+        let Some(reload) = &extra.reload else {
+            let why = "this node was started without a configuration file; there is nothing to reload";
+            tracing::warn!("{why}");
+            return Err(why.into());
+        };
+        let outcome = reload();
         self.metrics.reloaded(outcome.is_ok());
         extra.reload_error = outcome.clone().err();
         match &outcome {
@@ -653,11 +710,16 @@ fn announcement(config: &Config, kind: NodeKind, identity: &Identity, authority:
 }
 
 /// Tells gossip, and whoever must find an issuer without gossip, where the seeds are.
-async fn resolve_seeds(seeds: Vec<String>, gossip: GossipHandle, contacts: watch::Sender<Vec<SocketAddr>>) {
+async fn resolve_seeds(
+    mut seeds: watch::Receiver<Vec<String>>,
+    gossip: GossipHandle,
+    contacts: watch::Sender<Vec<SocketAddr>>,
+) {
     let remembered = contacts.borrow().clone();
     loop {
         let mut resolved = Vec::new();
-        for seed in &seeds {
+        let names = seeds.borrow_and_update().clone();
+        for seed in &names {
             match tokio::net::lookup_host(seed).await {
                 Ok(addrs) => resolved.extend(addrs),
                 Err(error) => tracing::warn!(seed, %error, "cannot resolve a seed; trying again"),
@@ -665,7 +727,9 @@ async fn resolve_seeds(seeds: Vec<String>, gossip: GossipHandle, contacts: watch
         }
         contacts.send_replace([&resolved[..], &remembered].concat());
         gossip.set_seeds(resolved).await;
-        tokio::time::sleep(RESOLVE_PERIOD).await;
+        if let Ok(Err(_)) = tokio::time::timeout(RESOLVE_PERIOD, seeds.changed()).await {
+            return;
+        }
     }
 }
 

@@ -177,7 +177,7 @@ struct ShortLived {
     mesh: SocketAddr,
     admin: SocketAddr,
     outbound: SocketAddr,
-    _processes: [Process; 2],
+    processes: [Process; 2],
 }
 
 async fn short_lived(ttl: &str) -> ShortLived {
@@ -200,7 +200,7 @@ async fn short_lived(ttl: &str) -> ShortLived {
     })
     .await
     .unwrap();
-    ShortLived { cluster, state, mesh, admin, outbound, _processes: [node, service] }
+    ShortLived { cluster, state, mesh, admin, outbound, processes: [node, service] }
 }
 
 async fn status_at(admin: SocketAddr) -> Result<Status, String> {
@@ -283,4 +283,35 @@ async fn a_second_issuer_admits_nodes_by_itself() {
     let token = cluster.run(&["token", "create", "--state", &state, "--seed", &seed]).await.unwrap();
     cluster.add_with_token(&NodeSpec::named("late"), token.trim()).await.unwrap();
     cluster.wait_status("issuer-2", "late", MemberStatus::Alive).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_hang_up_reloads_the_file_of_a_node() {
+    let short = short_lived("1h").await;
+    let file = short.cluster.dir().join("short.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let [node, _] = &short.processes;
+    let zone = || async {
+        let answer = Client::plain().get(short.admin, &short.admin.to_string(), "/v1/members").await;
+        let members: Vec<Member> = serde_json::from_slice(&answer.map_err(|e| e.to_string())?.body).unwrap();
+        Ok::<_, String>((members[0].zone.clone(), members[0].services[0].version.clone()))
+    };
+    let changed = text
+        .replace("[admin]", "zone = \"eu\"\n[admin]")
+        .replace("name = \"store\"", "name = \"store\"\nversion = \"v7\"");
+    std::fs::write(&file, &changed).unwrap();
+    node.signal("HUP").await.unwrap();
+    wait_for("the new zone and version", Duration::from_secs(60), || async {
+        let seen = zone().await?;
+        if seen == ("eu".into(), "v7".into()) { Ok(()) } else { Err(format!("{seen:?}")) }
+    })
+    .await
+    .unwrap();
+    std::fs::write(&file, changed.replace("name = \"short\"", "name = \"other\"")).unwrap();
+    node.signal("HUP").await.unwrap();
+    wait_for("the refusal", Duration::from_secs(60), || async {
+        status_at(short.admin).await?.reload_error.map(|_| ()).ok_or_else(|| "no error yet".into())
+    })
+    .await
+    .unwrap();
 }

@@ -17,6 +17,10 @@ pub(crate) async fn run(args: &NodeArgs) -> Result<(), Failure> {
     let config = configuration(args)?;
     let patience = config.node.drain_timeout;
     let node = Node::start(&config, NodeKind::Node).await?;
+    if args.config.is_some() {
+        let (args, reconfigure) = (args.clone(), node.reconfigurer());
+        node.set_reload(move || reconfigure(&configuration(&args).map_err(|e| e.to_string())?));
+    }
     tracing::info!(name = %node.name(), mesh_port = %node.listen(), admin = %config.admin.listen, "node is up");
     until_done(&node, patience).await
 }

@@ -35,7 +35,7 @@ impl foca::Identity for Ident {
     type Addr = NodeId;
 
     fn renew(&self) -> Option<Self> {
-        Some(Self { generation: self.generation + 1, ..*self })
+        Some(Self { generation: self.generation.saturating_add(1), ..*self })
     }
 
     fn addr(&self) -> NodeId {

@@ -27,6 +27,8 @@ use crate::{
 
 /// Time for a call that came without a deadline.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest deadline that is believed; far beyond it, clocks overflow.
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Calls at once; beyond it they are refused at once, not queued.
 const MAX_IN_FLIGHT: usize = 10_000;
 
@@ -116,6 +118,7 @@ impl Inbound {
             return Err((Sent::No, problem.retry_after(Duration::from_secs(1))));
         }
         let timeout = number(&parts.headers, headers::DEADLINE).map_or(DEFAULT_TIMEOUT, Duration::from_millis);
+        let timeout = timeout.min(MAX_TIMEOUT);
         let late = || {
             let detail = format!("no answer within {} ms", timeout.as_millis());
             (Sent::Maybe, Problem::proxy(StatusCode::GATEWAY_TIMEOUT, ProxyError::HttpResponseTimeout, detail))

@@ -139,8 +139,13 @@ impl Pool {
             let outcome = dialled.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
             match outcome {
                 Ok(Some(Err(error))) => return Err(error),
-                _ if Instant::now() > deadline => return Err(DialError("the connection does not hold".into())),
-                _ => {}
+                Err(_) => {
+                    // The dial ended without a word: whoever comes next may try again.
+                    *lock(&peer.slot) = Slot::Idle;
+                    return Err(DialError("the dial broke off".into()));
+                }
+                Ok(_) if Instant::now() > deadline => return Err(DialError("the connection does not hold".into())),
+                Ok(_) => {}
             }
         }
     }

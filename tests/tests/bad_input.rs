@@ -361,6 +361,8 @@ async fn malformed_requests_are_refused_and_never_forwarded() {
         ("GET http://store/ HTTP/1.1\r\nHost: other\r\n\r\n".into(), "400"),
         ("GET / HTTP/1.1\r\nHost: a@store\r\n\r\n".into(), "400"),
         ("POST / HTTP/1.1\r\nHost: store\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!".into(), "400"),
+        ("POST / HTTP/1.1\r\nHost: store\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n".into(), "400"),
+        ("GET / HTTP/1.1\r\nHost : store\r\n\r\n".into(), "400"),
         ("CONNECT store:443 HTTP/1.1\r\nHost: store:443\r\n\r\n".into(), "501"),
         (format!("GET / HTTP/1.1\r\nHost: store\r\n{many}\r\n"), "431"),
         (format!("GET / HTTP/1.1\r\nHost: store\r\n{long}\r\n"), "431"),

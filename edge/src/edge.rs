@@ -186,6 +186,8 @@ struct Reload {
 impl Reload {
     /// Parses, checks, then swaps. On any error everything stays as it was.
     fn all(&self) -> Result<(), String> {
+        // Keys first: a revoked key is revoked whatever is wrong with the file.
+        self.shared.keys.reload().map_err(|e| e.to_string())?;
         let text =
             std::fs::read_to_string(&self.path).map_err(|e| format!("cannot read {}: {e}", self.path.display()))?;
         let (config, problems) = read_config(&text);
@@ -194,7 +196,6 @@ impl Reload {
             return Err(lines.collect::<Vec<_>>().join("; "));
         };
         let policy = Policy::new(&sections, Some(&self.shared.policy.load()))?;
-        self.shared.keys.reload().map_err(|e| e.to_string())?;
         self.shared.certificates.reload(&sections.certificate)?;
         self.shared.policy.store(Arc::new(policy));
         Ok(())

@@ -146,7 +146,14 @@ impl Gateway {
                 problem.into_response("starling-edge", grpc)
             }
         };
-        response.headers_mut().extend(extra);
+        for (name, value) in &extra {
+            // The service may vary and link by itself; the rest is ours to say.
+            if matches!(*name, header::VARY | header::LINK) {
+                response.headers_mut().append(name, value.clone());
+            } else {
+                response.headers_mut().insert(name, value.clone());
+            }
+        }
         if arrival.protocol != PublicProtocol::Http3 {
             response.headers_mut().insert(header::ALT_SVC, self.0.alt_svc.clone());
         }

@@ -7,7 +7,7 @@ use quinn::{IdleTimeout, VarInt, crypto::rustls::QuicServerConfig};
 use rustls::crypto::CryptoProvider;
 use starling_node::{
     Body, Drain, Problem, ProxyError, h3_server,
-    http_server::{self, Limits},
+    http_server::{self, Limits, Speaks},
 };
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -94,9 +94,12 @@ async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gate
     let _ = stream.set_nodelay(true);
     let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await else { return };
     let session = stream.get_ref().1;
-    let protocol = if session.alpn_protocol() == Some(b"h2") { PublicProtocol::Http2 } else { PublicProtocol::Http1 };
+    let (protocol, speaks) = match session.alpn_protocol() {
+        Some(b"h2") => (PublicProtocol::Http2, Speaks::Http2),
+        _ => (PublicProtocol::Http1, Speaks::Http1),
+    };
     let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
-    http_server::serve(stream, LIMITS, drain, move |request| {
+    http_server::serve(stream, speaks, LIMITS, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })
@@ -157,7 +160,10 @@ pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drai
         };
         let of = drain.clone();
         drain.spawn(async move {
-            http_server::serve(stream, LIMITS, of, move |request| async move { redirect(request, public_port) }).await;
+            http_server::serve(stream, Speaks::Http1, LIMITS, of, move |request| async move {
+                redirect(request, public_port)
+            })
+            .await;
             drop(place);
         });
     }

@@ -12,7 +12,7 @@ const RETRY_MIN: Duration = Duration::from_millis(250);
 /// Longest pause. Also how fast a healed partition is noticed.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Most addresses called in one round, so that a long list of dead ones costs little.
-const PER_ROUND: usize = 8;
+const PER_ROUND: usize = 3;
 
 /// A schedule of retries by address. Never gives an address up while it is wanted.
 #[derive(Debug, Default)]

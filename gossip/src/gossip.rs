@@ -24,8 +24,8 @@ const HOUSEKEEPING: Duration = Duration::from_millis(250);
 const EXCHANGE: Duration = Duration::from_secs(30);
 /// How long a live member may lack its record before it is asked for one; a push usually is faster.
 const RECORD_GRACE: Duration = Duration::from_millis(400);
-/// Most members that are called again although they are thought dead, in one round.
-const DEAD_PER_ROUND: usize = 3;
+/// Most members that are asked for their record in one round.
+const RECORDS_PER_ROUND: usize = 3;
 /// Most addresses of former members that are kept to find back into the mesh.
 const MAX_REMEMBERED: usize = 64;
 
@@ -445,9 +445,7 @@ impl Gossip {
             .filter(|p| p.state.health == MemberHealth::Down && !self.has_left(&p.state))
             .map(|p| p.state.addr)
             .collect();
-        while dead.len() > DEAD_PER_ROUND {
-            dead.swap_remove(self.rng.random_range(0..dead.len()));
-        }
+        dead.sort_unstable();
         let lonely = live.is_empty();
         let mut wanted: Vec<SocketAddr> = self.seeds.clone();
         wanted.extend(dead);
@@ -467,7 +465,7 @@ impl Gossip {
             .filter(|p| self.records.get(&p.state.id).is_none_or(|s| s.record.generation < p.state.generation))
             .map(|p| Ident { id: p.state.id, addr: p.state.addr, generation: p.state.generation })
             .filter(|ident| !self.record_asked.contains_key(&ident.id))
-            .take(DEAD_PER_ROUND)
+            .take(RECORDS_PER_ROUND)
             .collect();
         for ident in lacking {
             self.record_asked.insert(ident.id, now);

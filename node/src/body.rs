@@ -31,6 +31,8 @@ pub enum BodyError {
 /// A body, streamed: data, then perhaps trailers. Reads no faster than it is asked.
 pub struct Body {
     kind: Kind,
+    /// What [`Body::peek`] found.
+    peeked: Option<Result<Frame<Bytes>, BodyError>>,
     /// What Content-Length promised and how much of it is still to come.
     length: Option<Length>,
     /// Dropped with the body: counts of calls in flight, connections to give back.
@@ -123,6 +125,18 @@ impl Body {
         self
     }
 
+    /// Looks, without waiting, whether the body has ended already: an h3 request shows only by its end that it has no body,
+    /// and that end mostly comes along with the head.
+    pub(crate) async fn peek(mut self) -> Self {
+        let found = std::future::poll_fn(|cx| Poll::Ready(self.poll_kind(cx))).await;
+        match found {
+            Poll::Ready(None) => self.kind = Kind::Empty,
+            Poll::Ready(Some(frame)) => self.peeked = Some(frame),
+            Poll::Pending => {}
+        }
+        self
+    }
+
     fn poll_kind(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut self.kind {
             Kind::Empty => Poll::Ready(None),
@@ -151,7 +165,10 @@ impl http_body::Body for Body {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let frame = ready!(self.poll_kind(cx));
+        let frame = match self.peeked.take() {
+            Some(frame) => Some(frame),
+            None => ready!(self.poll_kind(cx)),
+        };
         Poll::Ready(match frame {
             Some(Ok(frame)) => Some(match frame.into_data() {
                 Ok(data) => {
@@ -181,6 +198,9 @@ impl http_body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
+        if self.peeked.is_some() {
+            return false;
+        }
         match &self.kind {
             Kind::Empty => self.length.as_ref().is_none_or(|l| l.seen == l.promised),
             Kind::Full(bytes) => bytes.is_empty(),
@@ -221,7 +241,7 @@ fn reason(error: &hyper::Error) -> String {
 
 impl From<Kind> for Body {
     fn from(kind: Kind) -> Self {
-        Self { kind, length: None, kept: Vec::new() }
+        Self { kind, peeked: None, length: None, kept: Vec::new() }
     }
 }
 

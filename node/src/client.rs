@@ -315,7 +315,11 @@ impl MeshClient {
         head.version = http::Version::HTTP_11;
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
-        let body = if head.headers.contains_key("grpc-status") { Body::empty() } else { Body::h3_client(receive) };
+        let body = if crate::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status") {
+            Body::empty()
+        } else {
+            Body::h3_client(receive)
+        };
         let body = body.with_length(length).keep((counted, link, upload));
         Ok(Answer { response: Response::from_parts(head, body), unanswered })
     }

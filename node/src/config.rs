@@ -249,25 +249,22 @@ pub fn read<T: DeserializeOwned>(text: &str) -> (Option<T>, Vec<Diagnostic>) {
         let joined = lines.join("\n");
         let line = error.span().map_or(0, |span| joined[..span.start.min(joined.len())].matches('\n').count() + 1);
         let problem = error.message().replace('\n', " ");
+        let at = line.checked_sub(1).filter(|i| lines.get(*i).is_some_and(|l| !l.trim().is_empty()));
+        let is_header = |l: &str| l.trim_start().starts_with('[');
         let missing = problem.starts_with("missing field");
-        if missing && !found.is_empty() {
-            // Most likely the field is there, on a line that was left out.
+        if missing && found.is_empty() {
+            found.push(Diagnostic { line, problem });
             return (None, found);
         }
-        found.push(Diagnostic { line, problem });
-        let blank = |l: &str| l.trim().is_empty();
-        match line.checked_sub(1).and_then(|i| lines.get(i)) {
-            Some(text) if !blank(text) && !missing => {
-                let is_header = |l: &str| l.trim_start().starts_with('[');
-                let whole_table = is_header(text);
-                lines[line - 1] = "";
-                if whole_table {
-                    for l in lines[line..].iter_mut().take_while(|l| !is_header(l)) {
-                        *l = "";
-                    }
-                }
-            }
-            _ => return (None, found),
+        // A field that is missing after a line was left out is most likely that line's: leave the rest of its table out too.
+        if !missing {
+            found.push(Diagnostic { line, problem });
+        }
+        let Some(at) = at.filter(|at| !missing || is_header(lines[*at])) else { return (None, found) };
+        let whole_table = is_header(lines[at]);
+        lines[at] = "";
+        if whole_table {
+            lines[at + 1..].iter_mut().take_while(|l| !is_header(l)).for_each(|l| *l = "");
         }
     }
     (None, found)

@@ -7,7 +7,13 @@
 //! * quinn finishes a send stream that is dropped, so that half a message looks whole. Here it is reset.
 //! * `h3_quinn` panics if asked to stop, or for the id of, a stream that is being read.
 
-use std::task::{Context, Poll, ready};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+};
 
 use bytes::{Buf, Bytes};
 use h3::{
@@ -29,11 +35,18 @@ type QuinnRecv = <QuinnConnection as quic::Connection<Bytes>>::RecvStream;
 /// A QUIC connection for h3 to speak over.
 pub(crate) struct Connection {
     inner: QuinnConnection,
+    rejecting: Arc<AtomicBool>,
 }
 
 impl Connection {
     pub(crate) fn new(connection: quinn::Connection) -> Self {
-        Self { inner: h3_quinn::Connection::new(connection) }
+        Self { inner: h3_quinn::Connection::new(connection), rejecting: Arc::default() }
+    }
+
+    /// Once set, requests that arrive and are dropped unread are reset with H3_REQUEST_REJECTED, which tells the client
+    /// that nothing was done (RFC 9114 §4.1.1).
+    pub(crate) fn rejecting(&self) -> Arc<AtomicBool> {
+        self.rejecting.clone()
     }
 }
 
@@ -47,8 +60,9 @@ impl quic::Connection<Bytes> for Connection {
     }
 
     fn poll_accept_bidi(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bidi, ConnectionErrorIncoming>> {
-        quic::Connection::<Bytes>::poll_accept_bidi(&mut self.inner, cx)
-            .map_ok(|inner| Bidi::new(inner, Code::H3_INTERNAL_ERROR))
+        let rejecting = self.rejecting.load(Relaxed);
+        let on_drop = if rejecting { Code::H3_REQUEST_REJECTED } else { Code::H3_INTERNAL_ERROR };
+        quic::Connection::<Bytes>::poll_accept_bidi(&mut self.inner, cx).map_ok(|inner| Bidi::new(inner, on_drop))
     }
 
     fn opener(&self) -> Opener {

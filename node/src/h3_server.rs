@@ -1,6 +1,10 @@
 //! Serves HTTP/3 on an established QUIC connection: the mesh's calls and the edge's public requests alike.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use h3::error::Code;
@@ -29,30 +33,30 @@ where
     H: Fn(Request<Body>) -> F + Clone + Send + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let built = h3::server::builder()
-        .send_grease(false)
-        .max_field_section_size(guard::MAX_FRAME_BYTES)
-        .build(guard::Connection::new(connection.clone()))
-        .await;
+    let transport = guard::Connection::new(connection.clone());
+    let rejecting = transport.rejecting();
+    let built =
+        h3::server::builder().send_grease(false).max_field_section_size(guard::MAX_FRAME_BYTES).build(transport).await;
     let Ok(mut h3) = built else { return };
     let requests = TaskTracker::new();
 
     loop {
         tokio::select! {
             accepted = h3.accept() => match accepted {
-                Ok(Some(resolver)) => spawn_request(&requests, resolver, &handler),
+                Ok(Some(resolver)) => spawn_request(&requests, &connection, resolver, &handler),
                 Ok(None) | Err(_) => return,
             },
             () = drain.draining() => break,
         }
     }
-    go_away(&mut h3, &connection, &drain, &requests, &handler).await;
+    go_away(&mut h3, &connection, &rejecting, &drain, &requests, &handler).await;
 }
 
 /// Two-step GOAWAY, then waits for what was taken. `accept` does not end by itself after our own GOAWAY.
 async fn go_away<H, F>(
     h3: &mut ServerConnection,
     connection: &quinn::Connection,
+    rejecting: &AtomicBool,
     drain: &Drain,
     requests: &TaskTracker,
     handler: &H,
@@ -68,19 +72,21 @@ async fn go_away<H, F>(
     loop {
         tokio::select! {
             accepted = h3.accept() => match accepted {
-                Ok(Some(resolver)) => spawn_request(requests, resolver, handler),
+                Ok(Some(resolver)) => spawn_request(requests, connection, resolver, handler),
                 Ok(None) | Err(_) => break,
             },
             () = &mut grace => break,
         }
     }
-    let _ = h3.shutdown(0).await;
+    // The named id is the first that was *not* taken: one beyond the last.
+    rejecting.store(true, Relaxed);
+    let _ = h3.shutdown(1).await;
     requests.close();
     let finished = async {
         loop {
             tokio::select! {
                 () = requests.wait() => return,
-                // Keeps the connection's machinery going; later streams are rejected inside.
+                // Keeps the connection's machinery going; what still arrives is rejected.
                 accepted = h3.accept() => match accepted {
                     Ok(Some(resolver)) => drop(resolver),
                     Ok(None) | Err(_) => return requests.wait().await,
@@ -97,20 +103,28 @@ async fn go_away<H, F>(
     }
 }
 
-fn spawn_request<H, F>(requests: &TaskTracker, resolver: Resolver, handler: &H)
+fn spawn_request<H, F>(requests: &TaskTracker, connection: &quinn::Connection, resolver: Resolver, handler: &H)
 where
     H: Fn(Request<Body>) -> F + Clone + Send + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let handler = handler.clone();
+    let (handler, connection) = (handler.clone(), connection.clone());
     requests.spawn(async move {
-        let Ok(Ok((request, stream))) = tokio::time::timeout(HEAD_TIMEOUT, resolver.resolve_request()).await else {
-            return;
+        let answered = async move {
+            let Ok(Ok((request, stream))) = tokio::time::timeout(HEAD_TIMEOUT, resolver.resolve_request()).await else {
+                return;
+            };
+            let (send, receive) = stream.split();
+            let (head, ()) = request.into_parts();
+            let body = Body::h3_server(receive).peek().await;
+            let response = handler(Request::from_parts(head, body)).await;
+            send_response(send, response).await;
         };
-        let (send, receive) = stream.split();
-        let request = request.map(|()| Body::h3_server(receive));
-        let response = handler(request).await;
-        send_response(send, response).await;
+        // A peer that is gone wants no answer; without this, a call to a quiet service would wait for it for ever.
+        tokio::select! {
+            () = answered => {}
+            _ = connection.closed() => {}
+        }
     });
 }
 

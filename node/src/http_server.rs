@@ -17,6 +17,20 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest head, in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
+/// What a connection speaks. Only a trusted client may leave it open: finding out waits for its first bytes without limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaks {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// Whichever its first bytes show.
+    Either,
+}
+
+/// How often a quiet HTTP/2 connection is asked whether it is still there, and how long it may take to answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
 /// Bounds of a connection that depend on who is at its other end.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -28,7 +42,7 @@ pub struct Limits {
 
 /// Serves one connection until it ends; a drain lets requests under way finish. Errors of the connection are the other
 /// end's affair and only logged.
-pub async fn serve<S, H, F>(stream: S, limits: Limits, drain: Drain, handler: H)
+pub async fn serve<S, H, F>(stream: S, speaks: Speaks, limits: Limits, drain: Drain, handler: H)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     H: Fn(Request<Body>) -> F,
@@ -48,10 +62,17 @@ where
     builder
         .http2()
         .timer(TokioTimer::new())
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
         .max_concurrent_streams(limits.max_streams)
         .initial_stream_window_size(limits.stream_window_bytes)
         .initial_connection_window_size(limits.stream_window_bytes.saturating_mul(8))
         .max_header_list_size(MAX_HEAD_BYTES as u32);
+    let builder = match speaks {
+        Speaks::Http1 => builder.http1_only(),
+        Speaks::Http2 => builder.http2_only(),
+        Speaks::Either => builder,
+    };
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let served = tokio::select! {

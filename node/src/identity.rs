@@ -22,7 +22,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use starling_gossip::{Credentials, RecordError};
-use starling_protocol::{MeshName, Name, NodeId, NodeRecord, SignedRecord};
+use starling_protocol::{MeshName, Name, NodeId, NodeKind, NodeRecord, SignedRecord};
 
 use self::certificate::MeshCertificate;
 use crate::state::{StateDir, StateError};
@@ -162,6 +162,11 @@ impl Identity {
         self.current.load().leaf.services.clone()
     }
 
+    /// Whether the certificate lets it be an edge.
+    pub(crate) fn is_edge(&self) -> bool {
+        self.current.load().leaf.edge
+    }
+
     /// Start and end of the certificate, unix seconds.
     pub(crate) fn validity(&self) -> (u64, u64) {
         let current = self.current.load();
@@ -254,6 +259,9 @@ impl Credentials for RecordCredentials {
             .map_err(|e| refuse(format!("record of {}: {e}", record.name)))?;
         if leaf.id != record.id || leaf.name != record.name {
             return Err(refuse(format!("record of {} is signed by {}", record.name, leaf.name)));
+        }
+        if record.kind == NodeKind::Edge && !leaf.edge {
+            return Err(refuse(format!("{} claims to be an edge without a grant", record.name)));
         }
         if let Some(service) = record.services.iter().find(|s| !leaf.services.contains(&s.name)) {
             return Err(refuse(format!("{} claims service {} without a grant", record.name, service.name)));

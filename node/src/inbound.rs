@@ -57,19 +57,20 @@ impl Inbound {
     /// Serves a connection of an authenticated peer.
     pub(crate) async fn serve(self, connection: quinn::Connection, peer: Peer, drain: Drain) {
         let caller = HeaderValue::from_str(peer.name.as_str()).expect("names are ASCII");
+        let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
         h3_server::serve(connection, drain, move |request| {
             let (inbound, caller) = (self.clone(), caller.clone());
-            async move { inbound.answer(request, caller).await }
+            async move { inbound.answer(request, origin, caller).await }
         })
         .await;
     }
 
-    async fn answer(&self, request: Request<Body>, caller: HeaderValue) -> Response<Body> {
+    async fn answer(&self, request: Request<Body>, origin: Origin, caller: HeaderValue) -> Response<Body> {
         let counted = InFlight::new(self.0.clone());
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
         let begun = Instant::now();
-        let (service, outcome) = self.forward(request, caller).await;
+        let (service, outcome) = self.forward(request, origin, caller).await;
         let mut response = match outcome {
             Ok(response) => response,
             Err((sent, problem)) => {
@@ -88,10 +89,11 @@ impl Inbound {
     async fn forward(
         &self,
         request: Request<Body>,
+        origin: Origin,
         caller: HeaderValue,
     ) -> (Option<Name>, Result<Response<Body>, (Sent, Problem)>) {
         let (mut parts, body) = request.into_parts();
-        let checked = match message::normalise_request(&mut parts, Origin::Mesh) {
+        let checked = match message::normalise_request(&mut parts, origin) {
             Ok(checked) => checked,
             Err(malformed) => return (None, Err((Sent::No, malformed.into()))),
         };

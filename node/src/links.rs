@@ -27,6 +27,8 @@ const MAX_HELD: usize = 8;
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections that one change is pushed over.
 const MAX_PUSHES: usize = 64;
+/// Addresses that are remembered as not answering.
+const MAX_UNREACHABLE: usize = 256;
 
 /// The links of a node. Cheap to clone.
 #[derive(Clone)]
@@ -64,7 +66,11 @@ impl Links {
                 }
                 Outgoing::Generation(generation) => store(&state, "generation", generation.to_string().as_bytes()),
                 Outgoing::Peers(peers) => match serde_json::to_vec(&peers) {
-                    Ok(json) => store(&state, "peers.json", &json),
+                    // Not on this thread, which must answer probes while the disk syncs.
+                    Ok(json) => {
+                        let state = state.clone();
+                        tokio::task::spawn_blocking(move || store(&state, "peers.json", &json));
+                    }
                     Err(error) => tracing::error!(%error, "peers.json"),
                 },
                 // Published by the actor itself.
@@ -233,7 +239,11 @@ impl Links {
                 self.0.gossip.sync_reply(peer, state).await;
             }
             Err(why) => {
-                if lock(&self.0.unreachable).insert(addr, why.clone()).is_none() {
+                let mut unreachable = lock(&self.0.unreachable);
+                if unreachable.len() >= MAX_UNREACHABLE {
+                    unreachable.clear();
+                }
+                if unreachable.insert(addr, why.clone()).is_none() {
                     tracing::warn!(%addr, why, "a seed or former member does not answer; trying again for ever");
                 }
             }

@@ -204,6 +204,12 @@ fn origin_form(mut request: Request<Body>) -> Request<Body> {
     if let Some(target) = request.uri().path_and_query().cloned() {
         *request.uri_mut() = http::Uri::from(target);
     }
+    // hyper takes a GET without a length for one without a body.
+    if !http_body::Body::is_end_stream(request.body()) && !request.headers().contains_key(http::header::CONTENT_LENGTH)
+    {
+        let chunked = http::HeaderValue::from_static("chunked");
+        request.headers_mut().insert(http::header::TRANSFER_ENCODING, chunked);
+    }
     *request.version_mut() = Version::HTTP_11;
     request
 }

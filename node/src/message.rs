@@ -24,6 +24,8 @@ pub enum Origin {
     Outside,
     /// Another node, authenticated: its deadline, attempt and load are.
     Mesh,
+    /// An edge, by its certificate: who the consumer is, too.
+    Edge,
 }
 
 /// Why a message is refused. `status` is what the sender gets.
@@ -93,7 +95,12 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
         return Err(Malformed { status: StatusCode::EXPECTATION_FAILED, reason: "unknown expectation" });
     }
     remove_hop_by_hop(&mut parts.headers);
-    remove_own_fields(&mut parts.headers, origin, &[headers::DEADLINE, headers::ATTEMPT]);
+    let believed: &[&str] = match origin {
+        Origin::Outside => &[],
+        Origin::Mesh => &[headers::DEADLINE, headers::ATTEMPT],
+        Origin::Edge => &[headers::DEADLINE, headers::ATTEMPT, headers::CONSUMER],
+    };
+    remove_own_fields(&mut parts.headers, origin, believed);
     parts.headers.remove(headers::XFCC);
     parts.uri = Uri::from(target);
     Ok(Checked { authority, length })

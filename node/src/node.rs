@@ -47,6 +47,11 @@ const DRAIN_GRACE: Duration = Duration::from_millis(300);
 const LEAVE_GRACE: Duration = Duration::from_millis(300);
 /// A node that finds nobody is ready anyway after this long: what it serves itself can be called.
 const LONELY_READY: Duration = Duration::from_secs(5);
+/// Connections of one endpoint on the mesh port.
+const MAX_CONNECTIONS: usize = 20_000;
+/// Connections above which a peer must prove its address first (RFC 9000 §8.1.2).
+const RETRY_ABOVE: usize = 2_000;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often seeds' names are resolved again.
 const RESOLVE_PERIOD: Duration = Duration::from_secs(10);
 
@@ -98,6 +103,12 @@ pub enum StartError {
         name: Name,
         /// The service.
         service: Name,
+    },
+    /// The certificate is not an edge's.
+    #[error("the certificate of {name} is not an edge's; join again with --token from `starling token create --edge`")]
+    NotAnEdge {
+        /// The node.
+        name: Name,
     },
     /// The state directory belongs to a node of another name.
     #[error("this state directory belongs to node {stored}; start it as --name {stored}, or give another --state")]
@@ -410,11 +421,21 @@ struct Doors {
 impl Doors {
     async fn accept(self, endpoint: quinn::Endpoint) {
         while let Some(incoming) = endpoint.accept().await {
+            let open = endpoint.open_connections();
+            if open >= MAX_CONNECTIONS {
+                incoming.refuse();
+                continue;
+            }
+            if open >= RETRY_ABOVE && !incoming.remote_address_validated() && incoming.may_retry() {
+                let _ = incoming.retry();
+                continue;
+            }
             let doors = self.clone();
             tokio::spawn(async move {
-                match incoming.await {
-                    Ok(connection) => doors.lead(connection).await,
-                    Err(error) => tracing::debug!(%error, "handshake"),
+                match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
+                    Ok(Ok(connection)) => doors.lead(connection).await,
+                    Ok(Err(error)) => tracing::debug!(%error, "handshake"),
+                    Err(_) => tracing::debug!("handshake timed out"),
                 }
             });
         }
@@ -616,27 +637,32 @@ async fn establish_identity(
     {
         return Err(StartError::OtherName { stored: stored.name().clone() });
     }
+    let stored_name = stored.as_ref().map(|stored| stored.name().clone());
     let token = read_token(config)?;
     let is_fresh = |identity: &Identity| {
         // A certificate past its end and its grace cannot renew itself.
         unix_now() < identity.validity().1.saturating_add(tls::EXPIRED_GRACE.as_secs())
     };
+    let may_be = |identity: &Identity| kind == NodeKind::Node || identity.is_edge();
     match stored {
-        Some(stored) if missing(&stored).is_none() && is_fresh(&stored) && authority.is_none() => {
+        Some(stored) if missing(&stored).is_none() && may_be(&stored) && is_fresh(&stored) && authority.is_none() => {
             return Ok((stored, Vec::new()));
         }
         Some(stored) if authority.is_none() && token.is_none() => {
             if let Some(service) = missing(&stored) {
                 return Err(StartError::NotGranted { name: stored.name().clone(), service });
             }
+            if !may_be(&stored) {
+                return Err(StartError::NotAnEdge { name: stored.name().clone() });
+            }
             return Ok((stored, Vec::new()));
         }
         _ => {}
     }
-    let name = config.node.name.clone().unwrap_or_else(default_name);
+    let name = config.node.name.clone().or(stored_name).unwrap_or_else(default_name);
     if let Some(authority) = authority {
         let key = load_or_create_key(state)?;
-        let issued = authority.self_issue(&name, &services, &key).map_err(JoinError::from)?;
+        let issued = authority.self_issue(&name, &services, kind == NodeKind::Edge, &key).map_err(JoinError::from)?;
         let (chain, root) = issued;
         return Ok((Identity::establish(state, key, chain, vec![root], provider)?, Vec::new()));
     }

@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
     Body, Call, Drain, MeshClient, Problem, ProxyError,
-    http_server::{self, Limits},
+    http_server::{self, Limits, Speaks},
     message::{self, Origin},
     metrics::Metrics,
     problem::is_grpc,
@@ -51,7 +51,7 @@ impl Outbound {
 
     async fn serve_connection(self, stream: TcpStream, drain: Drain) {
         let _ = stream.set_nodelay(true);
-        http_server::serve(stream, LIMITS, drain, move |request| {
+        http_server::serve(stream, Speaks::Either, LIMITS, drain, move |request| {
             let door = self.clone();
             async move { door.answer(request).await }
         })

@@ -37,6 +37,8 @@ pub(crate) struct Peer {
     pub name: Name,
     /// Services that its certificate grants.
     pub services: Vec<Name>,
+    /// Whether it may be an edge.
+    pub edge: bool,
 }
 
 impl Peer {
@@ -48,7 +50,7 @@ impl Peer {
             .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
             .ok_or_else(|| CertificateError::Chain("the peer showed no certificate".into()))?;
         let leaf = identity.check_chain(&chain, Duration::ZERO)?;
-        Ok(Self { id: leaf.id, name: leaf.name, services: leaf.services })
+        Ok(Self { id: leaf.id, name: leaf.name, services: leaf.services, edge: leaf.edge })
     }
 }
 

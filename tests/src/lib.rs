@@ -103,7 +103,7 @@ events {{}}
 http {{
   access_log off; client_max_body_size 0; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
   fastcgi_temp_path {own}/t3; uwsgi_temp_path {own}/t4; scgi_temp_path {own}/t5;
-  server {{ listen {addr}; location / {{ return 200 "nginx $host caller=$http_starling_caller\n"; }} }}
+  server {{ listen {addr}; location / {{ return 200 "nginx $host caller=$http_starling_caller consumer=$http_starling_consumer\n"; }} }}
 }}
 "#
     );

@@ -20,7 +20,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<(), Failure> {
 
 /// An edge's file is told from a node's by its public sections.
 fn problems(text: &str) -> Vec<Diagnostic> {
-    if text.lines().any(|line| line.trim() == "[edge]") {
+    if text.lines().any(|line| line.trim_start().starts_with("[edge]")) {
         return starling_edge::read_config(text).1;
     }
     match config::read::<Config>(text) {

@@ -17,7 +17,7 @@ use starling_protocol::{Grant, Grants, Join, JoinToken, MeshName, Name, NodeId, 
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
-use super::{node_id, pem_certificates, pem_text, sha256, unix_now};
+use super::{certificate::EDGE_UNIT, node_id, pem_certificates, pem_text, sha256, unix_now};
 use crate::state::{StateDir, StateError};
 
 const ROOT_KEY: &str = "root/key.pem";
@@ -29,9 +29,10 @@ const TOKEN_KEY: &str = "issuer/token.key";
 const SPENT: &str = "issuer/spent.json";
 
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 86400);
-const ISSUER_LIFE: Duration = Duration::from_secs(365 * 86400);
+/// As long as the root's, because nothing renews it yet.
+const ISSUER_LIFE: Duration = ROOT_LIFE;
 /// Clocks of nodes may differ by this much.
-const CLOCK_SKEW: Duration = Duration::from_secs(300);
+pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(300);
 
 /// Default life of a node's certificate.
 pub(crate) const DEFAULT_CERT_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -248,7 +249,7 @@ impl Authority {
         }
         // Everything that can fail for another reason comes before the use is counted.
         let issuer_cert = join.issuer_csr.as_deref().map(|csr| self.sign_second_issuer(csr)).transpose()?;
-        let leaf = self.sign_node(&join.name, &claims.grants.services, &key)?;
+        let leaf = self.sign_node(&join.name, &claims.grants.services, claims.grants.edge, &key)?;
         self.spend(&claims, id)?;
         let grant = Grant {
             chain: vec![leaf.to_vec(), self.cert.to_vec()],
@@ -269,7 +270,7 @@ impl Authority {
         if node_id(&key) != current.id {
             return Err(Refusal::NotRenewable("the request is for another key".into()));
         }
-        let leaf = self.sign_node(&current.name, &current.services, &key)?;
+        let leaf = self.sign_node(&current.name, &current.services, current.edge, &key)?;
         Ok(vec![leaf, self.cert.clone()])
     }
 
@@ -278,9 +279,10 @@ impl Authority {
         &self,
         name: &Name,
         services: &[Name],
+        edge: bool,
         key: &KeyPair,
     ) -> Result<(Vec<CertificateDer<'static>>, CertificateDer<'static>), Refusal> {
-        let leaf = self.sign_node(name, services, key)?;
+        let leaf = self.sign_node(name, services, edge, key)?;
         Ok((vec![leaf, self.cert.clone()], self.root.clone()))
     }
 
@@ -288,11 +290,15 @@ impl Authority {
         &self,
         name: &Name,
         services: &[Name],
+        edge: bool,
         key: &impl PublicKeyData,
     ) -> Result<CertificateDer<'static>, Refusal> {
         let refuse = |e: rcgen::Error| Refusal::Issuer(e.to_string());
         let mut params = CertificateParams::default();
         params.distinguished_name = common_name(name.as_str());
+        if edge {
+            params.distinguished_name.push(DnType::OrganizationalUnitName, EDGE_UNIT);
+        }
         let uri = self.mesh.spiffe_id(name).try_into().map_err(refuse)?;
         params.subject_alt_names.push(SanType::URI(uri));
         for service in services {

@@ -6,6 +6,9 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{CertificateError, sha256};
 
+/// Organizational unit of an edge's certificate.
+pub(crate) const EDGE_UNIT: &str = "edge";
+
 /// The names in a node's certificate. Parsing does not verify: see `Identity::check_chain`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MeshCertificate {
@@ -13,6 +16,8 @@ pub(crate) struct MeshCertificate {
     pub(crate) name: Name,
     pub(crate) id: NodeId,
     pub(crate) services: Vec<Name>,
+    /// Whether its node may be an edge: the subject's organizational unit says so.
+    pub(crate) edge: bool,
     /// Uncompressed P-256 point.
     pub(crate) public_key: Vec<u8>,
     /// Unix seconds.
@@ -60,6 +65,7 @@ impl MeshCertificate {
             name: name.parse().map_err(|_| names("the URI's node"))?,
             id: id_of_spki(cert.public_key().raw),
             services,
+            edge: cert.subject().iter_organizational_unit().any(|unit| unit.as_str() == Ok(EDGE_UNIT)),
             public_key: cert.public_key().subject_public_key.data.to_vec(),
             not_before: time(cert.validity().not_before.timestamp()),
             not_after: time(cert.validity().not_after.timestamp()),

@@ -89,11 +89,12 @@ pub(crate) async fn join(
     };
     let Grant { chain, roots, issuer_cert, peers } = grant;
     let own = |ders: Vec<Vec<u8>>| ders.into_iter().map(CertificateDer::from).collect::<Vec<_>>();
-    let identity = Identity::establish(state, key, own(chain), own(roots), provider)?;
-    if let (Some(key), Some(cert)) = (issuer_key, issuer_cert) {
-        let root = identity.root_ders().first().expect("an identity has a root");
-        Authority::establish(state, identity.mesh(), &key, &CertificateDer::from(cert), root)?;
+    let (chain, roots) = (own(chain), own(roots));
+    if let (Some(key), Some(cert), Some(root)) = (issuer_key, issuer_cert, roots.first()) {
+        // Before the identity, which marks the join as done.
+        Authority::establish(state, &token.claims.mesh, &key, &CertificateDer::from(cert), root)?;
     }
+    let identity = Identity::establish(state, key, chain, roots, provider)?;
     Ok((identity, peers))
 }
 

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::{
     Identity,
     admission::{Admission, ask},
+    authority::CLOCK_SKEW,
     unix_now,
 };
 use crate::state::StateDir;
@@ -34,6 +35,7 @@ pub(crate) async fn run(admission: Admission, state: StateDir, contacts: watch::
         match renew(&admission, &state, &known).await {
             Ok(()) => {
                 retry = RETRY_MIN;
+                tokio::time::sleep(RETRY_MIN).await;
                 let (_, ends) = admission.identity.validity();
                 tracing::info!(ends_in_s = ends.saturating_sub(unix_now()), "certificate renewed");
                 admission.gossip.announce(move |a| a.cert_expires = ends).await;
@@ -50,7 +52,9 @@ pub(crate) async fn run(admission: Admission, state: StateDir, contacts: watch::
 
 /// Half of the life, less up to a tenth of it, so that nodes started together do not renew together; unix seconds.
 fn half_life(identity: &Arc<Identity>) -> u64 {
-    let (start, end) = identity.validity();
+    let (valid_from, end) = identity.validity();
+    // Certificates begin a little in the past, for clocks that are late.
+    let start = valid_from + CLOCK_SKEW.as_secs();
     let life = end.saturating_sub(start) as f64;
     (start as f64 + life / 2.0 - life / 10.0 * rand::rng().random_range(0.0..1.0)) as u64
 }

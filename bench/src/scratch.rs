@@ -72,11 +72,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_differ_and_can_be_bound() {
+    fn ports_differ() {
         let ports = free_ports::<8>().unwrap();
         for (i, port) in ports.iter().enumerate() {
             assert!(!ports[..i].contains(port), "{ports:?}");
-            TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).unwrap();
         }
     }
 

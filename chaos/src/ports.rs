@@ -1,19 +1,27 @@
 use std::{
-    collections::HashSet,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
-    sync::{LazyLock, Mutex},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU16, Ordering::Relaxed},
+    },
 };
 
-static GIVEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
+/// Below the range from which systems take ports for outgoing connections: such a connection must not take the port of a
+/// node that is just being restarted.
+const FIRST: u16 = 12_000;
+const COUNT: u16 = 20_000;
 
-/// A loopback address whose port is free for TCP and UDP, by the system's word, and was not given before by this process.
+/// Where this process starts to look, so that two of them hardly meet.
+static NEXT: LazyLock<AtomicU16> =
+    LazyLock::new(|| AtomicU16::new((std::process::id() * 101 % u32::from(COUNT)) as u16));
+
+/// A loopback address whose port is free for TCP and UDP, and was not given before by this process.
+///
+/// # Panics
+/// If not one port is free.
 pub fn free_port() -> SocketAddr {
-    loop {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback has free ports");
-        let addr = listener.local_addr().expect("a bound listener has an address");
-        let unused = GIVEN.lock().unwrap_or_else(|e| e.into_inner()).insert(addr.port());
-        if unused && UdpSocket::bind(addr).is_ok() {
-            return addr;
-        }
-    }
+    (0..COUNT)
+        .map(|_| SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST + NEXT.fetch_add(1, Relaxed) % COUNT)))
+        .find(|addr| TcpListener::bind(addr).is_ok() && UdpSocket::bind(addr).is_ok())
+        .expect("loopback has a free port")
 }

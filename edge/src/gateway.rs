@@ -181,8 +181,8 @@ impl Gateway {
             return Err(bad_request("underscores in field names are not accepted"));
         }
         let checked = message::normalise_request(&mut parts, Origin::Outside)?;
-        let host = bare_host(&checked.authority);
-        entry.host = host.to_string();
+        let host = &route::bare_host(&checked.authority);
+        entry.host.clone_from(host);
         if arrival.sni.as_deref().is_some_and(|sni| !self.0.certificates.covers(sni, host)) {
             let detail = "this connection is not for that host; open another one";
             return Err(Problem::policy(StatusCode::MISDIRECTED_REQUEST, "misdirected", detail));
@@ -338,13 +338,6 @@ fn address_key(client: IpAddr) -> String {
             let [a, b, c, d, ..] = v6.segments();
             format!("{a:x}:{b:x}:{c:x}:{d:x}::/64")
         }
-    }
-}
-
-fn bare_host(authority: &str) -> &str {
-    match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
-        _ => authority,
     }
 }
 

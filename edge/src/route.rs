@@ -48,7 +48,7 @@ impl<T: Borrow<Route>> Routes<T> {
 }
 
 /// A host without its port and final dot, in lower case (RFC 3986 §3.2.2).
-fn bare_host(authority: &str) -> String {
+pub(crate) fn bare_host(authority: &str) -> String {
     let host = match authority.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
         _ => authority,

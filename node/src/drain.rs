@@ -28,11 +28,6 @@ impl Drain {
         self.draining.cancelled().await;
     }
 
-    /// Whether new work should no longer be taken.
-    pub fn is_draining(&self) -> bool {
-        self.draining.is_cancelled()
-    }
-
     /// Resolves when the patience is over and connections are to be cut. Cancel safe.
     pub async fn closing(&self) {
         self.closing.cancelled().await;

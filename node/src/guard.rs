@@ -35,12 +35,15 @@ type QuinnRecv = <QuinnConnection as quic::Connection<Bytes>>::RecvStream;
 /// A QUIC connection for h3 to speak over.
 pub(crate) struct Connection {
     inner: QuinnConnection,
+    opening: Opener,
     rejecting: Arc<AtomicBool>,
 }
 
 impl Connection {
     pub(crate) fn new(connection: quinn::Connection) -> Self {
-        Self { inner: h3_quinn::Connection::new(connection), rejecting: Arc::default() }
+        let inner = h3_quinn::Connection::new(connection);
+        let opening = Opener { inner: quic::Connection::<Bytes>::opener(&inner) };
+        Self { inner, opening, rejecting: Arc::default() }
     }
 
     /// Once set, requests that arrive and are dropped unread are reset with H3_REQUEST_REJECTED, which tells the client
@@ -66,7 +69,7 @@ impl quic::Connection<Bytes> for Connection {
     }
 
     fn opener(&self) -> Opener {
-        Opener { inner: quic::Connection::<Bytes>::opener(&self.inner) }
+        self.opening.clone()
     }
 }
 
@@ -75,17 +78,15 @@ impl quic::OpenStreams<Bytes> for Connection {
     type SendStream = Send;
 
     fn poll_open_bidi(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bidi, StreamErrorIncoming>> {
-        quic::OpenStreams::<Bytes>::poll_open_bidi(&mut self.inner, cx)
-            .map_ok(|inner| Bidi::new(inner, Code::H3_REQUEST_CANCELLED))
+        self.opening.poll_open_bidi(cx)
     }
 
     fn poll_open_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<Send, StreamErrorIncoming>> {
-        quic::OpenStreams::<Bytes>::poll_open_send(&mut self.inner, cx)
-            .map_ok(|inner| Send::new(inner, Code::H3_INTERNAL_ERROR))
+        self.opening.poll_open_send(cx)
     }
 
     fn close(&mut self, code: Code, reason: &[u8]) {
-        quic::OpenStreams::<Bytes>::close(&mut self.inner, code, reason);
+        self.opening.close(code, reason);
     }
 }
 

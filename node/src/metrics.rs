@@ -104,11 +104,6 @@ impl Metrics {
         }))
     }
 
-    /// Registers more metrics, for an edge.
-    pub fn register(&self, register: impl FnOnce(&mut Registry)) {
-        register(&mut self.0.registry.lock().unwrap_or_else(|e| e.into_inner()));
-    }
-
     pub(crate) fn server_call(&self, service: &str, method: &Method, status: StatusCode, took: Duration) {
         self.observe(true, service, method, status, took);
     }

@@ -1,26 +1,54 @@
-//! One task that owns a [`Gossip`]: commands in, [`Outgoing`] out, a watch of the snapshot for everybody else.
+//! One task that owns a [`Gossip`]: commands in, [`Outgoing`] out, watches of what everybody else reads.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
-use starling_protocol::{FullState, NodeId, SignedRecord};
+use starling_protocol::{Delta, Items, Name, NodeId, Pong, SignedDocument, Summary};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{Announcement, Counters, Gossip, Outgoing, Snapshot};
+use crate::{
+    Announcement, Counters, Detail, DocumentError, DocumentView, ForgetError, Gossip, Ident, Outgoing, Snapshot, Target,
+};
 
 /// Commands that may wait for the actor. It handles each in microseconds; a full queue means a stalled process, and then
 /// dropping datagrams is right.
 const COMMANDS: usize = 1024;
+/// Messages that may wait to be sent. Each can be lost: whatever they carry is repeated or found missing later.
+const MESSAGES: usize = 4096;
 
 enum Command {
     Datagram { from: NodeId, bytes: Bytes },
-    Records { from: NodeId, records: Vec<SignedRecord> },
-    Sync { from: NodeId, state: FullState, reply: oneshot::Sender<FullState> },
-    SyncReply { from: NodeId, state: FullState },
+    Items { from: NodeId, items: Items },
+    Summary { from: NodeId, summary: Summary, reply: oneshot::Sender<Delta> },
+    Delta { from: NodeId, with: Target, delta: Delta, reply: oneshot::Sender<Items> },
+    Ping { from: NodeId, suspected: Option<u16>, reply: oneshot::Sender<Pong> },
+    Checked { suspect: Ident, incarnation: u16, pong: Option<Pong> },
     Announce(Box<dyn FnOnce(&mut Announcement) + Send>),
+    Publish { signed: SignedDocument, reply: oneshot::Sender<Result<(), DocumentError>> },
+    Forget { id: NodeId, prune: bool, reply: oneshot::Sender<Result<(), ForgetError>> },
     Seeds(Vec<SocketAddr>),
     Counters(oneshot::Sender<Counters>),
+    Details(oneshot::Sender<Vec<Detail>>),
     Leave(oneshot::Sender<()>),
+}
+
+/// What outlives the process: whoever watches it stores it.
+#[derive(Debug, Clone, Default)]
+pub struct Durable {
+    /// The present life; to be stored before the next message is sent.
+    pub generation: u64,
+    /// Addresses of live members.
+    pub peers: Vec<SocketAddr>,
+    /// Mesh documents by kind.
+    pub documents: BTreeMap<Name, DocumentView>,
 }
 
 /// Cheap to clone; the actor ends when the last one is dropped.
@@ -28,29 +56,41 @@ enum Command {
 pub struct GossipHandle {
     commands: mpsc::Sender<Command>,
     snapshot: watch::Receiver<Arc<Snapshot>>,
+    durable: watch::Receiver<Durable>,
+    dropped: Arc<AtomicU64>,
 }
 
 impl GossipHandle {
     /// Hands over a datagram from an authenticated peer; drops it if the actor is far behind.
     pub fn deliver(&self, from: NodeId, bytes: Bytes) {
-        let _ = self.commands.try_send(Command::Datagram { from, bytes });
+        if self.commands.try_send(Command::Datagram { from, bytes }).is_err() {
+            self.dropped.fetch_add(1, Relaxed);
+        }
     }
 
-    /// Hands over pushed records from an authenticated peer.
-    pub async fn receive_records(&self, from: NodeId, records: Vec<SignedRecord>) {
-        let _ = self.commands.send(Command::Records { from, records }).await;
+    /// Hands over items that an authenticated peer has pushed.
+    pub async fn receive(&self, from: NodeId, items: Items) {
+        let _ = self.commands.send(Command::Items { from, items }).await;
     }
 
-    /// Hands over a peer's full state; returns ours, or `None` when the actor is gone.
-    pub async fn sync(&self, from: NodeId, state: FullState) -> Option<FullState> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Sync { from, state, reply }).await.ok()?;
-        answer.await.ok()
+    /// Hands over a peer's summary; returns the answer, or `None` when the actor is gone.
+    pub async fn answer(&self, from: NodeId, summary: Summary) -> Option<Delta> {
+        self.ask(|reply| Command::Summary { from, summary, reply }).await
     }
 
-    /// Hands over a peer's answer to our full state.
-    pub async fn sync_reply(&self, from: NodeId, state: FullState) {
-        let _ = self.commands.send(Command::SyncReply { from, state }).await;
+    /// Hands over a peer's answer to our summary; returns what it wants.
+    pub async fn absorb(&self, from: NodeId, with: Target, delta: Delta) -> Option<Items> {
+        self.ask(|reply| Command::Delta { from, with, delta, reply }).await
+    }
+
+    /// Hands over a ping that came on a stream.
+    pub async fn answer_ping(&self, from: NodeId, suspected: Option<u16>) -> Option<Pong> {
+        self.ask(|reply| Command::Ping { from, suspected, reply }).await
+    }
+
+    /// Tells what came of a check.
+    pub async fn checked(&self, suspect: Ident, incarnation: u16, pong: Option<Pong>) {
+        let _ = self.commands.send(Command::Checked { suspect, incarnation, pong }).await;
     }
 
     /// Changes what this node tells about itself.
@@ -58,23 +98,39 @@ impl GossipHandle {
         let _ = self.commands.send(Command::Announce(Box::new(change))).await;
     }
 
+    /// Publishes a signed document to the mesh; `None` when the actor is gone.
+    pub async fn publish(&self, signed: SignedDocument) -> Option<Result<(), DocumentError>> {
+        self.ask(|reply| Command::Publish { signed, reply }).await
+    }
+
+    /// Strikes a dead member off, mesh-wide; `None` when the actor is gone.
+    pub async fn forget(&self, id: NodeId, prune: bool) -> Option<Result<(), ForgetError>> {
+        self.ask(|reply| Command::Forget { id, prune, reply }).await
+    }
+
     /// Replaces the seeds.
     pub async fn set_seeds(&self, seeds: Vec<SocketAddr>) {
         let _ = self.commands.send(Command::Seeds(seeds)).await;
     }
 
-    /// What was refused so far.
+    /// What was counted so far.
     pub async fn counters(&self) -> Counters {
-        let (reply, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::Counters(reply)).await;
-        answer.await.unwrap_or_default()
+        self.ask(Command::Counters).await.unwrap_or_default()
+    }
+
+    /// Messages, in and out, that were dropped because a queue was full.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Relaxed)
+    }
+
+    /// What is known of each member at this moment, beside the snapshot.
+    pub async fn details(&self) -> Vec<Detail> {
+        self.ask(Command::Details).await.unwrap_or_default()
     }
 
     /// Says good-bye; returns when the messages are on their way out.
     pub async fn leave(&self) {
-        let (done, left) = oneshot::channel();
-        let _ = self.commands.send(Command::Leave(done)).await;
-        let _ = left.await;
+        self.ask(Command::Leave).await;
     }
 
     /// The mesh as it is now.
@@ -86,26 +142,42 @@ impl GossipHandle {
     pub fn watch(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.snapshot.clone()
     }
+
+    /// Follows what is to be stored, mesh documents among it.
+    pub fn durable(&self) -> watch::Receiver<Durable> {
+        self.durable.clone()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
 }
 
-/// Puts `gossip` on a task of the current runtime. What it wants sent or stored comes out of the receiver; whoever holds
-/// it does the I/O, and must keep reading.
-pub fn spawn(mut gossip: Gossip) -> (GossipHandle, mpsc::UnboundedReceiver<Outgoing>) {
+/// Where the actor's output goes.
+struct Outputs {
+    messages: mpsc::Sender<Outgoing>,
+    snapshot: watch::Sender<Arc<Snapshot>>,
+    durable: watch::Sender<Durable>,
+    dropped: Arc<AtomicU64>,
+}
+
+/// Puts `gossip` on a task of the current runtime. What it wants sent comes out of the receiver, and what it wants stored
+/// out of [`GossipHandle::durable`]; whoever holds the receiver does the I/O.
+pub fn spawn(mut gossip: Gossip) -> (GossipHandle, mpsc::Receiver<Outgoing>) {
     let (commands, inbox) = mpsc::channel(COMMANDS);
-    // Unbounded because its only producer is bounded by its own inbox and timers.
-    let (out, outgoing) = mpsc::unbounded_channel();
+    let (messages, outgoing) = mpsc::channel(MESSAGES);
     let (publish, snapshot) = watch::channel(Arc::new(Snapshot::default()));
-    flush(&mut gossip, &out, &publish);
-    tokio::spawn(run(gossip, inbox, out, publish));
-    (GossipHandle { commands, snapshot }, outgoing)
+    let (keep, durable) = watch::channel(Durable { generation: gossip.me().generation, ..Durable::default() });
+    let dropped = Arc::new(AtomicU64::new(0));
+    let outputs = Outputs { messages, snapshot: publish, durable: keep, dropped: dropped.clone() };
+    flush(&mut gossip, &outputs, Instant::now());
+    tokio::spawn(run(gossip, inbox, outputs));
+    (GossipHandle { commands, snapshot, durable, dropped }, outgoing)
 }
 
-async fn run(
-    mut gossip: Gossip,
-    mut inbox: mpsc::Receiver<Command>,
-    out: mpsc::UnboundedSender<Outgoing>,
-    publish: watch::Sender<Arc<Snapshot>>,
-) {
+async fn run(mut gossip: Gossip, mut inbox: mpsc::Receiver<Command>, outputs: Outputs) {
     loop {
         let tick = tokio::time::sleep_until(gossip.next_tick().into());
         // Messages before timers: after a stall, the answers that wait in the inbox must be seen before the probes that
@@ -113,54 +185,64 @@ async fn run(
         tokio::select! {
             biased;
             command = inbox.recv() => match command {
-                Some(command) => handle(&mut gossip, command, &out, &publish),
+                Some(command) => handle(&mut gossip, command, &outputs),
                 None => return,
             },
-            () = tick => gossip.tick(Instant::now()),
+            () = tick => {
+                let now = Instant::now();
+                if let Ok(unix) = SystemTime::now().duration_since(UNIX_EPOCH) {
+                    gossip.set_clock(now, unix.as_secs());
+                }
+                gossip.tick(now);
+            }
         }
-        flush(&mut gossip, &out, &publish);
+        flush(&mut gossip, &outputs, Instant::now());
     }
 }
 
-fn handle(
-    gossip: &mut Gossip,
-    command: Command,
-    out: &mpsc::UnboundedSender<Outgoing>,
-    publish: &watch::Sender<Arc<Snapshot>>,
-) {
+fn handle(gossip: &mut Gossip, command: Command, outputs: &Outputs) {
     let now = Instant::now();
+    // Whoever asked may have gone away: an answer that nobody takes is no error.
     match command {
         Command::Datagram { from, bytes } => gossip.deliver(from, &bytes, now),
-        Command::Records { from, records } => gossip.receive_records(from, records, now),
-        Command::Sync { from, state, reply } => {
-            let _ = reply.send(gossip.sync(from, state, now));
-        }
-        Command::SyncReply { from, state } => gossip.sync_reply(from, state, now),
+        Command::Items { from, items } => gossip.receive(from, items, now),
+        Command::Summary { from, summary, reply } => drop(reply.send(gossip.answer(from, summary, now))),
+        Command::Delta { from, with, delta, reply } => drop(reply.send(gossip.absorb(from, with, delta, now))),
+        Command::Ping { from, suspected, reply } => drop(reply.send(gossip.answer_ping(from, suspected, now))),
+        Command::Checked { suspect, incarnation, pong } => gossip.checked(suspect, incarnation, pong, now),
         Command::Announce(change) => {
             let mut announcement = gossip.announcement().clone();
             change(&mut announcement);
             gossip.announce(announcement, now);
         }
+        Command::Publish { signed, reply } => drop(reply.send(gossip.publish(signed, now))),
+        Command::Forget { id, prune, reply } => drop(reply.send(gossip.forget(&id, prune, now))),
         Command::Seeds(seeds) => gossip.set_seeds(seeds),
-        Command::Counters(reply) => {
-            let _ = reply.send(gossip.counters());
-        }
+        Command::Counters(reply) => drop(reply.send(gossip.counters())),
+        Command::Details(reply) => drop(reply.send(gossip.details(now))),
         Command::Leave(done) => {
             gossip.leave(now);
-            flush(gossip, out, publish);
+            flush(gossip, outputs, now);
             let _ = done.send(());
         }
     }
 }
 
-fn flush(gossip: &mut Gossip, out: &mpsc::UnboundedSender<Outgoing>, publish: &watch::Sender<Arc<Snapshot>>) {
-    for outgoing in gossip.drain() {
+fn flush(gossip: &mut Gossip, outputs: &Outputs, now: Instant) {
+    for outgoing in gossip.drain(now) {
         match outgoing {
             Outgoing::Changed(snapshot) => {
-                publish.send_replace(snapshot);
+                outputs.snapshot.send_replace(snapshot);
             }
-            other => {
-                let _ = out.send(other);
+            Outgoing::Generation(generation) => outputs.durable.send_modify(|d| d.generation = generation),
+            Outgoing::Peers(peers) => outputs.durable.send_modify(|d| d.peers = peers),
+            Outgoing::Document(view) => outputs.durable.send_modify(|d| {
+                d.documents.insert(view.document.kind.clone(), view);
+            }),
+            message => {
+                if outputs.messages.try_send(message).is_err() {
+                    outputs.dropped.fetch_add(1, Relaxed);
+                }
             }
         }
     }

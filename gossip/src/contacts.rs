@@ -2,7 +2,7 @@
 //! members whose record is missing, and now and then anybody.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -28,18 +28,23 @@ struct Retry {
 
 impl Contacts {
     /// The addresses among `wanted` whose time has come, and their next time. Addresses no longer wanted are forgotten.
-    pub(crate) fn due(&mut self, wanted: &[SocketAddr], now: Instant) -> Vec<SocketAddr> {
+    /// Those that wait longest come first, so that none starves behind a long list.
+    pub(crate) fn due(&mut self, wanted: &BTreeSet<SocketAddr>, now: Instant) -> Vec<SocketAddr> {
         self.schedule.retain(|addr, _| wanted.contains(addr));
-        let mut due = Vec::new();
         for &addr in wanted {
-            let retry = self.schedule.entry(addr).or_insert(Retry { at: now, pause: RETRY_MIN });
-            if retry.at <= now && due.len() < PER_ROUND && !due.contains(&addr) {
+            self.schedule.entry(addr).or_insert(Retry { at: now, pause: RETRY_MIN });
+        }
+        let mut due: Vec<_> =
+            self.schedule.iter().filter(|(_, retry)| retry.at <= now).map(|(a, r)| (r.at, *a)).collect();
+        due.sort_unstable();
+        due.truncate(PER_ROUND);
+        for (_, addr) in &due {
+            if let Some(retry) = self.schedule.get_mut(addr) {
                 retry.at = now + retry.pause;
                 retry.pause = (retry.pause * 2).min(RETRY_MAX);
-                due.push(addr);
             }
         }
-        due
+        due.into_iter().map(|(_, addr)| addr).collect()
     }
 }
 
@@ -54,9 +59,21 @@ mod tests {
         let start = Instant::now();
         let mut tries = 0;
         for tenth in 0..6000 {
-            tries += contacts.due(&[addr], start + Duration::from_millis(100 * tenth)).len();
+            tries += contacts.due(&BTreeSet::from([addr]), start + Duration::from_millis(100 * tenth)).len();
         }
         assert!((118..130).contains(&tries), "{tries} tries in ten minutes");
+    }
+
+    #[test]
+    fn no_address_starves_behind_others() {
+        let wanted: BTreeSet<SocketAddr> = (1..=60).map(|port| ([10, 0, 0, 1], port).into()).collect();
+        let mut contacts = Contacts::default();
+        let start = Instant::now();
+        let mut called = BTreeSet::new();
+        for quarter in 0..40 {
+            called.extend(contacts.due(&wanted, start + Duration::from_millis(250 * quarter)));
+        }
+        assert_eq!(called, wanted);
     }
 
     #[test]
@@ -64,9 +81,9 @@ mod tests {
         let addr: SocketAddr = ([10, 0, 0, 1], 7400).into();
         let mut contacts = Contacts::default();
         let now = Instant::now();
-        assert_eq!(contacts.due(&[addr], now), [addr]);
-        assert_eq!(contacts.due(&[addr], now), []);
-        assert_eq!(contacts.due(&[], now), []);
-        assert_eq!(contacts.due(&[addr], now), [addr]);
+        assert_eq!(contacts.due(&BTreeSet::from([addr]), now), [addr]);
+        assert_eq!(contacts.due(&BTreeSet::from([addr]), now), []);
+        assert_eq!(contacts.due(&BTreeSet::new(), now), []);
+        assert_eq!(contacts.due(&BTreeSet::from([addr]), now), [addr]);
     }
 }

@@ -1,174 +1,89 @@
+mod exchange;
+mod housekeeping;
+mod intake;
+
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use bytes::{BufMut, BytesMut};
+use rand::{SeedableRng, rngs::StdRng};
 use starling_protocol::{
-    FullState, MemberHealth, MemberState, Name, NodeId, NodeKind, NodeRecord, Phase, ServiceRecord, SignedRecord,
+    Forgotten, Items, MAX_PUSH_BYTES, MemberHealth, MemberState, NodeId, NodeRecord, Phase, Pong, ROOT_HASH_BYTES,
+    SignedDocument,
 };
 
 use crate::{
+    Announcement, Config, Counters, Credentials, Detail, ForgetError, Memory, Outgoing, Target,
     contacts::Contacts,
+    documents::{DocumentError, DocumentView, Documents},
     membership::{Effect, Ident, Membership, Timing},
     records::Records,
-    snapshot::{MemberView, Snapshot},
+    roster::{Peer, Roster},
+    snapshot::{MemberView, Photographer, Snapshot},
 };
 
 /// How often contacts are looked over.
 const HOUSEKEEPING: Duration = Duration::from_millis(250);
 /// Pause between periodic full exchanges with a random member, at N = 2; grows with log2 N.
 const EXCHANGE: Duration = Duration::from_secs(30);
-/// How long a live member may lack its record before it is asked for one; a push usually is faster.
-const RECORD_GRACE: Duration = Duration::from_millis(400);
-/// Most members that are asked for their record in one round.
-const RECORDS_PER_ROUND: usize = 3;
+/// How long after a change of the membership missing records are looked for.
+const UNSETTLED: Duration = Duration::from_secs(5);
 /// Most addresses of former members that are kept to find back into the mesh.
 const MAX_REMEMBERED: usize = 64;
+/// Members that a change of this node's own is pushed to, and that somebody else's is passed on to. What both miss, the
+/// root hash in the next packets brings up.
+const PUSH: usize = 64;
+const PASS_ON: usize = 6;
+/// Changes of others that come within this time are passed on together.
+const PASS_ON_PERIOD: Duration = Duration::from_millis(50);
+/// Pause between two exchanges with nodes that hold this one for dead.
+const DISPUTE: Duration = Duration::from_millis(100);
+/// Changes are published together, but for the first.
+const PUBLISH_PERIOD: Duration = Duration::from_millis(200);
+/// Suspicions and refutations come in bursts, and are looked at together.
+const REFRESH_PERIOD: Duration = Duration::from_millis(100);
+/// Rounds of gossip that a good-bye is told in.
+const GOODBYES: usize = 4;
 
-/// Settings that do not change while the node runs.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// How often a random member is probed.
-    pub probe_period: Duration,
-    /// How long a direct answer may take before others are asked to probe; below the period.
-    pub probe_rtt: Duration,
-    /// How long a suspect has to refute before it is declared dead, in a small mesh; grows with log N.
-    pub suspicion: Duration,
-    /// Makes the random choices repeatable.
-    pub seed: u64,
-}
-
-impl Default for Config {
-    /// For nodes within one site: a dead node is declared so after about three seconds.
-    fn default() -> Self {
-        Self {
-            probe_period: Duration::from_millis(500),
-            probe_rtt: Duration::from_millis(150),
-            suspicion: Duration::from_secs(2),
-            seed: rand::random(),
-        }
-    }
-}
-
-/// Why a record is not believed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct RecordError(pub String);
-
-/// The node's key and its view of who may vouch for keys: the seam to the identity layer.
-pub trait Credentials: Send {
-    /// Signs this node's own record with its certificate's key.
-    fn sign(&self, record: &NodeRecord) -> SignedRecord;
-    /// Checks signature, chain, id, name and services against the certificate; only then the content may be believed.
-    fn verify(&self, signed: &SignedRecord) -> Result<NodeRecord, RecordError>;
-}
-
-/// What this node tells about itself. Id, address and generation are known already.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Announcement {
-    /// Name, as in the certificate.
-    pub name: Name,
-    /// Plain node or edge.
-    pub kind: NodeKind,
-    /// Where it stands.
-    pub zone: String,
-    /// Its issuing key's id, if it can admit others.
-    pub issuer: Option<NodeId>,
-    /// What it serves.
-    pub services: Vec<ServiceRecord>,
-    /// Whether it takes new calls.
-    pub phase: Phase,
-    /// End of its certificate, unix seconds.
-    pub cert_expires: u64,
-}
-
-/// Whom a full exchange is with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Target {
-    /// A member.
-    Node(Ident),
-    /// Whoever answers there: a seed, or a former peer.
-    Addr(SocketAddr),
-}
-
-impl Target {
-    /// Where to dial.
-    pub fn addr(&self) -> SocketAddr {
-        match self {
-            Self::Node(ident) => ident.addr,
-            Self::Addr(addr) => *addr,
-        }
-    }
-}
-
-/// What the state machine wants done. It does no I/O itself.
-#[derive(Debug)]
-pub enum Outgoing {
-    /// Send a SWIM packet; losing it is fine, delaying it is not.
-    Datagram {
-        /// Whom to.
-        to: Ident,
-        /// The packet, at most 1150 bytes.
-        bytes: Bytes,
-    },
-    /// Send records over every live connection, except back to where they came from.
-    Push {
-        /// Where they came from, if not from here.
-        except: Option<NodeId>,
-        /// The records.
-        records: Vec<SignedRecord>,
-    },
-    /// Exchange full state over a stream and give the answer to [`Gossip::sync_reply`].
-    Sync(Sync),
-    /// Store the generation before anything else is sent.
-    Generation(u64),
-    /// Store the addresses of live members.
-    Peers(Vec<SocketAddr>),
-    /// The mesh has changed.
-    Changed(Arc<Snapshot>),
-}
-
-/// A full exchange to make.
-#[derive(Debug)]
-pub struct Sync {
-    /// With whom.
-    pub with: Target,
-    /// What this node knows.
-    pub state: FullState,
-}
-
-/// Things that were refused; all of them stay 0 in a healthy mesh.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Counters {
-    /// Packets that are no SWIM packets, or speak for another node than the connection's.
-    pub packets_refused: u64,
-    /// Records whose signature, chain, names or size are wrong.
-    pub records_refused: u64,
-}
-
-/// Membership, records and contacts of one node.
+/// Membership, records, documents and contacts of one node.
 ///
 /// Call a method with what happened and the time; then take everything from [`Gossip::drain`]; call [`Gossip::tick`] at
 /// [`Gossip::next_tick`].
 pub struct Gossip {
     membership: Membership,
+    roster: Roster,
     records: Records,
+    documents: Documents,
     credentials: Box<dyn Credentials>,
     announcement: Announcement,
     seq: u64,
-    peers: HashMap<NodeId, Peer>,
     /// `since` of this node's own status.
     started: u64,
+    photographer: Photographer,
     contacts: Contacts,
     seeds: Vec<SocketAddr>,
     remembered: Vec<SocketAddr>,
+    /// Who answered at an address that is not its own: a seed behind a name or another interface.
+    aliases: HashMap<SocketAddr, NodeId>,
     record_asked: HashMap<NodeId, Instant>,
+    to_pass_on: Items,
+    next_pass_on: Instant,
     next_housekeeping: Instant,
     next_exchange: Instant,
+    next_compare: Instant,
+    next_dispute: Instant,
+    next_refresh: Instant,
+    next_warning: Instant,
+    /// Until when members' records may be missing.
+    unsettled_until: Instant,
+    next_publish: Instant,
+    /// When this node's own set of records and documents last changed.
+    settled_at: Instant,
+    check_limit: Duration,
     left: bool,
     changed: bool,
     outgoing: Vec<Outgoing>,
@@ -178,40 +93,48 @@ pub struct Gossip {
     epoch: (Instant, u64),
 }
 
-struct Peer {
-    state: MemberState,
-    since: u64,
-    first_seen: Instant,
-}
-
 impl Gossip {
-    /// A node that knows only itself, its seeds, and the addresses it remembers from its former life.
+    /// A node that knows only itself, and what it has kept from its former life.
     ///
     /// `epoch` is one moment by both clocks (unix seconds). The caller has stored `me.generation` already.
     pub fn new(
         me: Ident,
         announcement: Announcement,
         credentials: Box<dyn Credentials>,
-        remembered: Vec<SocketAddr>,
+        memory: Memory,
         config: &Config,
         epoch: (Instant, u64),
     ) -> Self {
         let timing =
             Timing { probe_period: config.probe_period, probe_rtt: config.probe_rtt, suspicion: config.suspicion };
+        let now = epoch.0;
         let mut gossip = Self {
             membership: Membership::new(me, timing, StdRng::seed_from_u64(config.seed)),
+            roster: Roster::default(),
             records: Records::default(),
+            documents: Documents::with_floors(memory.floors),
             credentials,
             announcement,
             seq: 0,
-            peers: HashMap::new(),
             started: epoch.1,
+            photographer: Photographer::new(config.probe_period * 2),
             contacts: Contacts::default(),
             seeds: Vec::new(),
-            remembered,
+            remembered: memory.peers,
+            aliases: HashMap::new(),
             record_asked: HashMap::new(),
-            next_housekeeping: epoch.0,
-            next_exchange: epoch.0 + EXCHANGE,
+            to_pass_on: Items::default(),
+            next_pass_on: now,
+            next_housekeeping: now,
+            next_exchange: now + EXCHANGE,
+            next_compare: now,
+            next_dispute: now,
+            next_refresh: now,
+            next_warning: now,
+            unsettled_until: now,
+            next_publish: now,
+            settled_at: now,
+            check_limit: config.suspicion[0],
             left: false,
             changed: true,
             outgoing: Vec::new(),
@@ -219,21 +142,34 @@ impl Gossip {
             rng: StdRng::seed_from_u64(config.seed.rotate_left(32) ^ 1),
             epoch,
         };
-        gossip.publish_own_record();
+        for signed in memory.documents {
+            if let Err(error) = gossip.take_document(signed) {
+                tracing::warn!(%error, "a stored document is not used");
+            }
+        }
+        gossip.publish_own_record(now);
         gossip
     }
 
-    /// A packet from an authenticated peer. Packets that speak for somebody else are refused.
-    pub fn deliver(&mut self, from: NodeId, packet: &[u8], now: Instant) {
+    /// A datagram from an authenticated peer. Packets that speak for somebody else are refused.
+    pub fn deliver(&mut self, from: NodeId, datagram: &[u8], now: Instant) {
         if self.left {
             return;
         }
-        if Membership::claimed_sender(packet) != Some(from) {
-            self.counters.packets_refused += 1;
-            return;
-        }
-        match self.membership.packet(packet, now) {
-            Ok(effects) => self.apply(effects, now),
+        let unix = self.unix(now);
+        let outcome = match datagram.split_first_chunk::<ROOT_HASH_BYTES>() {
+            Some((root, packet)) => self.membership.packet(from, packet, now, unix).map(|effects| {
+                let root = u64::from_be_bytes(*root);
+                self.roster.heard(&from, Some(root), now);
+                (root, effects)
+            }),
+            None => Err("too short".into()),
+        };
+        match outcome {
+            Ok((root, effects)) => {
+                self.apply(effects, now);
+                self.compare(from, root, now);
+            }
             Err(error) => {
                 self.counters.packets_refused += 1;
                 tracing::debug!(%from, error, "refused a gossip packet");
@@ -241,39 +177,51 @@ impl Gossip {
         }
     }
 
-    /// Records pushed by an authenticated peer: verified, stored and passed on once if they are news.
-    pub fn receive_records(&mut self, from: NodeId, records: Vec<SignedRecord>, now: Instant) {
-        let news = self.store(records);
+    /// Items pushed by an authenticated peer: verified, stored and passed on once if they are news.
+    pub fn receive(&mut self, from: NodeId, items: Items, now: Instant) {
+        if self.left {
+            return;
+        }
+        self.roster.heard(&from, None, now);
+        let news = self.store(items, now);
         if !news.is_empty() {
-            self.outgoing.push(Outgoing::Push { except: Some(from), records: news });
+            self.to_pass_on.append(news);
+            self.pass_on(now);
         }
         self.refresh(now);
     }
 
-    /// A peer's full state; returns ours for the answer.
-    pub fn sync(&mut self, from: NodeId, state: FullState, now: Instant) -> FullState {
-        self.sync_reply(from, state, now);
-        self.full_state()
+    /// A ping over a stream; refutes the suspicion that it tells of.
+    pub fn answer_ping(&mut self, from: NodeId, suspected: Option<u16>, now: Instant) -> Pong {
+        self.roster.heard(&from, None, now);
+        let Some(incarnation) = suspected.filter(|_| !self.left) else {
+            let me = self.membership.own_state();
+            return Pong { generation: me.generation, incarnation: me.incarnation };
+        };
+        let (pong, effects) = self.membership.refute(incarnation, now);
+        self.apply(effects, now);
+        pong
     }
 
-    /// A peer's answer to our full state.
-    pub fn sync_reply(&mut self, from: NodeId, state: FullState, now: Instant) {
-        if self.left {
-            return;
+    /// What came of an [`Outgoing::Check`]; `None` if the suspect gave no answer.
+    pub fn checked(&mut self, suspect: Ident, incarnation: u16, pong: Option<Pong>, now: Instant) {
+        match pong {
+            Some(Pong { generation, incarnation }) => {
+                self.roster.heard(&suspect.id, None, now);
+                let (Ident { id, addr, .. }, health) = (suspect, MemberHealth::Alive);
+                let state = MemberState { id, addr, generation, incarnation, health, down_s: 0 };
+                self.learn(id, &[state], now);
+            }
+            None => self.membership.check_failed(&suspect, incarnation, now),
         }
-        // Members first: records of nodes that membership has forgotten are not kept.
-        match self.membership.learn(&state.members, now) {
-            Ok(effects) => self.apply(effects, now),
-            Err(error) => tracing::debug!(%from, error, "refused a peer's members"),
-        }
-        self.receive_records(from, state.records, now);
+        self.refresh(now);
     }
 
     /// Changes what this node tells about itself.
     pub fn announce(&mut self, announcement: Announcement, now: Instant) {
         if self.announcement != announcement && !self.left {
             self.announcement = announcement;
-            self.publish_own_record();
+            self.publish_own_record(now);
             self.refresh(now);
         }
     }
@@ -281,6 +229,47 @@ impl Gossip {
     /// What this node tells about itself now.
     pub fn announcement(&self) -> &Announcement {
         &self.announcement
+    }
+
+    /// Publishes a document to the mesh, from here. Errors as if it had come from a peer; one that is already known is
+    /// fine.
+    pub fn publish(&mut self, signed: SignedDocument, now: Instant) -> Result<(), DocumentError> {
+        let signed = Arc::new(signed);
+        let claimed = signed.peek().map_err(|e| DocumentError::Unverified(e.to_string()))?;
+        if claimed.expires.is_some_and(|expires| expires < self.unix(now)) {
+            return Err(DocumentError::Expired { kind: claimed.kind, version: claimed.version });
+        }
+        if self.take_document(signed.clone())? {
+            self.settled_at = now;
+            let items = Items { documents: vec![signed], ..Items::default() };
+            self.outgoing.push(Outgoing::Push { fanout: PUSH, items });
+        }
+        Ok(())
+    }
+
+    /// Mesh documents that this node has.
+    pub fn documents(&self) -> Vec<DocumentView> {
+        self.documents.all().cloned().collect()
+    }
+
+    /// Strikes a dead member off, mesh-wide.
+    pub fn forget(&mut self, id: &NodeId, prune: bool, now: Instant) -> Result<(), ForgetError> {
+        let state = self.roster.get(id).ok_or(ForgetError::Unknown)?.state;
+        if state.health != MemberHealth::Down {
+            return Err(ForgetError::Alive);
+        }
+        let forgotten = Forgotten { id: *id, generation: state.generation, prune };
+        let items = self.store(Items { forgotten: vec![forgotten], ..Items::default() }, now);
+        if self.roster.forgotten(&state).is_none() {
+            return Err(ForgetError::Full);
+        }
+        self.outgoing.push(Outgoing::Push { fanout: PUSH, items });
+        Ok(())
+    }
+
+    /// Tells the time by the wall clock, which may have been set, or gone on while this machine slept.
+    pub fn set_clock(&mut self, now: Instant, unix: u64) {
+        self.epoch = (now, unix);
     }
 
     /// Where to look for the mesh; replaces the former list.
@@ -294,18 +283,26 @@ impl Gossip {
             return;
         }
         self.announcement.phase = Phase::Left;
-        self.publish_own_record();
+        self.publish_own_record(now);
         let mut effects = self.membership.leave(now);
-        for _ in 0..3 {
+        for _ in 0..GOODBYES {
             effects.extend(self.membership.gossip(now));
         }
         self.apply(effects, now);
         self.left = true;
+        self.next_publish = now;
     }
 
     /// When [`Gossip::tick`] is wanted.
     pub fn next_tick(&self) -> Instant {
-        self.membership.next_timer().map_or(self.next_housekeeping, |at| at.min(self.next_housekeeping))
+        if self.left {
+            return self.next_housekeeping;
+        }
+        let publish = self.changed.then_some(self.next_publish);
+        let pass_on = (!self.to_pass_on.is_empty()).then_some(self.next_pass_on);
+        let refresh = self.membership.has_changed().then_some(self.next_refresh);
+        let others = [self.membership.next_timer(), publish, pass_on, refresh, self.photographer.next()];
+        others.into_iter().flatten().fold(self.next_housekeeping, Instant::min)
     }
 
     /// Does what is due.
@@ -316,6 +313,9 @@ impl Gossip {
         }
         let effects = self.membership.tick(now);
         self.apply(effects, now);
+        self.pass_on(now);
+        self.refresh(now);
+        self.changed |= self.photographer.next().is_some_and(|at| at <= now);
         if now >= self.next_housekeeping {
             self.next_housekeeping = now + HOUSEKEEPING;
             self.housekeep(now);
@@ -323,94 +323,120 @@ impl Gossip {
     }
 
     /// Takes what is to be done, in order.
-    pub fn drain(&mut self) -> Vec<Outgoing> {
-        if std::mem::take(&mut self.changed) {
-            let snapshot = Arc::new(self.snapshot());
+    pub fn drain(&mut self, now: Instant) -> Vec<Outgoing> {
+        if self.changed && now >= self.next_publish {
+            self.changed = false;
+            self.next_publish = now + PUBLISH_PERIOD;
+            let snapshot = Arc::new(self.snapshot(now));
             self.outgoing.push(Outgoing::Changed(snapshot));
         }
         std::mem::take(&mut self.outgoing)
     }
 
-    /// What was refused so far.
+    /// What was counted so far.
     pub fn counters(&self) -> Counters {
-        self.counters
+        let (doubt, backlog) = (self.membership.doubt().into(), self.membership.backlog() as u64);
+        Counters { doubt, backlog, ..self.counters }
+    }
+
+    /// Whether the mesh has declared this node dead, and it is on its way back.
+    pub fn is_lost(&self) -> bool {
+        self.membership.is_lost()
+    }
+
+    /// This node, in its present life.
+    pub fn me(&self) -> Ident {
+        self.membership.me()
+    }
+
+    /// Hash of all records and documents that this node has.
+    pub fn root(&self) -> u64 {
+        self.records.root() ^ self.documents.root()
+    }
+
+    /// What is known of each member at this moment.
+    pub fn details(&self, now: Instant) -> Vec<Detail> {
+        let detail = |peer: &Peer| Detail {
+            id: peer.state.id,
+            heard: peer.heard.map(|at| now.saturating_duration_since(at)),
+            root: peer.root,
+        };
+        self.roster.all().map(detail).collect()
+    }
+
+    fn learn(&mut self, from: NodeId, members: &[MemberState], now: Instant) {
+        let unix = self.unix(now);
+        match self.membership.learn(members, now, unix) {
+            Ok(effects) => self.apply(effects, now),
+            Err(error) => tracing::debug!(%from, error, "refused a peer's members"),
+        }
     }
 
     fn apply(&mut self, effects: Vec<Effect>, now: Instant) {
+        let root = self.root();
         for effect in effects {
             match effect {
-                Effect::Send { to, bytes } => self.outgoing.push(Outgoing::Datagram { to, bytes }),
+                Effect::Send { to, bytes, dial } => {
+                    let mut datagram = BytesMut::with_capacity(ROOT_HASH_BYTES + bytes.len());
+                    datagram.put_u64(root);
+                    datagram.put(bytes);
+                    self.outgoing.push(Outgoing::Datagram { to, bytes: datagram.freeze(), dial });
+                }
+                Effect::Check { suspect, incarnation } => {
+                    let limit = self.check_limit;
+                    self.outgoing.push(Outgoing::Check { suspect, incarnation, limit });
+                }
+                Effect::Exchange(ident) => {
+                    if self.next_dispute <= now {
+                        self.next_dispute = now + DISPUTE;
+                        self.push_sync(Target::Node(ident), now);
+                    }
+                }
+                Effect::Lost => {
+                    tracing::warn!("the mesh has given this node up; it comes back when its link is good");
+                    self.counters.lost += 1;
+                    // Whoever answers says whether this node could be heard all the time.
+                    self.exchange_with_anybody(now);
+                }
                 Effect::Rejoined(ident) => {
-                    tracing::info!(generation = ident.generation, "the mesh had given this node up; rejoining");
+                    tracing::info!(generation = ident.generation, "back in the mesh");
                     self.outgoing.push(Outgoing::Generation(ident.generation));
-                    self.publish_own_record();
+                    self.publish_own_record(now);
+                    self.exchange_with_anybody(now);
                 }
             }
         }
         self.refresh(now);
     }
 
-    /// Brings `peers` up to what membership and records say.
+    /// Brings the roster up to what membership says: at once if it matters to calls, or else soon.
     fn refresh(&mut self, now: Instant) {
-        let unix = self.unix(now);
-        let mut known = 0;
-        for state in self.membership.others() {
-            known += 1;
-            match self.peers.get_mut(&state.id) {
-                Some(peer) if peer.state == state => {}
-                Some(peer) => {
-                    if peer.state.health != state.health || peer.state.generation != state.generation {
-                        log_transition(&peer.state, &state, self.records.get(&state.id).map(|s| &s.record));
-                        peer.since = unix;
-                        peer.first_seen = now;
-                    }
-                    peer.state = state;
-                    self.changed = true;
-                }
-                None => {
-                    self.peers.insert(state.id, Peer { state, since: unix, first_seen: now });
-                    self.changed = true;
-                }
+        if !self.membership.has_changed() || (!self.membership.is_urgent() && now < self.next_refresh) {
+            return;
+        }
+        self.next_refresh = now + REFRESH_PERIOD;
+        self.membership.take_changed();
+        let (me, unix) = (self.membership.me().id, self.unix(now));
+        let changes = self.roster.update(self.membership.observed(), me, now, unix);
+        for (id, before) in &changes.turned {
+            if let Some(peer) = self.roster.get(id) {
+                log_transition(*before, peer, self.records.get(id));
             }
         }
-        if known != self.peers.len() {
-            let remembered: Vec<NodeId> = self.membership.others().map(|m| m.id).collect();
-            let me = self.membership.me().id;
-            self.peers.retain(|id, _| remembered.contains(id));
-            self.records.retain(|id| *id == me || remembered.contains(id));
+        self.outgoing.extend(changes.renewed.iter().copied().map(Outgoing::Renewed));
+        self.outgoing.extend(changes.died.iter().copied().map(Outgoing::Gone));
+        if changes.shrunk {
+            let remembered: BTreeSet<NodeId> = self.membership.others().map(|m| m.id).chain([me]).collect();
+            self.roster.retain(|id| remembered.contains(id));
+            self.records.retain(|id| remembered.contains(id));
+        }
+        if changes.any {
             self.changed = true;
+            self.unsettled_until = now + UNSETTLED;
         }
     }
 
-    /// Verifies and stores; returns what was news.
-    fn store(&mut self, records: Vec<SignedRecord>) -> Vec<SignedRecord> {
-        let me = self.membership.me().id;
-        let mut news = Vec::new();
-        for signed in records {
-            match signed.peek() {
-                Ok(claimed) if claimed.id == me || !self.records.is_news(&claimed) => continue,
-                Ok(_) => {}
-                Err(_) => {
-                    self.counters.records_refused += 1;
-                    continue;
-                }
-            }
-            match self.credentials.verify(&signed) {
-                Ok(record) => {
-                    news.push(signed.clone());
-                    self.records.put(record, signed);
-                    self.changed = true;
-                }
-                Err(error) => {
-                    self.counters.records_refused += 1;
-                    tracing::warn!(%error, "refused a node record");
-                }
-            }
-        }
-        news
-    }
-
-    fn publish_own_record(&mut self) {
+    fn publish_own_record(&mut self, now: Instant) {
         self.seq += 1;
         let me = self.membership.me();
         let a = &self.announcement;
@@ -427,113 +453,55 @@ impl Gossip {
             phase: a.phase,
             cert_expires: a.cert_expires,
         };
-        let signed = self.credentials.sign(&record);
-        self.records.put(record, signed.clone());
-        self.outgoing.push(Outgoing::Push { except: None, records: vec![signed] });
+        let signed = Arc::new(self.credentials.sign(&record));
+        self.records.put(Arc::new(record), signed.clone());
+        let items = Items { records: vec![signed], ..Items::default() };
+        self.outgoing.push(Outgoing::Push { fanout: PUSH, items });
+        self.settled_at = now;
         self.changed = true;
     }
 
-    fn housekeep(&mut self, now: Instant) {
-        let me = self.membership.me();
-        let live: Vec<MemberState> =
-            self.peers.values().map(|p| p.state).filter(|s| s.health != MemberHealth::Down).collect();
-
-        // Seeds, former peers and the dead, as long as nobody alive answers at the address.
-        let mut dead: Vec<SocketAddr> = self
-            .peers
-            .values()
-            .filter(|p| p.state.health == MemberHealth::Down && !self.has_left(&p.state))
-            .map(|p| p.state.addr)
-            .collect();
-        dead.sort_unstable();
-        let lonely = live.is_empty();
-        let mut wanted: Vec<SocketAddr> = self.seeds.clone();
-        wanted.extend(dead);
-        // Former peers matter only while nobody is there: seeds and the dead cover a partition.
-        wanted.extend(self.remembered.iter().filter(|_| lonely));
-        wanted.retain(|addr| *addr != me.addr && !live.iter().any(|s| s.addr == *addr));
-        for addr in self.contacts.due(&wanted, now) {
-            self.push_sync(Target::Addr(addr));
+    fn pass_on(&mut self, now: Instant) {
+        if !self.to_pass_on.is_empty() && now >= self.next_pass_on {
+            self.next_pass_on = now + PASS_ON_PERIOD;
+            let items = self.to_pass_on.take_within(MAX_PUSH_BYTES / 2);
+            self.outgoing.push(Outgoing::Push { fanout: PASS_ON, items });
         }
-
-        // Live members without a record of their present life.
-        self.record_asked.retain(|_, at| now.duration_since(*at) < Duration::from_secs(2));
-        let lacking: Vec<Ident> = self
-            .peers
-            .values()
-            .filter(|p| p.state.health == MemberHealth::Alive && now.duration_since(p.first_seen) > RECORD_GRACE)
-            .filter(|p| self.records.get(&p.state.id).is_none_or(|s| s.record.generation < p.state.generation))
-            .map(|p| Ident { id: p.state.id, addr: p.state.addr, generation: p.state.generation })
-            .filter(|ident| !self.record_asked.contains_key(&ident.id))
-            .take(RECORDS_PER_ROUND)
-            .collect();
-        for ident in lacking {
-            self.record_asked.insert(ident.id, now);
-            self.push_sync(Target::Node(ident));
-        }
-
-        if now >= self.next_exchange {
-            let rounds = (live.len() as f64 + 2.0).log2();
-            self.next_exchange = now + EXCHANGE.mul_f64(rounds * self.rng.random_range(0.8..1.2));
-            if !live.is_empty() {
-                let with = live[self.rng.random_range(0..live.len())];
-                self.push_sync(Target::Node(Ident { id: with.id, addr: with.addr, generation: with.generation }));
-            }
-        }
-    }
-
-    fn push_sync(&mut self, with: Target) {
-        let state = self.full_state();
-        self.outgoing.push(Outgoing::Sync(Sync { with, state }));
-    }
-
-    fn full_state(&self) -> FullState {
-        let me = self.membership.me();
-        let mut members: Vec<MemberState> = self.membership.others().collect();
-        members.push(MemberState {
-            id: me.id,
-            addr: me.addr,
-            generation: me.generation,
-            // foca does not tell its own incarnation; any packet of ours carries the real one, and 0 never overrides it.
-            incarnation: 0,
-            health: MemberHealth::Alive,
-        });
-        FullState { members, records: self.records.signed() }
     }
 
     fn has_left(&self, state: &MemberState) -> bool {
-        self.records
-            .get(&state.id)
-            .is_some_and(|s| s.record.phase == Phase::Left && s.record.generation >= state.generation)
+        self.roster.forgotten(state).is_some()
+            || self.records.get(&state.id).is_some_and(|r| r.phase == Phase::Left && r.generation >= state.generation)
     }
 
-    fn snapshot(&mut self) -> Snapshot {
-        let me = self.membership.me();
-        let mut members: Vec<MemberView> = self
-            .peers
-            .values()
+    fn snapshot(&mut self, now: Instant) -> Snapshot {
+        let me = self.membership.own_state();
+        let shown = self.roster.all().filter(|p| self.roster.forgotten(&p.state).is_none_or(|f| !f.prune));
+        let mut members: Vec<MemberView> = shown
             .map(|peer| MemberView {
                 id: peer.state.id,
                 addr: peer.state.addr,
                 generation: peer.state.generation,
                 incarnation: peer.state.incarnation,
-                health: peer.state.health,
+                health: peer.health,
+                suspected_by: peer.accusers.clone(),
                 left: self.has_left(&peer.state),
                 since: peer.since,
                 is_self: false,
-                record: self.records.get(&peer.state.id).map(|s| Arc::new(s.record.clone())),
+                record: self.records.get(&peer.state.id).cloned(),
             })
             .collect();
         members.push(MemberView {
             id: me.id,
             addr: me.addr,
             generation: me.generation,
-            incarnation: 0,
+            incarnation: me.incarnation,
             health: MemberHealth::Alive,
+            suspected_by: Vec::new(),
             left: self.announcement.phase == Phase::Left,
             since: self.started,
             is_self: true,
-            record: self.records.get(&me.id).map(|s| Arc::new(s.record.clone())),
+            record: self.records.get(&me.id).cloned(),
         });
         members.sort_by(|a, b| a.record.as_ref().map(|r| &r.name).cmp(&b.record.as_ref().map(|r| &r.name)));
 
@@ -545,7 +513,13 @@ impl Gossip {
             self.remembered.clone_from(&live);
             self.outgoing.push(Outgoing::Peers(live));
         }
-        Snapshot::new(members)
+        let mut snapshot = self.photographer.snapshot(members, me.id, &self.announcement.zone, now);
+        snapshot.doubt = self.membership.doubt();
+        if !snapshot.panicking.is_empty() {
+            let services = &snapshot.panicking;
+            tracing::warn!(?services, "most instances vanished at once; calling the last known ones, too");
+        }
+        snapshot
     }
 
     fn unix(&self, now: Instant) -> u64 {
@@ -553,12 +527,12 @@ impl Gossip {
     }
 }
 
-fn log_transition(before: &MemberState, after: &MemberState, record: Option<&NodeRecord>) {
-    let name = record.map_or_else(|| format!("{:?}", after.id), |r| r.name.to_string());
+fn log_transition(before: MemberHealth, peer: &Peer, record: Option<&Arc<NodeRecord>>) {
+    let name = record.map_or_else(|| format!("{:?}", peer.state.id), |r| r.name.to_string());
     tracing::info!(
         node = name,
-        addr = %after.addr,
-        generation = after.generation,
-        "member {:?} -> {:?}", before.health, after.health
+        addr = %peer.state.addr,
+        generation = peer.state.generation,
+        "member {before:?} -> {:?}", peer.health
     );
 }

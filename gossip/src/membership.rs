@@ -1,59 +1,63 @@
-//! The driver around foca: the only place that knows it.
+//! The driver around foca: the only place that speaks to it.
+//!
+//! foca decides who is suspect and who is down, and writes the packets. This driver decides *when*: it owns the timers,
+//! and adds what foca lacks of Lifeguard (Dadgar, Phillips, Currey 2018) from outside.
+
+mod swim;
 
 use std::{
     cmp::{Ordering, Reverse},
-    collections::BinaryHeap,
-    net::SocketAddr,
-    num::{NonZeroU8, NonZeroUsize},
+    collections::{BinaryHeap, HashMap, HashSet},
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use foca::{Codec, Foca, Notification, OwnedNotification, PeriodicParams, PostcardCodec, Timer};
-use rand::rngs::StdRng;
-use serde::{Deserialize, Serialize};
-use starling_protocol::{MemberHealth, MemberState, NodeId};
+use bytes::{BufMut, Bytes};
+use foca::{Codec, Foca, Header, Member, Message, PostcardCodec, Timer};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use starling_protocol::{MemberHealth, MemberState, NodeId, Pong};
 
-/// Largest SWIM packet, in bytes: what a QUIC datagram carries over a 1200-byte path (1162), with room to spare.
-const MAX_PACKET_BYTES: usize = 1150;
-/// How long a dead member is remembered, so that old news cannot bring it back.
-const REMEMBER_DOWN: Duration = Duration::from_secs(24 * 3600);
+pub use self::swim::Ident;
+use self::swim::{Collected, REMEMBER_DOWN, foca_config, state_of, updates_of};
+use crate::{
+    awareness::Awareness,
+    recovery::Recovery,
+    suspicion::{Accusation, Accusations, Patience, Suspicion},
+};
 
-/// A member in SWIM's eyes: which node, where, in which life. Nothing that changes while it lives may be in here, because
-/// foca drops packets to any other identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Ident {
-    /// Who.
-    pub id: NodeId,
-    /// Where its mesh port answers.
-    pub addr: SocketAddr,
-    /// Which life; higher wins.
-    pub generation: u64,
-}
-
-impl foca::Identity for Ident {
-    type Addr = NodeId;
-
-    fn renew(&self) -> Option<Self> {
-        Some(Self { generation: self.generation.saturating_add(1), ..*self })
-    }
-
-    fn addr(&self) -> NodeId {
-        self.id
-    }
-
-    fn win_addr_conflict(&self, adversary: &Self) -> bool {
-        // Two different identities of one life can only differ in the address; any order will do if all use the same.
-        (self.generation, self.addr) > (adversary.generation, adversary.addr)
-    }
-}
+/// How far a generation, which is made from a clock, may be ahead of this node's clock, in seconds. Without a limit, one
+/// made-up number could never be outdone.
+pub(crate) const MAX_AHEAD_S: u64 = 24 * 3600;
+/// Timers that are this late mean that this process did not run: its silence is then no evidence against others.
+const STALL: Duration = Duration::from_millis(250);
+/// News goes on at once, but not more often than this.
+const SPREAD_PERIOD: Duration = Duration::from_millis(50);
+/// How often accusations are dropped that led to no suspicion.
+const PRUNE_PERIOD: Duration = Duration::from_secs(5);
+/// Most members, dead ones included. A first exchange that would lead above it brings only news of those known.
+const MAX_MEMBERS: usize = 16_384;
+/// News from one exchange that is told on. More means that this node is the one who is behind: what it learns is known to
+/// the rest, and telling it all again would drown what is new.
+const MAX_RETOLD: usize = 16;
+/// A death that is older than this is known to whoever should know it.
+const OLD_DEATH_S: u32 = 300;
+/// Members that a node greets when it comes back.
+const HELLOS: usize = 8;
+/// Probes for others that are watched at a time.
+const MAX_ERRANDS: usize = 256;
 
 /// What a step of the driver wants done.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// A packet to send.
-    Send { to: Ident, bytes: Bytes },
-    /// The mesh had declared this life dead; we live on under a new generation.
+    /// A packet to send. Only some are worth a handshake if there is no connection: a probe must not fail for want of one,
+    /// rumours get round without.
+    Send { to: Ident, bytes: Bytes, dial: bool },
+    /// Ask the suspect itself over a stream; tell the outcome to [`Membership::learn`] or [`Membership::check_failed`].
+    Check { suspect: Ident, incarnation: u16 },
+    /// Compare states with that node: it holds us for dead, or we it, and one of the two is wrong.
+    Exchange(Ident),
+    /// The mesh has declared this life dead.
+    Lost,
+    /// We live on under a new generation.
     Rejoined(Ident),
 }
 
@@ -62,17 +66,55 @@ pub(crate) enum Effect {
 pub(crate) struct Timing {
     pub(crate) probe_period: Duration,
     pub(crate) probe_rtt: Duration,
-    pub(crate) suspicion: Duration,
+    /// Shortest and longest time that a suspect has, in a small mesh.
+    pub(crate) suspicion: [Duration; 2],
 }
 
-/// foca, its timers on one ordered heap, and the gate in front of its suspicion timer.
+/// A member as this node's membership has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Observed {
+    pub(crate) state: MemberState,
+    /// Who could not reach it, if it is suspect.
+    pub(crate) accusers: Vec<NodeId>,
+}
+
+/// A probe made for another node.
+#[derive(Debug)]
+struct Errand {
+    origin: Ident,
+    target: Ident,
+    due: Instant,
+}
+
+/// foca, its timers on one ordered heap, and what stands between the two.
 pub(crate) struct Membership {
-    foca: Foca<Ident, PostcardCodec, StdRng, foca::NoCustomBroadcast>,
+    foca: Foca<Ident, PostcardCodec, StdRng, Accusations>,
     timers: BinaryHeap<Reverse<Due>>,
     /// Makes timers of one instant fire in the order in which they were set.
     timer_seq: u64,
     timing: Timing,
     sized_for: usize,
+    awareness: Awareness,
+    accusations: Accusations,
+    suspicions: Vec<Suspicion>,
+    errands: Vec<Errand>,
+    recovery: Recovery,
+    /// Own incarnation. foca does not tell it, but every packet that it sends says it.
+    incarnation: u16,
+    /// Life and incarnation that each sender last showed: a packet without news from a known sender changes nothing.
+    senders: HashMap<NodeId, (u64, u16)>,
+    /// Since when members have been dead.
+    down_since: HashMap<NodeId, Instant>,
+    /// Whether a probe was made before the one that comes next, and whether it failed.
+    probing: bool,
+    probe_failed: bool,
+    leaving: bool,
+    changed: bool,
+    urgent: bool,
+    news: bool,
+    next_spread: Option<Instant>,
+    next_prune: Option<Instant>,
+    rng: StdRng,
 }
 
 struct Due {
@@ -98,38 +140,37 @@ impl Ord for Due {
     }
 }
 
-#[derive(Default)]
-struct Collected {
-    effects: Vec<Effect>,
-    timers: Vec<(Timer<Ident>, Duration)>,
-}
-
-impl foca::Runtime<Ident> for Collected {
-    fn notify(&mut self, notification: Notification<'_, Ident>) {
-        // Changes of others are read from the membership table; only our own change has a consequence of its own.
-        if let OwnedNotification::Rejoin(ident) = notification.to_owned() {
-            self.effects.push(Effect::Rejoined(ident));
-        }
-    }
-
-    fn send_to(&mut self, to: Ident, data: &[u8]) {
-        self.effects.push(Effect::Send { to, bytes: Bytes::copy_from_slice(data) });
-    }
-
-    fn submit_after(&mut self, event: Timer<Ident>, after: Duration) {
-        self.timers.push((event, after));
-    }
-}
+type Swim = Foca<Ident, PostcardCodec, StdRng, Accusations>;
 
 impl Membership {
-    pub(crate) fn new(me: Ident, timing: Timing, rng: StdRng) -> Self {
+    pub(crate) fn new(me: Ident, timing: Timing, mut rng: StdRng) -> Self {
         let config = foca_config(&timing, 1);
+        let accusations = Accusations::default();
+        accusations.set_horizon(me.generation.saturating_add(MAX_AHEAD_S));
+        let own_rng = StdRng::seed_from_u64(rng.random());
         Self {
-            foca: Foca::new(me, config, rng, PostcardCodec),
+            foca: Foca::with_custom_broadcast(me, config, rng, PostcardCodec, accusations.clone()),
             timers: BinaryHeap::new(),
             timer_seq: 0,
             timing,
             sized_for: 1,
+            awareness: Awareness::default(),
+            accusations,
+            suspicions: Vec::new(),
+            errands: Vec::new(),
+            recovery: Recovery::default(),
+            incarnation: 0,
+            senders: HashMap::new(),
+            down_since: HashMap::new(),
+            probing: false,
+            probe_failed: false,
+            leaving: false,
+            changed: false,
+            urgent: false,
+            news: false,
+            next_spread: None,
+            next_prune: None,
+            rng: own_rng,
         }
     }
 
@@ -138,110 +179,603 @@ impl Membership {
         *self.foca.identity()
     }
 
+    /// This node as others should see it.
+    pub(crate) fn own_state(&self) -> MemberState {
+        let me = self.me();
+        let health = MemberHealth::Alive;
+        let incarnation = self.incarnation;
+        MemberState { id: me.id, addr: me.addr, generation: me.generation, incarnation, health, down_s: 0 }
+    }
+
     /// All others that SWIM remembers, dead ones included.
     pub(crate) fn others(&self) -> impl Iterator<Item = MemberState> + '_ {
-        self.foca.iter_membership_state().map(|member| MemberState {
-            id: member.id().id,
-            addr: member.id().addr,
-            generation: member.id().generation,
-            incarnation: member.incarnation(),
-            health: match member.state() {
-                foca::State::Alive => MemberHealth::Alive,
-                foca::State::Suspect => MemberHealth::Suspect,
-                foca::State::Down => MemberHealth::Down,
-            },
+        let me = self.me().id;
+        self.foca.iter_membership_state().filter(move |member| member.id().id != me).map(state_of)
+    }
+
+    /// The same, with the accusers of suspects.
+    pub(crate) fn observed(&self) -> impl Iterator<Item = Observed> + '_ {
+        self.others().map(|state| {
+            let ident = Ident { id: state.id, addr: state.addr, generation: state.generation };
+            let suspect = state.health == MemberHealth::Suspect;
+            let accusers = if suspect { self.accusations.against(&ident, state.incarnation) } else { Vec::new() };
+            Observed { state, accusers }
         })
     }
 
-    /// The sender that a packet claims, without believing it.
-    pub(crate) fn claimed_sender(packet: &[u8]) -> Option<NodeId> {
-        let header: foca::Header<Ident> = PostcardCodec.decode_header(packet).ok()?;
-        Some(header.src.id)
+    /// Whether [`Membership::observed`] may have changed since the last [`Membership::take_changed`].
+    pub(crate) fn has_changed(&self) -> bool {
+        self.changed || self.accusations.has_changed()
     }
 
-    /// Takes a packet. `Err` says what is wrong with it; foca's state is intact then.
-    pub(crate) fn packet(&mut self, packet: &[u8], now: Instant) -> Result<Vec<Effect>, String> {
-        self.step(now, |foca, rt| foca.handle_data(packet, rt))
+    /// Whether it has, in a way that calls must know of at once: somebody died.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.urgent
     }
 
-    /// Takes what another node knows.
-    pub(crate) fn learn(&mut self, members: &[MemberState], now: Instant) -> Result<Vec<Effect>, String> {
-        let updates = members.iter().map(|m| {
+    /// The roster is about to be brought up to date.
+    pub(crate) fn take_changed(&mut self) {
+        self.accusations.forget_changed();
+        (self.changed, self.urgent) = (false, false);
+    }
+
+    /// How much this node doubts its own judgement: 0 to 8.
+    pub(crate) fn doubt(&self) -> u32 {
+        self.awareness.score()
+    }
+
+    /// Whether the mesh has declared this node dead, and it is on its way back.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.recovery.is_lost()
+    }
+
+    /// Updates that wait to be passed on.
+    pub(crate) fn backlog(&self) -> usize {
+        self.foca.updates_backlog() + self.foca.custom_broadcast_backlog()
+    }
+
+    /// For how long a member has been dead, in seconds.
+    fn down_s(&self, id: &NodeId, now: Instant) -> u32 {
+        // Rounded up, or each who is told would remember it a little longer than who told.
+        let since = self.down_since.get(id).map(|since| now.saturating_duration_since(*since).as_secs() + 1);
+        since.and_then(|s| u32::try_from(s).ok()).unwrap_or(0)
+    }
+
+    /// Everybody, this node included, for another node. A node that was declared dead speaks only for itself: it was cut
+    /// off, and whom it holds for dead may be alive.
+    pub(crate) fn states(&self, now: Instant) -> Vec<MemberState> {
+        if self.recovery.is_lost() {
+            return vec![self.own_state()];
+        }
+        let others = self.others().map(|state| match state.health {
+            MemberHealth::Down => MemberState { down_s: self.down_s(&state.id, now), ..state },
+            _ => state,
+        });
+        others.chain([self.own_state()]).collect()
+    }
+
+    /// Takes a packet from an authenticated peer. `Err` says what is wrong with it; the state is intact then. `unix` is the
+    /// time in seconds, to judge generations by.
+    pub(crate) fn packet(
+        &mut self,
+        from: NodeId,
+        packet: &[u8],
+        now: Instant,
+        unix: u64,
+    ) -> Result<Vec<Effect>, String> {
+        let mut rest = packet;
+        let header: Header<Ident> = PostcardCodec.decode_header(&mut rest).map_err(|e| e.to_string())?;
+        if header.src.id != from {
+            return Err(format!("it speaks for {:?}", header.src.id));
+        }
+        let sender = (header.src.generation, header.src_incarnation);
+        let has_updates = rest.len() >= 2 && rest[..2] != [0, 0];
+        let ahead = |generation: u64| generation > unix.saturating_add(MAX_AHEAD_S);
+        if ahead(header.src.generation) || (has_updates && updates_of(&header, rest)?.iter().any(|g| ahead(*g))) {
+            return Err("a generation of the future".into());
+        }
+        if has_updates || self.senders.insert(from, sender) != Some(sender) {
+            self.changed = true;
+        }
+        self.accusations.set_horizon(unix.saturating_add(MAX_AHEAD_S));
+        if let Message::IndirectAck { .. } = header.message {
+            self.errands.retain(|errand| errand.target.id != from);
+        }
+        self.recovery.heard(&header.src);
+        if header.message == Message::TurnUndead {
+            if self.recovery.is_lost() {
+                // It says what we know. foca would answer the like to a sender that it holds for dead, who would answer the
+                // like: two lost nodes would never stop.
+                return Ok(Vec::new());
+            }
+            if self.holds_dead(&header.src) {
+                // Either may be the one that was cut off. foca would believe it; we look who has the better case.
+                return Ok(vec![Effect::Exchange(header.src)]);
+            }
+        }
+        let src = header.src;
+        let mut effects = self.step(now, |foca, rt| foca.handle_data(packet, rt))?;
+        if let Message::Ping(number) = header.message
+            && self.recovery.is_lost()
+        {
+            // foca falls silent when it is declared dead; but two who are on their way back need each other's answers.
+            effects.push(Effect::Send {
+                to: src,
+                bytes: self.craft(src, Message::Ack(number), None, None),
+                dial: false,
+            });
+        }
+        Ok(effects)
+    }
+
+    /// Takes what another node knows, who must not be one that this node holds for dead; `unix` as in [`Membership::packet`]. Generations of the future are left out.
+    pub(crate) fn learn(&mut self, members: &[MemberState], now: Instant, unix: u64) -> Result<Vec<Effect>, String> {
+        let remembered = u32::try_from(REMEMBER_DOWN.as_secs()).unwrap_or(u32::MAX);
+        for dead in members.iter().filter(|m| m.health == MemberHealth::Down && m.down_s < remembered) {
+            let age = Duration::from_secs(dead.down_s.into());
+            self.down_since.entry(dead.id).or_insert_with(|| now.checked_sub(age).unwrap_or(now));
+        }
+        // Old deaths are not told on: a packet does not say how old they are.
+        let old = |m: &MemberState| m.health == MemberHealth::Down && m.down_s > OLD_DEATH_S;
+        let broadcast = self.count_news(members) <= MAX_RETOLD && !members.iter().any(old);
+        // A made-up mesh must not make this node forget its work over it.
+        let full = self.foca.iter_membership_state().len() + members.len() > MAX_MEMBERS;
+        let known: HashSet<NodeId> = if full { self.others().map(|m| m.id).collect() } else { HashSet::new() };
+        let worth = |m: &&MemberState| {
+            (!full || known.contains(&m.id))
+                && m.generation <= unix.saturating_add(MAX_AHEAD_S)
+                && (m.health != MemberHealth::Down || m.down_s < remembered)
+        };
+        let updates = members.iter().filter(worth).map(|m| {
             let ident = Ident { id: m.id, addr: m.addr, generation: m.generation };
             let state = match m.health {
                 MemberHealth::Alive => foca::State::Alive,
                 MemberHealth::Suspect => foca::State::Suspect,
                 MemberHealth::Down => foca::State::Down,
             };
-            foca::Member::new(ident, m.incarnation, state)
+            Member::new(ident, m.incarnation, state)
         });
-        self.step(now, |foca, rt| foca.apply_many(updates, true, rt))
+        self.changed = true;
+        self.step(now, |foca, rt| foca.apply_many(updates, broadcast, rt))
     }
 
-    /// Tells peers what has changed, now.
-    pub(crate) fn gossip(&mut self, now: Instant) -> Vec<Effect> {
-        self.step(now, |foca, rt| foca.gossip(rt)).unwrap_or_default()
+    /// How many of those states are other than this node has them; counts no further than it matters.
+    fn count_news(&self, members: &[MemberState]) -> usize {
+        if members.len() <= MAX_RETOLD {
+            return members.len();
+        }
+        let known: HashMap<NodeId, MemberState> = self.others().map(|m| (m.id, m)).collect();
+        let differs = |m: &&MemberState| {
+            let key = |m: &MemberState| (m.generation, m.incarnation, m.health);
+            known.get(&m.id).is_none_or(|known| key(known) != key(m))
+        };
+        members.iter().filter(differs).take(MAX_RETOLD + 1).count()
+    }
+
+    /// Somebody suspects this node at that incarnation: refutes it, and says how it is now.
+    pub(crate) fn refute(&mut self, incarnation: u16, now: Instant) -> (Pong, Vec<Effect>) {
+        let me = self.own_state();
+        let suspected = MemberState { incarnation, health: MemberHealth::Suspect, ..me };
+        let effects = self.learn(&[suspected], now, me.generation).unwrap_or_default();
+        (Pong { generation: self.me().generation, incarnation: self.incarnation }, effects)
+    }
+
+    /// A node that this node holds for dead holds this one for dead, and has the better case.
+    pub(crate) fn concede(&mut self, now: Instant) -> Vec<Effect> {
+        if self.recovery.is_lost() {
+            return Vec::new();
+        }
+        let me = MemberState { health: MemberHealth::Down, ..self.own_state() };
+        self.learn(&[me], now, me.generation).unwrap_or_default()
+    }
+
+    /// Whether this node holds that life for dead.
+    pub(crate) fn holds_dead(&self, ident: &Ident) -> bool {
+        self.foca.iter_membership_state().any(|member| {
+            member.id().id == ident.id
+                && member.id().generation >= ident.generation
+                && member.state() == foca::State::Down
+        })
+    }
+
+    /// The suspect has not answered over a stream either.
+    pub(crate) fn check_failed(&mut self, suspect: &Ident, incarnation: u16, now: Instant) {
+        for suspicion in &mut self.suspicions {
+            if suspicion.suspect == *suspect && suspicion.incarnation == incarnation {
+                suspicion.unanswered = Some(now);
+            }
+        }
+    }
+
+    /// A member heard this node for that long while this node, which it believed dead, did not hear it.
+    pub(crate) fn was_deaf(&mut self, deaf: Duration) {
+        self.recovery.was_deaf(deaf);
     }
 
     /// Says good-bye; nothing may be asked of the membership afterwards but [`Membership::gossip`].
     pub(crate) fn leave(&mut self, now: Instant) -> Vec<Effect> {
+        self.leaving = true;
         self.step(now, |foca, rt| foca.leave_cluster(rt)).unwrap_or_default()
+    }
+
+    /// Tells some peers what has changed, now.
+    pub(crate) fn gossip(&mut self, now: Instant) -> Vec<Effect> {
+        self.step(now, |foca, rt| foca.gossip(rt)).unwrap_or_default()
     }
 
     /// When [`Membership::tick`] wants to be called next.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
-        self.timers.peek().map(|Reverse(due)| due.at)
+        let patience = self.patience();
+        let timer = self.timers.peek().map(|Reverse(due)| due.at);
+        let suspicions = self.suspicions.iter().map(|suspicion| self.verdict_at(suspicion, patience));
+        let errands = self.errands.iter().map(|errand| errand.due);
+        suspicions.chain(errands).chain(timer).chain(self.recovery.next()).min()
     }
 
-    /// Fires the timers that are due.
+    /// Does what is due.
     pub(crate) fn tick(&mut self, now: Instant) -> Vec<Effect> {
+        // Only timers tell: a suspect's time can end in the past, because a witness has come.
+        let due = self.timers.peek().map(|Reverse(due)| due.at);
+        if let Some(late) = due.map(|at| now.saturating_duration_since(at)).filter(|late| *late > STALL) {
+            self.stalled_for(late);
+        }
         let mut effects = Vec::new();
         while self.timers.peek().is_some_and(|Reverse(due)| due.at <= now) {
             let Some(Reverse(due)) = self.timers.pop() else { break };
-            if self.is_refuted_suspicion(&due.timer) {
-                continue;
+            let probes = matches!(due.timer, Timer::ProbeRandomMember(_));
+            self.probe_failed = false;
+            effects.extend(self.fire(due.timer, now));
+            // Each probe is judged when the next one starts.
+            if probes && std::mem::replace(&mut self.probing, true) && !self.probe_failed {
+                self.awareness.better();
             }
-            match self.step(now, |foca, rt| foca.handle_timer(due.timer, rt)) {
-                Ok(more) => effects.extend(more),
-                Err(error) => tracing::debug!(error, "membership timer"),
-            }
+        }
+        effects.extend(self.end_errands(now));
+        effects.extend(self.judge_suspects(now));
+        effects.extend(self.recover(now));
+        if self.next_prune.is_none_or(|at| at <= now) {
+            self.next_prune = Some(now + PRUNE_PERIOD);
+            self.prune();
         }
         self.resize();
         effects
     }
 
-    /// foca 2.0 tells a member that it is dead when a suspicion's timer fires, also when the suspicion was refuted in
-    /// time, and so forces a healthy node to rejoin. A timer whose suspicion no longer stands is not delivered.
-    fn is_refuted_suspicion(&self, timer: &Timer<Ident>) -> bool {
-        let Timer::ChangeSuspectToDown { member_id, incarnation, .. } = timer else { return false };
-        !self.foca.iter_membership_state().any(|member| {
-            member.id() == member_id && member.state() == foca::State::Suspect && member.incarnation() == *incarnation
+    fn fire(&mut self, timer: Timer<Ident>, now: Instant) -> Vec<Effect> {
+        if matches!(timer, Timer::ChangeSuspectToDown { .. } | Timer::RemoveDown(_)) {
+            self.changed = true;
+        }
+        self.step(now, |foca, rt| foca.handle_timer(timer, rt)).unwrap_or_else(|error| {
+            tracing::debug!(error, "membership timer");
+            Vec::new()
         })
     }
 
+    /// This process has not run for that long. All that was due then is due as much later, as if time had stood still.
+    fn stalled_for(&mut self, late: Duration) {
+        tracing::debug!(?late, "stalled");
+        self.awareness.worse();
+        let timers = std::mem::take(&mut self.timers).into_iter();
+        self.timers = timers.map(|Reverse(due)| Reverse(Due { at: due.at + late, ..due })).collect();
+        for suspicion in &mut self.suspicions {
+            suspicion.since += late;
+            suspicion.asked += late;
+        }
+        self.down_since.values_mut().for_each(|since| *since += late);
+        self.errands.clear();
+    }
+
+    fn patience(&self) -> Patience {
+        let others = self.foca.num_members();
+        let growth = ((others as f64 + 1.0).log2() / 6.0).max(1.0);
+        let [min, max] = self.timing.suspicion.map(|time| time.mul_f64(growth));
+        Patience { min, max, witnesses: others.saturating_sub(1) }
+    }
+
+    /// When a suspicion is to be looked at: when the suspect's time is up, and the stream has given no answer.
+    fn verdict_at(&self, suspicion: &Suspicion, patience: Patience) -> Instant {
+        if suspicion.unanswered.is_none() {
+            return suspicion.asked + patience.max;
+        }
+        let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation);
+        let me = self.me().id;
+        suspicion.deadline(accusers.iter().filter(|by| **by != me).count(), patience)
+    }
+
+    /// foca 2.0 tells a member that it is dead when a suspicion's timer fires, also when the suspicion was refuted in
+    /// time, and so forces a healthy node to rejoin. A timer whose suspicion no longer stands is not delivered.
+    fn judge_suspects(&mut self, now: Instant) -> Vec<Effect> {
+        let patience = self.patience();
+        let (due, wait) = std::mem::take(&mut self.suspicions)
+            .into_iter()
+            .filter(|suspicion| self.stands(suspicion))
+            .partition::<Vec<_>, _>(|suspicion| self.verdict_at(suspicion, patience) <= now);
+        self.suspicions = wait;
+        let mut effects = Vec::new();
+        for mut suspicion in due {
+            if suspicion.unanswered.is_some_and(|at| now.saturating_duration_since(at) > patience.min) {
+                // Its silence is old: the fault may have been here, and be over.
+                (suspicion.asked, suspicion.unanswered) = (now, None);
+                let Suspicion { suspect, incarnation, .. } = suspicion;
+                effects.push(Effect::Check { suspect, incarnation });
+                self.suspicions.push(suspicion);
+            } else {
+                effects.extend(self.fire(suspicion.timer, now));
+            }
+        }
+        effects
+    }
+
+    fn stands(&self, suspicion: &Suspicion) -> bool {
+        self.foca.iter_membership_state().any(|member| {
+            *member.id() == suspicion.suspect
+                && member.state() == foca::State::Suspect
+                && member.incarnation() == suspicion.incarnation
+        })
+    }
+
+    /// A probe of ours has failed. Says so to everybody and, at once, to the suspect, which can refute before it is too late
+    /// (Lifeguard §IV-C: buddy system), and has it asked over a stream, where a lost packet does not count.
+    fn suspect(&mut self, timer: Timer<Ident>, now: Instant) -> Vec<Effect> {
+        let Timer::ChangeSuspectToDown { member_id: suspect, incarnation, .. } = timer else { return Vec::new() };
+        self.changed = true;
+        self.probe_failed = true;
+        let known = self.suspicions.iter_mut().find(|s| s.suspect == suspect && s.incarnation == incarnation);
+        if let Some(known) = known {
+            known.timer = timer;
+            return Vec::new();
+        }
+        let me = self.me().id;
+        let witnesses = self.accusations.against(&suspect, incarnation);
+        if witnesses.iter().all(|by| *by == me) {
+            // Nobody who was asked to probe it says that it failed: those may be unreachable from here, too.
+            self.awareness.worse();
+        }
+        for by in witnesses.into_iter().chain([me]) {
+            let (suspect, generation) = (suspect.id, suspect.generation);
+            let accusation = Accusation { suspect, generation, incarnation, by, raised: true };
+            if let Err(error) = self.foca.add_broadcast(&accusation.encode()) {
+                tracing::debug!(?error, "an accusation is not spread");
+            }
+        }
+        self.suspicions.push(Suspicion { suspect, incarnation, timer, since: now, asked: now, unanswered: None });
+        self.news = true;
+        let buddy = self.tell_suspect(suspect, incarnation);
+        vec![Effect::Check { suspect, incarnation }, Effect::Send { to: suspect, bytes: buddy, dial: true }]
+    }
+
+    /// A ping that tells its receiver that it is suspected.
+    fn tell_suspect(&self, suspect: Ident, incarnation: u16) -> Bytes {
+        let update = Member::new(suspect, incarnation, foca::State::Suspect);
+        self.craft(suspect, Message::Ping(0), Some(update), None)
+    }
+
+    /// Probes that were made for others and brought nothing: whoever asked should know that this node was reached, and
+    /// could not reach the target either (Lifeguard §IV-A: nack).
+    fn end_errands(&mut self, now: Instant) -> Vec<Effect> {
+        let (due, wait) = std::mem::take(&mut self.errands).into_iter().partition::<Vec<_>, _>(|e| e.due <= now);
+        self.errands = wait;
+        let me = self.me().id;
+        due.into_iter()
+            .filter_map(|errand| {
+                let target = self.foca.iter_members().find(|member| *member.id() == errand.target)?;
+                let nack = Accusation {
+                    suspect: errand.target.id,
+                    generation: errand.target.generation,
+                    incarnation: target.incarnation(),
+                    by: me,
+                    raised: false,
+                };
+                let bytes = self.craft(errand.origin, Message::Broadcast, None, Some(&nack.encode()));
+                Some(Effect::Send { to: errand.origin, bytes, dial: false })
+            })
+            .collect()
+    }
+
+    fn recover(&mut self, now: Instant) -> Vec<Effect> {
+        if !self.recovery.is_lost() {
+            return Vec::new();
+        }
+        let mut effects = Vec::new();
+        let patience = self.timing.probe_rtt * 2;
+        let picked = self.acquaintance();
+        if let Some(to) = self.recovery.tick(now, patience, || picked) {
+            effects.push(Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), dial: true });
+        }
+        if self.recovery.try_return(now) {
+            effects.extend(self.rejoin(now));
+        }
+        effects
+    }
+
+    /// Comes back in a new life, and with a clean slate: whom this node held for dead while it was cut off itself may be
+    /// alive, and those who know will tell.
+    fn rejoin(&mut self, now: Instant) -> Vec<Effect> {
+        let me = self.me();
+        // Above whatever is said about this node, or the mesh would hold the new life for an old one.
+        let said = self.foca.iter_membership_state().filter(|m| m.id().id == me.id).map(|m| m.id().generation);
+        let highest = said.chain([me.generation]).max().unwrap_or(me.generation);
+        let next = Ident { generation: highest.saturating_add(1), ..me };
+        let (living, dead): (Vec<_>, Vec<_>) = self.others().partition(|m| m.health != MemberHealth::Down);
+        let rng = StdRng::seed_from_u64(self.rng.random());
+        let config = foca_config(&self.timing, self.sized_for);
+        self.accusations.retain(|_| false);
+        self.foca = Foca::with_custom_broadcast(next, config, rng, PostcardCodec, self.accusations.clone());
+        self.timers.clear();
+        self.suspicions.clear();
+        self.errands.clear();
+        self.down_since.clear();
+        self.incarnation = 0;
+        self.probing = false;
+        (self.changed, self.urgent) = (true, true);
+        let mut effects = vec![Effect::Rejoined(next)];
+        let living: Vec<_> = living.into_iter().map(|m| MemberState { health: MemberHealth::Alive, ..m }).collect();
+        effects.extend(self.learn(&living, now, u64::MAX).unwrap_or_default());
+        // News of this life must reach those, too, that are on the other side of what was a partition.
+        for (greeted, known) in [(HELLOS, &living), (HELLOS, &dead)] {
+            for _ in 0..greeted.min(known.len()) {
+                let m = known[self.rng.random_range(0..known.len())];
+                let to = Ident { id: m.id, addr: m.addr, generation: m.generation };
+                effects.push(Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), dial: true });
+            }
+        }
+        for m in dead.iter().take(2) {
+            effects.push(Effect::Exchange(Ident { id: m.id, addr: m.addr, generation: m.generation }));
+        }
+        effects
+    }
+
+    /// Somebody to talk to: one who is thought alive, or else anybody.
+    fn acquaintance(&mut self) -> Option<Ident> {
+        let me = self.me().id;
+        let active = self.foca.num_members();
+        if active > 0 {
+            let pick = self.rng.random_range(0..active);
+            return self.foca.iter_members().nth(pick).map(|member| *member.id());
+        }
+        let all = self.foca.iter_membership_state().len();
+        let pick = if all > 0 { self.rng.random_range(0..all) } else { 0 };
+        self.foca.iter_membership_state().nth(pick).map(|member| *member.id()).filter(|ident| ident.id != me)
+    }
+
+    fn prune(&mut self) {
+        let suspects: Vec<NodeId> = self
+            .foca
+            .iter_members()
+            .filter(|member| member.state() == foca::State::Suspect)
+            .map(|member| member.id().id)
+            .collect();
+        self.accusations.retain(|id| suspects.contains(id));
+        let down: HashSet<NodeId> =
+            self.others().filter(|m| m.health == MemberHealth::Down).map(|member| member.id).collect();
+        self.down_since.retain(|id, _| down.contains(id));
+        if self.senders.len() > 2 * (self.foca.iter_membership_state().len() + 1) {
+            self.senders.clear();
+        }
+    }
+
+    /// A packet in foca's format (foca `payload.rs`): header, counted updates, length-prefixed broadcasts.
+    fn craft(
+        &self,
+        to: Ident,
+        message: Message<Ident>,
+        update: Option<Member<Ident>>,
+        broadcast: Option<&[u8]>,
+    ) -> Bytes {
+        let counts_updates = message != Message::Broadcast;
+        let header = Header { src: self.me(), src_incarnation: self.incarnation, dst: to, message };
+        let mut bytes = Vec::with_capacity(128);
+        let mut codec = PostcardCodec;
+        codec.encode_header(&header, &mut bytes).expect("a vector grows");
+        if counts_updates {
+            bytes.put_u16(u16::from(update.is_some()));
+            if let Some(member) = &update {
+                codec.encode_member(member, &mut bytes).expect("a vector grows");
+            }
+        }
+        if let Some(broadcast) = broadcast {
+            bytes.put_u16(broadcast.len() as u16);
+            bytes.put_slice(broadcast);
+        }
+        bytes.into()
+    }
+
+    /// One call of foca, and everything that follows from it.
     fn step(
         &mut self,
         now: Instant,
-        run: impl FnOnce(
-            &mut Foca<Ident, PostcardCodec, StdRng, foca::NoCustomBroadcast>,
-            &mut Collected,
-        ) -> Result<(), foca::Error>,
+        run: impl FnOnce(&mut Swim, &mut Collected) -> Result<(), foca::Error>,
     ) -> Result<Vec<Effect>, String> {
         let mut collected = Collected::default();
         let result = run(&mut self.foca, &mut collected);
-        for (timer, after) in collected.timers {
-            self.timer_seq += 1;
-            self.timers.push(Reverse(Due { at: now + after, seq: self.timer_seq, timer }));
+        let mut effects = Vec::new();
+        if self.recovery.is_lost() {
+            // Nobody should hear the rumours of a node that was cut off.
+            collected.packets.clear();
         }
+        for (to, bytes) in collected.packets {
+            effects.extend(self.sent(to, &bytes, now));
+            let header: Result<Header<Ident>, _> = PostcardCodec.decode_header(&bytes[..]);
+            let dial = header.is_ok_and(|header| !matches!(header.message, Message::Gossip | Message::Broadcast));
+            effects.push(Effect::Send { to, bytes, dial });
+        }
+        for (timer, after) in collected.timers {
+            match timer {
+                Timer::ChangeSuspectToDown { .. } => effects.extend(self.suspect(timer, now)),
+                Timer::ProbeRandomMember(_) | Timer::SendIndirectProbe { .. } => {
+                    self.schedule(timer, now + self.awareness.stretch(after));
+                }
+                Timer::RemoveDown(dead) => {
+                    let since = *self.down_since.entry(dead.id).or_insert(now);
+                    self.schedule(timer, (since + after).max(now));
+                }
+                _ => self.schedule(timer, now + after),
+            }
+        }
+        if collected.defunct && !self.leaving && !self.recovery.is_lost() {
+            self.recovery.lose(now);
+            self.suspicions.clear();
+            (self.changed, self.urgent) = (true, true);
+            effects.push(Effect::Lost);
+        }
+        self.changed |= collected.news;
+        self.urgent |= collected.death;
+        self.news |= collected.news;
+        effects.extend(self.spread(now));
         match result {
-            Ok(()) => Ok(collected.effects),
+            Ok(()) => Ok(effects),
             // An error on the way does not undo what was decided before it.
-            Err(_) if !collected.effects.is_empty() => Ok(collected.effects),
+            Err(_) if !effects.is_empty() => Ok(effects),
             Err(error) => Err(format!("{error:?}")),
         }
     }
 
-    /// Dissemination and suspicion follow the size of the mesh. Powers of two, so that one join does not change them.
+    /// Looks at a packet that foca sends: it says our incarnation, and what foca is up to.
+    fn sent(&mut self, to: Ident, packet: &[u8], now: Instant) -> Option<Effect> {
+        let header: Header<Ident> = PostcardCodec.decode_header(packet).ok()?;
+        if header.src == self.me() && header.src_incarnation > self.incarnation {
+            // Somebody suspected us, and we live: perhaps we are slow.
+            self.incarnation = header.src_incarnation;
+            self.awareness.worse();
+            self.changed = true;
+        }
+        match header.message {
+            Message::IndirectPing { origin, .. } if self.errands.len() < MAX_ERRANDS => {
+                self.errands.push(Errand {
+                    origin,
+                    target: to,
+                    due: now + self.awareness.stretch(self.timing.probe_rtt),
+                });
+                None
+            }
+            Message::Ping(_) => {
+                let suspected = self
+                    .foca
+                    .iter_members()
+                    .find(|member| *member.id() == to && member.state() == foca::State::Suspect)?
+                    .incarnation();
+                Some(Effect::Send { to, bytes: self.tell_suspect(to, suspected), dial: true })
+            }
+            _ => None,
+        }
+    }
+
+    /// Passes news on at once: waiting for the next round would add its period for each hop.
+    fn spread(&mut self, now: Instant) -> Vec<Effect> {
+        if !self.news || self.next_spread.is_some_and(|at| now < at) {
+            return Vec::new();
+        }
+        self.news = false;
+        self.next_spread = Some(now + SPREAD_PERIOD);
+        self.gossip(now)
+    }
+
+    fn schedule(&mut self, timer: Timer<Ident>, at: Instant) {
+        self.timer_seq += 1;
+        self.timers.push(Reverse(Due { at, seq: self.timer_seq, timer }));
+    }
+
+    /// Dissemination follows the size of the mesh. Powers of two, so that one join does not change it.
     fn resize(&mut self) {
         let size = (self.foca.num_members() + 1).next_power_of_two();
         if size != self.sized_for && self.foca.set_config(foca_config(&self.timing, size)).is_ok() {
@@ -250,111 +784,5 @@ impl Membership {
     }
 }
 
-fn foca_config(timing: &Timing, size: usize) -> foca::Config {
-    let nonzero = |n: usize| NonZeroUsize::new(n).unwrap_or(NonZeroUsize::MIN);
-    let rounds = (size as f64 + 1.0).log2().max(1.0);
-    foca::Config {
-        probe_period: timing.probe_period,
-        probe_rtt: timing.probe_rtt,
-        num_indirect_probes: nonzero(3),
-        max_transmissions: NonZeroU8::new((2.0 * rounds).ceil().min(60.0) as u8 + 2).unwrap_or(NonZeroU8::MIN),
-        suspect_to_down_after: timing.suspicion.mul_f64((rounds / 5.0).max(1.0)),
-        remove_down_after: Some(REMEMBER_DOWN),
-        max_packet_size: nonzero(MAX_PACKET_BYTES),
-        notify_down_members: true,
-        // Full state travels over streams (see `contacts`), so members need not be asked for a packet of others.
-        periodic_announce: None,
-        periodic_announce_to_down_members: None,
-        periodic_gossip: Some(PeriodicParams { frequency: Duration::from_millis(200), num_members: nonzero(3) }),
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use rand::SeedableRng;
-
-    use super::*;
-
-    fn ident(n: u8) -> Ident {
-        Ident { id: NodeId([n; 16]), addr: ([127, 0, 0, n], 7400).into(), generation: 1 }
-    }
-
-    fn timing() -> Timing {
-        Timing {
-            probe_period: Duration::from_millis(500),
-            probe_rtt: Duration::from_millis(150),
-            suspicion: Duration::from_secs(2),
-        }
-    }
-
-    fn state(n: u8, incarnation: u16, health: MemberHealth) -> MemberState {
-        MemberState { id: ident(n).id, addr: ident(n).addr, generation: 1, incarnation, health }
-    }
-
-    fn health_of(membership: &Membership, n: u8) -> Option<MemberHealth> {
-        membership.others().find(|m| m.id == ident(n).id).map(|m| m.health)
-    }
-
-    /// Runs the timers for `seconds` of simulated time; counts packets to node `n`.
-    fn run(membership: &mut Membership, now: &mut Instant, seconds: u64, mut on_effect: impl FnMut(&Effect)) {
-        let end = *now + Duration::from_secs(seconds);
-        while let Some(at) = membership.next_timer().filter(|at| *at <= end) {
-            *now = at;
-            membership.tick(at).iter().for_each(&mut on_effect);
-        }
-        *now = end;
-    }
-
-    #[test]
-    fn a_refuted_suspicion_leaves_the_member_alone() {
-        let mut now = Instant::now();
-        let mut a = Membership::new(ident(1), timing(), StdRng::seed_from_u64(1));
-        a.learn(&[state(2, 0, MemberHealth::Alive)], now).unwrap();
-        run(&mut a, &mut now, 1, |_| ()); // it does not answer a probe
-        assert_eq!(health_of(&a, 2), Some(MemberHealth::Suspect));
-        a.learn(&[state(2, 1, MemberHealth::Alive)], now).unwrap();
-
-        // Deliver only the timer in question, past its time: with foca alone, this is where node 2 is told that it is dead.
-        let suspicion = std::mem::take(&mut a.timers)
-            .into_iter()
-            .find(|Reverse(due)| matches!(due.timer, Timer::ChangeSuspectToDown { .. }))
-            .expect("a suspicion starts a timer");
-        let timer = suspicion.0.timer.clone();
-        a.timers.push(suspicion);
-        now += Duration::from_secs(10);
-        assert_eq!(a.tick(now), []);
-        assert_eq!(health_of(&a, 2), Some(MemberHealth::Alive));
-
-        // The same timer given to foca ungated shows the behaviour that the gate is there for.
-        let ungated = a.step(now, |foca, rt| foca.handle_timer(timer, rt)).unwrap();
-        assert!(matches!(&ungated[..], [Effect::Send { to, .. }] if to.id == ident(2).id), "{ungated:?}");
-    }
-
-    #[test]
-    fn a_silent_member_is_suspected_then_down() {
-        let mut now = Instant::now();
-        let mut a = Membership::new(ident(1), timing(), StdRng::seed_from_u64(2));
-        a.learn(&[state(2, 0, MemberHealth::Alive)], now).unwrap();
-        run(&mut a, &mut now, 1, |_| ());
-        assert_eq!(health_of(&a, 2), Some(MemberHealth::Suspect));
-        run(&mut a, &mut now, 3, |_| ());
-        assert_eq!(health_of(&a, 2), Some(MemberHealth::Down));
-    }
-
-    #[test]
-    fn being_declared_dead_means_a_new_life() {
-        let now = Instant::now();
-        let mut a = Membership::new(ident(1), timing(), StdRng::seed_from_u64(3));
-        a.learn(&[state(2, 0, MemberHealth::Alive)], now).unwrap();
-        let effects = a.learn(&[state(1, 0, MemberHealth::Down)], now).unwrap();
-        assert!(effects.contains(&Effect::Rejoined(Ident { generation: 2, ..ident(1) })), "{effects:?}");
-        assert_eq!(a.me().generation, 2);
-    }
-
-    #[test]
-    fn garbage_is_refused() {
-        let mut a = Membership::new(ident(1), timing(), StdRng::seed_from_u64(4));
-        assert!(a.packet(b"\xff\xff\xff\xff", Instant::now()).is_err());
-        assert_eq!(Membership::claimed_sender(b"\xff"), None);
-    }
-}
+mod tests;

@@ -1,41 +1,68 @@
 //! The newest verified record of each node.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
-use starling_protocol::{NodeId, NodeRecord, SignedRecord};
+use sha2::{Digest, Sha256};
+use starling_protocol::{NodeId, NodeRecord, RecordEdition, SignedRecord};
 
 /// A record that was verified: what it says, and the bytes to pass on.
 #[derive(Debug)]
 pub(crate) struct Stored {
-    pub(crate) record: NodeRecord,
-    pub(crate) signed: SignedRecord,
+    pub(crate) record: Arc<NodeRecord>,
+    pub(crate) signed: Arc<SignedRecord>,
 }
 
 /// Store of records by node. Bounded by the mesh's admission: only a node with a certificate can have one.
 #[derive(Debug, Default)]
 pub(crate) struct Records {
-    by_node: HashMap<NodeId, Arc<Stored>>,
+    by_node: BTreeMap<NodeId, Stored>,
+    root: u64,
 }
 
 impl Records {
-    pub(crate) fn get(&self, id: &NodeId) -> Option<&Arc<Stored>> {
-        self.by_node.get(id)
+    pub(crate) fn get(&self, id: &NodeId) -> Option<&Arc<NodeRecord>> {
+        self.by_node.get(id).map(|stored| &stored.record)
     }
 
-    /// Whether `record` would replace what is stored. Asked before the signature is checked, to save checking old news.
-    pub(crate) fn is_news(&self, record: &NodeRecord) -> bool {
-        self.by_node.get(&record.id).is_none_or(|stored| record.edition() > stored.record.edition())
+    pub(crate) fn signed(&self, id: &NodeId) -> Option<&Arc<SignedRecord>> {
+        self.by_node.get(id).map(|stored| &stored.signed)
     }
 
-    pub(crate) fn put(&mut self, record: NodeRecord, signed: SignedRecord) {
-        self.by_node.insert(record.id, Arc::new(Stored { record, signed }));
+    pub(crate) fn put(&mut self, record: Arc<NodeRecord>, signed: Arc<SignedRecord>) {
+        self.root ^= hash_of(&edition_of(&record));
+        let stored = Stored { record, signed };
+        if let Some(old) = self.by_node.insert(stored.record.id, stored) {
+            self.root ^= hash_of(&edition_of(&old.record));
+        }
     }
 
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&NodeId) -> bool) {
-        self.by_node.retain(|id, _| keep(id));
+        let root = &mut self.root;
+        self.by_node.retain(|id, stored| {
+            let keeps = keep(id);
+            if !keeps {
+                *root ^= hash_of(&edition_of(&stored.record));
+            }
+            keeps
+        });
     }
 
-    pub(crate) fn signed(&self) -> Vec<SignedRecord> {
-        self.by_node.values().map(|stored| stored.signed.clone()).collect()
+    /// Hash of all editions; the same for the same set.
+    pub(crate) fn root(&self) -> u64 {
+        self.root
     }
+
+    pub(crate) fn editions(&self) -> impl Iterator<Item = RecordEdition> + '_ {
+        self.by_node.values().map(|stored| edition_of(&stored.record))
+    }
+}
+
+fn edition_of(record: &NodeRecord) -> RecordEdition {
+    RecordEdition { id: record.id, generation: record.generation, seq: record.seq }
+}
+
+/// The first eight bytes of a SHA-256, so that all builds of all nodes agree.
+pub(crate) fn hash_of(value: &impl serde::Serialize) -> u64 {
+    let digest = Sha256::digest(starling_protocol::encode(value));
+    u64::from_be_bytes(digest[..8].try_into().expect("SHA-256 has 32 bytes"))
 }

@@ -1,41 +1,38 @@
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use starling_protocol::{MemberHealth, Name, NodeId, NodeRecord, Protocol};
+use starling_protocol::{MemberHealth, Name, NodeId, NodeRecord, Phase, Protocol, ServiceState};
+
+use crate::records::hash_of;
+
+/// Most instances of one version of a service that a node calls. Each node has its own lot of them, always the same, so
+/// that connections stay few and load is spread all the same.
+pub const SUBSET: usize = 100;
+/// Fewest instances of which a sudden loss is taken for our own fault.
+const MIN_PANIC: usize = 3;
+/// How long the last known instances are called after a sudden loss; if they are still gone then, it is true.
+const PANIC_HOLD: Duration = Duration::from_secs(30);
 
 /// The mesh at one moment, as the data plane and the admin API read it. Immutable; a change makes a new one.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     /// Everybody known, this node included, by name.
     pub members: Vec<MemberView>,
+    /// Services most of whose instances vanished at once: the last known ones are still called, because the fault may be
+    /// on this side.
+    pub panicking: Vec<Name>,
+    /// How much this node doubts its own judgement, 0 to 8 (Lifeguard's local health).
+    pub doubt: u32,
     services: HashMap<Name, Vec<Arc<Instance>>>,
 }
 
 impl Snapshot {
-    pub(crate) fn new(members: Vec<MemberView>) -> Self {
-        let mut services: HashMap<Name, Vec<Arc<Instance>>> = HashMap::new();
-        for member in &members {
-            let Some(record) = &member.record else { continue };
-            for service in &record.services {
-                // A service stays known when its last instance is gone: "nobody serves it now" is not "no such service".
-                let instances = services.entry(service.name.clone()).or_default();
-                if member.takes_calls() && service.state == starling_protocol::ServiceState::Up && service.weight > 0 {
-                    instances.push(Arc::new(Instance {
-                        node: member.id,
-                        generation: record.generation,
-                        node_name: record.name.clone(),
-                        addr: member.addr,
-                        zone: record.zone.clone(),
-                        version: service.version.clone(),
-                        protocol: service.protocol,
-                        weight: service.weight,
-                    }));
-                }
-            }
-        }
-        Self { members, services }
-    }
-
-    /// Instances that can be called now; `None` when no member, alive or dead, has ever announced the service.
+    /// Instances that can be called now; `None` when no member, alive or dead, has ever announced the service. At most
+    /// [`SUBSET`] of each version.
     pub fn instances(&self, service: &Name) -> Option<&[Arc<Instance>]> {
         self.services.get(service).map(Vec::as_slice)
     }
@@ -43,6 +40,12 @@ impl Snapshot {
     /// The member with that id.
     pub fn member(&self, id: &NodeId) -> Option<&MemberView> {
         self.members.iter().find(|member| member.id == *id)
+    }
+
+    /// The member with that name; a live one if there are several.
+    pub fn named(&self, name: &str) -> Option<&MemberView> {
+        let named = || self.members.iter().filter(|m| m.record.as_ref().is_some_and(|r| r.name.as_str() == name));
+        named().find(|member| member.is_live()).or_else(|| named().max_by_key(|member| member.generation))
     }
 
     /// This node.
@@ -62,9 +65,12 @@ pub struct MemberView {
     pub generation: u64,
     /// Which refutation within that life.
     pub incarnation: u16,
-    /// SWIM's judgement.
+    /// SWIM's judgement. A suspicion shows only when this node shares it or two others do: one node's word may say more
+    /// about that node.
     pub health: MemberHealth,
-    /// Whether it said good-bye in this life; then `health` is no failure.
+    /// Who could not reach it, if it is suspected.
+    pub suspected_by: Vec<NodeId>,
+    /// Whether it said good-bye in this life, or an operator struck it off; then `health` is no failure.
     pub left: bool,
     /// Since when health or `left` are what they are, unix seconds.
     pub since: u64,
@@ -77,7 +83,7 @@ pub struct MemberView {
 impl MemberView {
     /// Whether new calls may go to it.
     pub fn takes_calls(&self) -> bool {
-        self.is_live() && self.record.as_ref().is_some_and(|r| r.phase == starling_protocol::Phase::Up)
+        self.is_live() && self.record.as_ref().is_some_and(|r| r.phase == Phase::Up)
     }
 
     /// Whether it is in the mesh: alive or merely suspected.
@@ -105,4 +111,225 @@ pub struct Instance {
     pub protocol: Protocol,
     /// Share of calls; 100 is normal.
     pub weight: u16,
+}
+
+/// Makes snapshots. Remembers which instances there were, to notice when too many vanish at once.
+#[derive(Debug)]
+pub(crate) struct Photographer {
+    /// Two probe periods: what vanishes within them vanishes at once.
+    moment: Duration,
+    last: Option<Instant>,
+    services: HashMap<Name, Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Callable at the last snapshot.
+    latest: Vec<Arc<Instance>>,
+    /// Callable before the present burst of changes.
+    before: Vec<Arc<Instance>>,
+    panic_since: Option<Instant>,
+}
+
+impl Photographer {
+    pub(crate) fn new(moment: Duration) -> Self {
+        Self { moment, last: None, services: HashMap::new() }
+    }
+
+    /// When a snapshot is wanted though nothing changed: a panic is over.
+    pub(crate) fn next(&self) -> Option<Instant> {
+        self.services.values().filter_map(|known| known.panic_since).min().map(|since| since + PANIC_HOLD)
+    }
+
+    /// The mesh now. `me` and `zone` are this node's.
+    pub(crate) fn snapshot(&mut self, members: Vec<MemberView>, me: NodeId, zone: &str, now: Instant) -> Snapshot {
+        let new_burst = self.last.is_none_or(|last| now.saturating_duration_since(last) > self.moment);
+        self.last = Some(now);
+        let dead: HashMap<NodeId, bool> =
+            members.iter().map(|m| (m.id, m.health == MemberHealth::Down && !m.left)).collect();
+        let mut services: HashMap<Name, Vec<Arc<Instance>>> = HashMap::new();
+        for member in &members {
+            let Some(record) = &member.record else { continue };
+            for service in &record.services {
+                // A service stays known when its last instance is gone: "nobody serves it now" is not "no such service".
+                let instances = services.entry(service.name.clone()).or_default();
+                if member.takes_calls() && service.state == ServiceState::Up && service.weight > 0 {
+                    instances.push(Arc::new(Instance {
+                        node: member.id,
+                        generation: record.generation,
+                        node_name: record.name.clone(),
+                        addr: member.addr,
+                        zone: record.zone.clone(),
+                        version: service.version.clone(),
+                        protocol: service.protocol,
+                        weight: service.weight,
+                    }));
+                }
+            }
+        }
+        self.services.retain(|name, _| services.contains_key(name));
+        let mut panicking = Vec::new();
+        for (name, instances) in &mut services {
+            let known = self.services.entry(name.clone()).or_default();
+            if known.keep_lost(instances, &dead, new_burst, now) {
+                panicking.push(name.clone());
+            }
+            *instances = subset(std::mem::take(instances), me, zone);
+        }
+        panicking.sort();
+        Snapshot { members, panicking, doubt: 0, services }
+    }
+}
+
+impl Known {
+    /// Adds the instances of nodes that died with more than half of the service within a moment. Whether it did.
+    fn keep_lost(
+        &mut self,
+        instances: &mut Vec<Arc<Instance>>,
+        dead: &HashMap<NodeId, bool>,
+        new_burst: bool,
+        now: Instant,
+    ) -> bool {
+        if new_burst && self.panic_since.is_none() {
+            self.before = std::mem::take(&mut self.latest);
+        }
+        self.latest = instances.clone();
+        let lost = self.before.iter().filter(|i| dead.get(&i.node).copied().unwrap_or(false));
+        let lost: Vec<_> = lost.filter(|i| !instances.iter().any(|live| live.node == i.node)).cloned().collect();
+        let sudden = self.before.len() >= MIN_PANIC && lost.len() * 2 > self.before.len();
+        let over = self.panic_since.is_some_and(|since| now.saturating_duration_since(since) >= PANIC_HOLD);
+        if !sudden || over {
+            if self.panic_since.take().is_some() {
+                self.before.clone_from(&self.latest);
+            }
+            return false;
+        }
+        self.panic_since.get_or_insert(now);
+        instances.extend(lost);
+        true
+    }
+}
+
+/// This node's lot of the instances: of each version at most [`SUBSET`], those of its zone first, by rendezvous hashing
+/// (Thaler, Ravishankar 1998), so that a change of the service changes little of the lot.
+fn subset(instances: Vec<Arc<Instance>>, me: NodeId, zone: &str) -> Vec<Arc<Instance>> {
+    if instances.len() <= SUBSET {
+        return instances;
+    }
+    let mut by_version: BTreeMap<String, Vec<Arc<Instance>>> = BTreeMap::new();
+    for instance in instances {
+        by_version.entry(instance.version.clone()).or_default().push(instance);
+    }
+    by_version
+        .into_values()
+        .flat_map(|mut instances| {
+            if instances.len() > SUBSET {
+                let far = |instance: &Instance| zone.is_empty() || instance.zone != zone;
+                instances.sort_by_cached_key(|instance| (far(instance), hash_of(&(me, instance.node))));
+                instances.truncate(SUBSET);
+            }
+            instances
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use starling_protocol::{NodeKind, ServiceRecord};
+
+    use super::*;
+
+    const MOMENT: Duration = Duration::from_secs(1);
+
+    fn member(n: u16, health: MemberHealth) -> MemberView {
+        let mut id = [0; 16];
+        id[..2].copy_from_slice(&n.to_be_bytes());
+        let addr = ([127, 0, 0, 1], 1000 + n).into();
+        let service = ServiceRecord {
+            name: "orders".parse().unwrap(),
+            version: String::new(),
+            protocol: Protocol::Http1,
+            weight: 100,
+            state: ServiceState::Up,
+        };
+        let record = NodeRecord {
+            id: NodeId(id),
+            generation: 1,
+            seq: 1,
+            name: format!("n{n}").parse().unwrap(),
+            addr,
+            kind: NodeKind::Node,
+            zone: if n.is_multiple_of(10) { "near".into() } else { "far".into() },
+            issuer: None,
+            services: vec![service],
+            phase: Phase::Up,
+            cert_expires: 0,
+        };
+        MemberView {
+            id: NodeId(id),
+            addr,
+            generation: 1,
+            incarnation: 0,
+            health,
+            suspected_by: vec![],
+            left: false,
+            since: 0,
+            is_self: false,
+            record: Some(Arc::new(record)),
+        }
+    }
+
+    fn callable(snapshot: &Snapshot) -> usize {
+        snapshot.instances(&"orders".parse().unwrap()).unwrap().len()
+    }
+
+    fn shoot(photographer: &mut Photographer, down: u16, now: Instant) -> Snapshot {
+        let members = (0..4).map(|n| member(n, if n < down { MemberHealth::Down } else { MemberHealth::Alive }));
+        photographer.snapshot(members.collect(), NodeId([9; 16]), "", now)
+    }
+
+    #[test]
+    fn when_most_vanish_at_once_the_last_known_are_kept_for_a_while() {
+        let (mut photographer, start) = (Photographer::new(MOMENT), Instant::now());
+        shoot(&mut photographer, 0, start);
+        let half = shoot(&mut photographer, 2, start + 10 * MOMENT);
+        assert_eq!((callable(&half), half.panicking.len()), (2, 0));
+        let most = shoot(&mut photographer, 3, start + 10 * MOMENT + MOMENT / 2);
+        assert_eq!((callable(&most), most.panicking.len()), (4, 1));
+        let still = shoot(&mut photographer, 3, start + 20 * MOMENT);
+        assert_eq!(callable(&still), 4);
+        assert_eq!(photographer.next(), Some(start + 10 * MOMENT + MOMENT / 2 + PANIC_HOLD));
+        let over = shoot(&mut photographer, 3, start + 10 * MOMENT + MOMENT / 2 + PANIC_HOLD);
+        assert_eq!((callable(&over), over.panicking.len(), photographer.next()), (1, 0, None));
+    }
+
+    #[test]
+    fn one_after_the_other_is_no_panic_and_recovery_ends_one() {
+        let (mut photographer, start) = (Photographer::new(MOMENT), Instant::now());
+        for down in 0..4 {
+            let snapshot = shoot(&mut photographer, down, start + 10 * MOMENT * u32::from(down));
+            assert_eq!(callable(&snapshot), 4 - usize::from(down));
+        }
+        let mut photographer = Photographer::new(MOMENT);
+        shoot(&mut photographer, 0, start);
+        assert_eq!(shoot(&mut photographer, 4, start + 5 * MOMENT).panicking.len(), 1);
+        let back = shoot(&mut photographer, 1, start + 6 * MOMENT);
+        assert_eq!((callable(&back), back.panicking.len()), (3, 0));
+    }
+
+    #[test]
+    fn large_services_are_shared_out_evenly_and_stably() {
+        let members: Vec<_> = (0..400).map(|n| member(n, MemberHealth::Alive)).collect();
+        let lot = |me: u8, members: Vec<MemberView>, zone: &str| {
+            let snapshot = Photographer::new(MOMENT).snapshot(members, NodeId([me; 16]), zone, Instant::now());
+            snapshot.instances(&"orders".parse().unwrap()).unwrap().to_vec()
+        };
+        let mine = lot(1, members.clone(), "");
+        assert_eq!(mine.len(), SUBSET);
+        let other = lot(2, members.clone(), "");
+        assert!(mine.iter().filter(|i| other.contains(i)).count() < 60);
+        let fewer = lot(1, members[..399].to_vec(), "");
+        assert!(mine.iter().filter(|i| fewer.contains(i)).count() >= SUBSET - 1);
+        assert_eq!(lot(1, members, "near").iter().filter(|i| i.zone == "near").count(), 40);
+    }
 }

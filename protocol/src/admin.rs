@@ -1,10 +1,10 @@
 //! The admin API's JSON: what `starling members -o json` and its sisters print. Field names are a contract.
 
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Name, NodeKind, Protocol, ServiceState};
+use crate::{DocumentState, Name, NodeKind, Protocol, ServiceState};
 
 /// A member as the answering node sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +35,118 @@ pub struct Member {
     /// Whether this is the answering node; present only when true.
     #[serde(rename = "self", skip_serializing_if = "std::ops::Not::not", default)]
     pub is_self: bool,
+    /// Who could not reach it, by name; present while somebody suspects it.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub suspected_by: Vec<String>,
+    /// What changes all the time; present when asked for (`?detail=true`).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub detail: Option<MemberDetail>,
+}
+
+/// What a node knows of a member at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberDetail {
+    /// How long ago it last sent any gossip, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub heard_ms_ago: Option<u64>,
+    /// `connected`, `dialling`, `unreachable`, `closed`, or `none` until there is something to say.
+    pub connection: String,
+    /// Round trip of that connection, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rtt_us: Option<u64>,
+    /// Hash of all records and documents that it last said to have, hex. The same everywhere in a calm mesh.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub root: Option<String>,
+}
+
+/// How one node sees the mesh, as another was told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObserverView {
+    /// The observing node's name.
+    pub observer: String,
+    /// Why it could not be asked; then it sees nothing here.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+    /// Status by member name.
+    pub sees: BTreeMap<String, MemberStatus>,
+}
+
+/// A mesh document, and who has which edition of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Document {
+    /// Which document.
+    pub kind: Name,
+    /// The newest version that any live node has.
+    pub version: u64,
+    /// SHA-256 of its body, hex.
+    pub hash: String,
+    /// What the answering node does with it, or whoever has it.
+    pub state: DocumentState,
+    /// From when it is in force, RFC 3339 in UTC.
+    pub not_before: String,
+    /// Until when; absent if for ever.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub expires: Option<String>,
+    /// Whether any node that was asked has another edition, or does something else with it.
+    pub drift: bool,
+    /// Every live node.
+    pub nodes: Vec<NodeDocument>,
+}
+
+/// The edition of a document that one node has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeDocument {
+    /// Name.
+    pub node: String,
+    /// Its version; absent if it has none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub version: Option<u64>,
+    /// Hash of its version, hex.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub hash: Option<String>,
+    /// What it does with it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub state: Option<DocumentState>,
+    /// Why it could not be asked.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+}
+
+/// Body of `POST /v1/documents`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewDocument {
+    /// The signed document: base64 of its encoding.
+    pub signed: String,
+}
+
+/// Body of `POST /v1/ping`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ping {
+    /// Name or id of the member.
+    pub node: String,
+}
+
+/// Its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pinged {
+    /// Name of the member.
+    pub node: String,
+    /// Its mesh address.
+    pub addr: SocketAddr,
+    /// Time to the answer, in microseconds.
+    pub rtt_us: u64,
+    /// Which life of it answered.
+    pub generation: u64,
+}
+
+/// Body of `POST /v1/forget`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forget {
+    /// Name or id of the member, which must be down.
+    pub node: String,
+    /// Not even to be shown any more.
+    #[serde(default)]
+    pub prune: bool,
 }
 
 /// How a member is.
@@ -145,6 +257,12 @@ pub struct Status {
     pub first_cert_expires: String,
     /// Calls in flight, in and out.
     pub in_flight: usize,
+    /// How much the node doubts its own judgement of others, 0 to 8; above 0, its own link or CPU may be the problem.
+    #[serde(default)]
+    pub doubt: u64,
+    /// Services most of whose instances vanished at once, so that the last known ones are still called.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub panicking: Vec<Name>,
     /// Seeds that do not answer right now, with why.
     pub unreachable_seeds: Vec<String>,
     /// Why the last reload was refused; absent when it was taken.

@@ -4,6 +4,7 @@
 //! API. Nothing here awaits, opens a socket or reads a clock: every type is data, every decoder is bounded.
 
 mod close;
+mod document;
 mod frame;
 mod gossip;
 mod join;
@@ -16,8 +17,12 @@ pub mod alpn;
 pub mod headers;
 
 pub use close::CloseCode;
+pub use document::{DocumentHash, MAX_DOCUMENT_BYTES, MAX_DOCUMENTS, MeshDocument, SignedDocument};
 pub use frame::{FRAME_HEADER_BYTES, FrameError, decode, encode, frame, frame_length};
-pub use gossip::{FullState, GossipRequest, MAX_GOSSIP_FRAME_BYTES, MemberHealth, MemberState};
+pub use gossip::{
+    Delta, DocumentEdition, DocumentSight, DocumentState, Forgotten, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES,
+    MAX_PUSH_BYTES, MemberHealth, MemberState, Pong, ROOT_HASH_BYTES, RecordEdition, Sight, Summary, View,
+};
 pub use join::{Grant, Join, JoinReply, JoinRequest, MAX_JOIN_FRAME_BYTES, Refusal, Renew};
 pub use name::{InvalidName, MeshName, Name, NodeId, service_of_host};
 pub use record::{

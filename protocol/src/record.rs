@@ -2,7 +2,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{FrameError, Name, NodeId, decode, encode};
+use crate::{FrameError, Name, NodeId, RecordEdition, decode, encode};
 
 /// Largest encoded record, in bytes.
 pub const MAX_RECORD_BYTES: usize = 16 << 10;
@@ -10,6 +10,8 @@ pub const MAX_RECORD_BYTES: usize = 16 << 10;
 pub const MAX_SERVICES: usize = 128;
 
 /// What a node says about itself. Only that node can sign it; `(generation, seq)` orders a node's own records.
+///
+/// The first three fields are those of a [`RecordEdition`], and are read as one by [`SignedRecord::peek_edition`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
     /// Who; equals the hash of the signing key.
@@ -147,9 +149,20 @@ impl SignedRecord {
         [b"starling node record v1\0".as_slice(), body].concat()
     }
 
+    /// Whose record it claims to be, and which edition, *without* believing it and without decoding the rest.
+    pub fn peek_edition(&self) -> Result<RecordEdition, FrameError> {
+        let (edition, _) = postcard::take_from_bytes(&self.body).map_err(|e| FrameError::Malformed(e.to_string()))?;
+        Ok(edition)
+    }
+
+    /// Size of body, signature and chain, in bytes.
+    pub fn encoded_len(&self) -> usize {
+        self.body.len() + self.signature.len() + self.chain.iter().map(Vec::len).sum::<usize>()
+    }
+
     /// Decodes the body *without* believing it. Errors on oversized or malformed bodies.
     pub fn peek(&self) -> Result<NodeRecord, FrameError> {
-        let total = self.body.len() + self.signature.len() + self.chain.iter().map(Vec::len).sum::<usize>();
+        let total = self.encoded_len();
         if total > MAX_RECORD_BYTES {
             return Err(FrameError::TooLong { length: total, limit: MAX_RECORD_BYTES });
         }

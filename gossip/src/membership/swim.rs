@@ -1,0 +1,126 @@
+//! foca's side of the driver: what a member is to it, how it is set up, and what it hands back.
+
+use std::{
+    net::SocketAddr,
+    num::{NonZeroU8, NonZeroUsize},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use foca::{Codec, Header, Member, Message, Notification, PeriodicParams, PostcardCodec, Timer};
+use serde::{Deserialize, Serialize};
+use starling_protocol::{MemberHealth, MemberState, NodeId};
+
+use super::Timing;
+
+/// Largest SWIM packet, in bytes. With the root hash in front it fits the 1162 bytes of a datagram that every QUIC path
+/// carries (1200 bytes, RFC 9000 §14, less headers), so no packet depends on what a path offers beyond that.
+const MAX_PACKET_BYTES: usize = 1142;
+/// How long a dead member is remembered, so that old news cannot bring it back. Counted from when the first node declared
+/// it dead, or members would go on reminding each other of it for ever.
+pub(super) const REMEMBER_DOWN: Duration = Duration::from_secs(24 * 3600);
+
+/// A member in SWIM's eyes: which node, where, in which life. Nothing that changes while it lives may be in here, because
+/// foca drops packets to any other identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Ident {
+    /// Who.
+    pub id: NodeId,
+    /// Where its mesh port answers.
+    pub addr: SocketAddr,
+    /// Which life; higher wins.
+    pub generation: u64,
+}
+
+impl foca::Identity for Ident {
+    type Addr = NodeId;
+
+    /// Never by itself: when a node that was declared dead may come back is for [`Recovery`] to say.
+    fn renew(&self) -> Option<Self> {
+        None
+    }
+
+    fn addr(&self) -> NodeId {
+        self.id
+    }
+
+    fn win_addr_conflict(&self, adversary: &Self) -> bool {
+        // Two different identities of one life can only differ in the address; any order will do if all use the same.
+        (self.generation, self.addr) > (adversary.generation, adversary.addr)
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Collected {
+    pub(super) packets: Vec<(Ident, Bytes)>,
+    pub(super) timers: Vec<(Timer<Ident>, Duration)>,
+    pub(super) news: bool,
+    pub(super) death: bool,
+    pub(super) defunct: bool,
+}
+
+impl foca::Runtime<Ident> for Collected {
+    fn notify(&mut self, notification: Notification<'_, Ident>) {
+        match notification {
+            Notification::MemberUp(_) | Notification::Rename(..) => self.news = true,
+            Notification::MemberDown(_) => (self.news, self.death) = (true, true),
+            Notification::Defunct => self.defunct = true,
+            _ => {}
+        }
+    }
+
+    fn send_to(&mut self, to: Ident, data: &[u8]) {
+        self.packets.push((to, Bytes::copy_from_slice(data)));
+    }
+
+    fn submit_after(&mut self, event: Timer<Ident>, after: Duration) {
+        self.timers.push((event, after));
+    }
+}
+
+pub(super) fn state_of(member: &Member<Ident>) -> MemberState {
+    MemberState {
+        id: member.id().id,
+        addr: member.id().addr,
+        generation: member.id().generation,
+        incarnation: member.incarnation(),
+        health: match member.state() {
+            foca::State::Alive => MemberHealth::Alive,
+            foca::State::Suspect => MemberHealth::Suspect,
+            foca::State::Down => MemberHealth::Down,
+        },
+        down_s: 0,
+    }
+}
+
+/// Generations of the members that a packet brings news of.
+pub(super) fn updates_of(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<u64>, String> {
+    if matches!(header.message, Message::Broadcast | Message::Announce) {
+        return Ok(Vec::new());
+    }
+    let count = rest.get_u16();
+    (0..count)
+        .map(|_| PostcardCodec.decode_member(&mut rest).map(|member: Member<Ident>| member.id().generation))
+        .collect::<Result<_, _>>()
+        .map_err(|e| e.to_string())
+}
+
+pub(super) fn foca_config(timing: &Timing, size: usize) -> foca::Config {
+    let nonzero = |n: usize| NonZeroUsize::new(n).unwrap_or(NonZeroUsize::MIN);
+    let rounds = (size as f64 + 1.0).log2().max(1.0);
+    foca::Config {
+        probe_period: timing.probe_period,
+        probe_rtt: timing.probe_rtt,
+        num_indirect_probes: nonzero(3),
+        max_transmissions: NonZeroU8::new(rounds.ceil().min(60.0) as u8 + 4).unwrap_or(NonZeroU8::MIN),
+        // The driver keeps these timers itself: see `Suspicion::deadline`.
+        suspect_to_down_after: timing.suspicion[1],
+        remove_down_after: Some(REMEMBER_DOWN),
+        max_packet_size: nonzero(MAX_PACKET_BYTES),
+        notify_down_members: true,
+        // Full state travels over streams (see `contacts`), so members need not be asked for a packet of others.
+        periodic_announce: None,
+        periodic_announce_to_down_members: None,
+        periodic_gossip: Some(PeriodicParams { frequency: Duration::from_millis(200), num_members: nonzero(3) }),
+    }
+}

@@ -1,0 +1,225 @@
+//! A node that the mesh has declared dead, and when it may come back.
+//!
+//! It could come back at once, and a node with a bad link would go up and down for as long as the link is bad. So it first
+//! shows itself that it can be heard: it pings members and counts what comes back.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use crate::Ident;
+
+/// Pause between two pings.
+const PING_PERIOD: Duration = Duration::from_millis(150);
+/// Pings that are judged together.
+const WINDOW: usize = 8;
+/// Answers among them that make a good link, and that are too few for one.
+const GOOD: usize = 5;
+const BAD: usize = 2;
+/// How long the link of a node that was caught flapping must have been good; doubles each time.
+const HOLD: Duration = Duration::from_secs(30);
+const MAX_HOLD: Duration = Duration::from_secs(300);
+/// A node that is lost again within this time after it came back is flapping.
+const RELAPSE: Duration = Duration::from_secs(30);
+/// A node that stayed this long is forgiven.
+const FORGIVEN: Duration = Duration::from_secs(600);
+/// Being heard for this long without hearing is a link that works one way.
+const DEAF: Duration = Duration::from_secs(3);
+
+/// What a node remembers of being given up.
+#[derive(Debug, Default)]
+pub(crate) struct Recovery {
+    lost: Option<Lost>,
+    back_since: Option<Instant>,
+    flaps: u32,
+}
+
+#[derive(Debug)]
+struct Lost {
+    next_ping: Instant,
+    waiting: VecDeque<(Instant, Ident)>,
+    answers: VecDeque<bool>,
+    good_since: Option<Instant>,
+    flapping: bool,
+}
+
+impl Recovery {
+    /// Whether this node is given up at present.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.is_some()
+    }
+
+    /// The mesh has given this node up.
+    pub(crate) fn lose(&mut self, now: Instant) {
+        if self.lost.is_some() {
+            return;
+        }
+        let stayed = self.back_since.map(|back| now.saturating_duration_since(back));
+        if stayed.is_some_and(|stayed| stayed > FORGIVEN) {
+            self.flaps = 0;
+        }
+        self.lost = Some(Lost {
+            next_ping: now,
+            waiting: VecDeque::new(),
+            answers: VecDeque::new(),
+            good_since: None,
+            flapping: false,
+        });
+        if stayed.is_some_and(|stayed| stayed < RELAPSE) {
+            self.caught_flapping();
+        }
+    }
+
+    /// A member has heard this node for `deaf` while this node did not hear it.
+    pub(crate) fn was_deaf(&mut self, deaf: Duration) {
+        if deaf > DEAF {
+            self.caught_flapping();
+        }
+    }
+
+    fn caught_flapping(&mut self) {
+        if let Some(lost) = self.lost.as_mut().filter(|lost| !lost.flapping) {
+            lost.flapping = true;
+            self.flaps += 1;
+        }
+    }
+
+    /// When [`Recovery::tick`] is wanted.
+    pub(crate) fn next(&self) -> Option<Instant> {
+        self.lost.as_ref().map(|lost| lost.next_ping)
+    }
+
+    /// Something came from `from`: an answer if it was asked.
+    pub(crate) fn heard(&mut self, from: &Ident) {
+        if let Some(lost) = &mut self.lost
+            && let Some(at) = lost.waiting.iter().position(|(_, asked)| asked.id == from.id)
+        {
+            lost.waiting.remove(at);
+            lost.judge(true);
+        }
+    }
+
+    /// Whether a ping is due; then `ping` picks whom. `patience` is how long an answer may take.
+    pub(crate) fn tick(
+        &mut self,
+        now: Instant,
+        patience: Duration,
+        ping: impl FnOnce() -> Option<Ident>,
+    ) -> Option<Ident> {
+        let lost = self.lost.as_mut().filter(|lost| lost.next_ping <= now)?;
+        lost.next_ping = now + PING_PERIOD;
+        while lost.waiting.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > patience) {
+            lost.waiting.pop_front();
+            lost.judge(false);
+        }
+        let good = lost.answers.iter().filter(|good| **good).count();
+        if lost.answers.len() == WINDOW && good <= BAD {
+            lost.good_since = None;
+            self.caught_flapping();
+        } else if good >= GOOD {
+            lost.good_since.get_or_insert(now);
+        }
+        let lost = self.lost.as_mut()?;
+        let to = ping()?;
+        lost.waiting.push_back((now, to));
+        Some(to)
+    }
+
+    /// Whether it is time to come back; then it is back.
+    pub(crate) fn try_return(&mut self, now: Instant) -> bool {
+        let Some(lost) = &self.lost else { return false };
+        let Some(good_since) = lost.good_since else { return false };
+        if lost.flapping && now.saturating_duration_since(good_since) < self.hold() {
+            return false;
+        }
+        self.lost = None;
+        self.back_since = Some(now);
+        true
+    }
+
+    /// How long this node's link must stay good before it comes back; zero unless it is flapping.
+    pub(crate) fn hold(&self) -> Duration {
+        if !self.lost.as_ref().is_some_and(|lost| lost.flapping) {
+            return Duration::ZERO;
+        }
+        (HOLD * 2u32.pow(self.flaps.saturating_sub(1).min(8))).min(MAX_HOLD)
+    }
+}
+
+impl Lost {
+    fn judge(&mut self, answered: bool) {
+        if self.answers.len() == WINDOW {
+            self.answers.pop_front();
+        }
+        self.answers.push_back(answered);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use starling_protocol::NodeId;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_millis(300);
+
+    fn peer() -> Ident {
+        Ident { id: NodeId([1; 16]), addr: ([127, 0, 0, 1], 7400).into(), generation: 1 }
+    }
+
+    /// Runs for `seconds` with a link that answers as `answers` says; how long until the node came back.
+    fn run(
+        recovery: &mut Recovery,
+        now: &mut Instant,
+        seconds: u64,
+        mut answers: impl FnMut(u64) -> bool,
+    ) -> Option<Duration> {
+        let start = *now;
+        for step in 0..seconds * 20 {
+            *now = start + Duration::from_millis(50 * step);
+            if let Some(asked) = recovery.tick(*now, PATIENCE, || Some(peer()))
+                && answers(step)
+            {
+                recovery.heard(&asked);
+            }
+            if recovery.try_return(*now) {
+                return Some(*now - start);
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn a_healed_link_brings_it_back_within_two_seconds() {
+        let (mut recovery, mut now) = (Recovery::default(), Instant::now());
+        recovery.lose(now);
+        assert!(run(&mut recovery, &mut now, 10, |_| true).unwrap() < Duration::from_secs(2));
+        assert!(!recovery.is_lost());
+    }
+
+    #[test]
+    fn a_lossy_link_keeps_it_out_and_then_it_must_hold() {
+        let (mut recovery, mut now) = (Recovery::default(), Instant::now());
+        recovery.lose(now);
+        assert_eq!(run(&mut recovery, &mut now, 60, |step| step % 21 == 0), None);
+        let back = run(&mut recovery, &mut now, 60, |_| true).unwrap();
+        assert!(back >= HOLD, "{back:?}");
+    }
+
+    #[test]
+    fn who_relapses_or_was_deaf_must_hold() {
+        for deaf in [false, true] {
+            let (mut recovery, mut now) = (Recovery::default(), Instant::now());
+            recovery.lose(now);
+            if deaf {
+                recovery.was_deaf(Duration::from_secs(17));
+            } else {
+                run(&mut recovery, &mut now, 10, |_| true).unwrap();
+                now += Duration::from_secs(5);
+                recovery.lose(now);
+            }
+            assert!(run(&mut recovery, &mut now, 60, |_| true).unwrap() >= HOLD, "deaf: {deaf}");
+        }
+    }
+}

@@ -13,7 +13,9 @@ use notify::{RecursiveMode, Watcher};
 use serde::Deserialize;
 use starling_node::{
     ExtraRoutes, Node, StartError, StateDir,
-    config::{self, AdminConfig, Config, Diagnostic, NodeConfig, OutboundConfig, ServiceConfig, UpstreamConfig},
+    config::{
+        self, AdminConfig, Config, Diagnostic, GossipConfig, NodeConfig, OutboundConfig, ServiceConfig, UpstreamConfig,
+    },
 };
 use starling_protocol::{NodeKind, admin};
 use tokio::sync::mpsc;
@@ -44,6 +46,8 @@ struct File {
     service: Vec<ServiceConfig>,
     #[serde(default)]
     upstream: Vec<UpstreamConfig>,
+    #[serde(default)]
+    gossip: GossipConfig,
     edge: EdgeSection,
     #[serde(default)]
     certificate: Vec<Certificate>,
@@ -60,8 +64,8 @@ struct File {
 pub fn read_config(text: &str) -> (Option<(Config, EdgeSections)>, Vec<Diagnostic>) {
     let (file, found) = config::read::<File>(text);
     let Some(file) = file else { return (None, found) };
-    let File { node, admin, outbound, service, upstream, edge, certificate, route, version, plan, jwt } = file;
-    let node = Config { node, admin, outbound, service, upstream };
+    let File { node, admin, outbound, service, upstream, gossip, edge, certificate, route, version, plan, jwt } = file;
+    let node = Config { node, admin, outbound, service, upstream, gossip };
     let edge = EdgeSections { edge, certificate, route, version, plan, jwt };
     let problems: Vec<Diagnostic> = node
         .problems()

@@ -1,5 +1,7 @@
 //! The admin API: JSON over HTTP/1.1, on loopback and on a Unix socket in the state directory.
 
+mod view;
+
 use std::{convert::Infallible, future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -7,19 +9,20 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use http_body_util::{BodyExt, Limited};
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::Serialize;
-use starling_gossip::{MemberView, Snapshot};
-use starling_protocol::{MemberHealth, NodeKind, admin};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use serde::{Serialize, de::DeserializeOwned};
+use starling_gossip::Snapshot;
+use starling_protocol::{DocumentEdition, admin};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
 };
 
+use self::view::services;
+pub(crate) use self::view::{members, name_of, rfc3339, sights, status_of};
 use crate::{Body, MeshClient};
 
 /// Longest request body, in bytes.
-const MAX_BODY_BYTES: usize = 64 << 10;
+const MAX_BODY_BYTES: usize = 512 << 10;
 
 /// What the admin API asks of the node.
 pub(crate) trait Subject: Send + Sync + 'static {
@@ -28,6 +31,12 @@ pub(crate) trait Subject: Send + Sync + 'static {
     fn status(&self) -> admin::Status;
     fn is_ready(&self) -> bool;
     fn metrics(&self) -> impl Future<Output = String> + Send;
+    fn members(&self, detailed: bool) -> impl Future<Output = Vec<admin::Member>> + Send;
+    fn views(&self) -> impl Future<Output = Vec<admin::ObserverView>> + Send;
+    fn documents(&self) -> impl Future<Output = Vec<admin::Document>> + Send;
+    fn publish(&self, new: admin::NewDocument) -> impl Future<Output = Result<DocumentEdition, String>> + Send;
+    fn ping(&self, node: &str) -> impl Future<Output = Result<admin::Pinged, String>> + Send;
+    fn forget(&self, node: &str, prune: bool) -> impl Future<Output = Result<(), String>> + Send;
     fn drain(&self);
     fn reload(&self) -> Result<(), String>;
     fn extra(&self) -> Option<Arc<dyn ExtraRoutes>>;
@@ -120,7 +129,21 @@ async fn answer<S: Subject>(
             response.headers_mut().insert(header::CONTENT_TYPE, kind);
             response
         }
-        ("GET", "/v1/members") => json(StatusCode::OK, &members(&snapshot)),
+        ("GET", "/v1/members") if has_query(&parts.uri, "from=all") => json(StatusCode::OK, &subject.views().await),
+        ("GET", "/v1/members") => json(StatusCode::OK, &subject.members(has_query(&parts.uri, "detail=true")).await),
+        ("GET", "/v1/documents") => json(StatusCode::OK, &subject.documents().await),
+        ("POST", "/v1/documents") => match read(&body) {
+            Ok(new) => answer_to(subject.publish(new).await),
+            Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
+        },
+        ("POST", "/v1/ping") => match read::<admin::Ping>(&body) {
+            Ok(ping) => answer_to(subject.ping(&ping.node).await),
+            Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
+        },
+        ("POST", "/v1/forget") => match read::<admin::Forget>(&body) {
+            Ok(forget) => answer_to(subject.forget(&forget.node, forget.prune).await),
+            Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
+        },
         ("GET", "/v1/services") => json(StatusCode::OK, &services(&snapshot, subject.client())),
         ("GET", "/v1/status") => json(StatusCode::OK, &subject.status()),
         ("POST", "/v1/drain" | "/v1/leave") => {
@@ -133,8 +156,8 @@ async fn answer<S: Subject>(
         },
         (
             _,
-            "/livez" | "/readyz" | "/metrics" | "/v1/members" | "/v1/services" | "/v1/status" | "/v1/drain"
-            | "/v1/leave" | "/v1/reload",
+            "/livez" | "/readyz" | "/metrics" | "/v1/members" | "/v1/services" | "/v1/status" | "/v1/documents"
+            | "/v1/ping" | "/v1/forget" | "/v1/drain" | "/v1/leave" | "/v1/reload",
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "wrong method for this path"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see docs/operations.md"),
     }
@@ -160,6 +183,21 @@ fn check_browser(headers: &HeaderMap, addr: SocketAddr) -> Result<(), &'static s
     }
 }
 
+fn has_query(uri: &http::Uri, pair: &str) -> bool {
+    uri.query().is_some_and(|query| query.split('&').any(|given| given == pair))
+}
+
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(body).map_err(|e| format!("the body is not as it should be: {e}"))
+}
+
+fn answer_to(outcome: Result<impl Serialize, String>) -> Response<Body> {
+    match outcome {
+        Ok(value) => json(StatusCode::OK, &value),
+        Err(why) => refuse(StatusCode::UNPROCESSABLE_ENTITY, &why),
+    }
+}
+
 fn json(status: StatusCode, value: &impl Serialize) -> Response<Body> {
     let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
     bytes.push(b'\n');
@@ -178,79 +216,4 @@ fn text(status: StatusCode, text: String) -> Response<Body> {
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
-}
-
-/// Unix seconds as RFC 3339.
-pub(crate) fn rfc3339(unix: u64) -> String {
-    let at = i64::try_from(unix).ok().and_then(|t| OffsetDateTime::from_unix_timestamp(t).ok());
-    at.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default()
-}
-
-pub(crate) fn status_of(member: &MemberView) -> admin::MemberStatus {
-    match member.health {
-        _ if member.left => admin::MemberStatus::Left,
-        MemberHealth::Alive => admin::MemberStatus::Alive,
-        MemberHealth::Suspect => admin::MemberStatus::Suspect,
-        MemberHealth::Down => admin::MemberStatus::Down,
-    }
-}
-
-fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
-    snapshot
-        .members
-        .iter()
-        .map(|m| {
-            let record = m.record.as_deref();
-            let services = record.map_or(&[][..], |r| &r.services);
-            admin::Member {
-                name: record.map_or_else(|| format!("{:?}", m.id), |r| r.name.to_string()),
-                id: m.id.to_string(),
-                addr: m.addr,
-                kind: record.map_or(NodeKind::Node, |r| r.kind),
-                status: status_of(m),
-                generation: m.generation,
-                incarnation: m.incarnation,
-                zone: record.map_or_else(String::new, |r| r.zone.clone()),
-                services: services
-                    .iter()
-                    .map(|s| admin::MemberService {
-                        name: s.name.clone(),
-                        version: s.version.clone(),
-                        protocol: s.protocol,
-                        state: s.state,
-                    })
-                    .collect(),
-                since: rfc3339(m.since),
-                cert_expires: record.map(|r| rfc3339(r.cert_expires)),
-                is_self: m.is_self,
-            }
-        })
-        .collect()
-}
-
-fn services(snapshot: &Snapshot, client: &MeshClient) -> Vec<admin::Service> {
-    let mut services: Vec<admin::Service> = Vec::new();
-    for member in snapshot.members.iter().filter(|m| !m.left) {
-        let Some(record) = &member.record else { continue };
-        for service in &record.services {
-            let instance = admin::ServiceInstance {
-                node: record.name.to_string(),
-                addr: member.addr,
-                zone: record.zone.clone(),
-                status: status_of(member),
-                state: service.state,
-                ejected: client.is_ejected(&member.id),
-            };
-            match services.iter_mut().find(|s| s.name == service.name && s.version == service.version) {
-                Some(known) => known.instances.push(instance),
-                None => services.push(admin::Service {
-                    name: service.name.clone(),
-                    version: service.version.clone(),
-                    instances: vec![instance],
-                }),
-            }
-        }
-    }
-    services.sort_by(|a, b| (&a.name, &a.version).cmp(&(&b.name, &b.version)));
-    services
 }

@@ -19,6 +19,27 @@ pub struct Config {
     pub service: Vec<ServiceConfig>,
     /// Local ports that lead to a service.
     pub upstream: Vec<UpstreamConfig>,
+    /// How members watch each other.
+    pub gossip: GossipConfig,
+}
+
+/// `[gossip]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GossipConfig {
+    /// What kind of network the mesh spans. All nodes of a mesh should have the same.
+    pub profile: GossipProfile,
+}
+
+/// Timing of failure detection.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GossipProfile {
+    /// One site; a dead node is known within about three seconds.
+    #[default]
+    Lan,
+    /// Several sites, far apart; about ten seconds.
+    Wan,
 }
 
 /// `[node]`

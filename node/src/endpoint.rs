@@ -26,8 +26,13 @@ pub(crate) const CONTROL: u8 = 0;
 pub(crate) const FIRST_WORKER: u8 = 1;
 
 const CONNECTION_ID_BYTES: usize = 8;
-const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Idle time and keep-alive of connections for calls. The shorter idle time of the two ends holds (RFC 9000 §10.1).
+const CALLS_IDLE: Duration = Duration::from_secs(30);
+const CALLS_KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// The same for gossip, whose links are many and nearly silent, and kept alive by probes in a small mesh: often enough for
+/// the state that firewalls keep of a UDP flow that goes both ways.
+const GOSSIP_IDLE: Duration = Duration::from_secs(120);
+const GOSSIP_KEEP_ALIVE: Duration = Duration::from_secs(45);
 /// Streams that one peer may have open towards this node.
 const MAX_STREAMS: u32 = 4096;
 /// Window of one stream. A stuck reader may hold this much.
@@ -61,7 +66,7 @@ impl MeshEndpoint {
         let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
         config.cid_generator(move || Box::new(OwnedBy(index)));
         let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
-        server.transport_config(Arc::new(transport(None)));
+        server.transport_config(Arc::new(transport(GOSSIP_IDLE, None)));
         let listening = quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))?;
         let dialling = quinn::Endpoint::new(
             EndpointConfig::default(),
@@ -82,6 +87,18 @@ impl MeshEndpoint {
         self.dialling.connect_with(client_config(crypto, aim), addr, tls::SERVER_NAME)
     }
 
+    /// The same, for a link that gossip uses.
+    pub(crate) fn dial_gossip(
+        &self,
+        addr: SocketAddr,
+        crypto: Arc<QuicClientConfig>,
+        aim: u8,
+    ) -> Result<quinn::Connecting, quinn::ConnectError> {
+        let mut config = client_config(crypto, aim);
+        config.transport_config(Arc::new(transport(GOSSIP_IDLE, Some(GOSSIP_KEEP_ALIVE))));
+        self.dialling.connect_with(config, addr, tls::SERVER_NAME)
+    }
+
     /// Closes everything and waits until the peers have been told, or a moment has passed.
     pub(crate) async fn close(&self) {
         for endpoint in [&self.listening, &self.dialling] {
@@ -100,7 +117,7 @@ pub(crate) fn joining_endpoint(addr: SocketAddr) -> io::Result<quinn::Endpoint> 
 
 pub(crate) fn client_config(crypto: Arc<QuicClientConfig>, aim: u8) -> quinn::ClientConfig {
     let mut config = quinn::ClientConfig::new(crypto);
-    config.transport_config(Arc::new(transport(Some(KEEP_ALIVE))));
+    config.transport_config(Arc::new(transport(CALLS_IDLE, Some(CALLS_KEEP_ALIVE))));
     config.initial_dst_cid_provider(Arc::new(move || OwnedBy(aim).generate_cid()));
     config
 }
@@ -117,7 +134,7 @@ pub(crate) fn load_or_create_reset_key(state: &StateDir) -> Result<[u8; 32], Sta
     Ok(key)
 }
 
-fn transport(keep_alive: Option<Duration>) -> TransportConfig {
+fn transport(idle: Duration, keep_alive: Option<Duration>) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
@@ -127,7 +144,7 @@ fn transport(keep_alive: Option<Duration>) -> TransportConfig {
         .send_window(u64::from(CONNECTION_WINDOW_BYTES))
         .datagram_send_buffer_size(DATAGRAM_SEND_BYTES)
         .datagram_receive_buffer_size(Some(DATAGRAM_RECEIVE_BYTES))
-        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32))))
+        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(idle.as_millis() as u32))))
         // One side keeps a connection alive: the one that dialled it.
         .keep_alive_interval(keep_alive)
         .initial_rtt(Duration::from_millis(50))

@@ -12,7 +12,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ED25519, UnparsedPublicKey};
 use rcgen::{KeyPair, PublicKeyData, SigningKey as _};
 use rustls::{
     RootCertStore,
@@ -21,8 +21,8 @@ use rustls::{
     server::ParsedCertificate,
     sign::CertifiedKey,
 };
-use starling_gossip::{Credentials, RecordError};
-use starling_protocol::{MeshName, Name, NodeId, NodeKind, NodeRecord, SignedRecord};
+use starling_gossip::{Credentials, DocumentError, RecordError};
+use starling_protocol::{MeshDocument, MeshName, Name, NodeId, NodeKind, NodeRecord, SignedDocument, SignedRecord};
 
 use self::certificate::MeshCertificate;
 use crate::state::{StateDir, StateError};
@@ -248,7 +248,22 @@ impl Credentials for RecordCredentials {
         SignedRecord { body, signature, chain }
     }
 
-    fn verify(&self, signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
+    fn verify_document(&self, signed: &SignedDocument) -> Result<MeshDocument, DocumentError> {
+        let refuse = |why: String| DocumentError::Unverified(why);
+        let document = signed.peek().map_err(|e| refuse(e.to_string()))?;
+        let refuse = |why: &str| refuse(format!("document {} version {}: {why}", document.kind, document.version));
+        let cert = CertificateDer::from(signed.certificate.as_slice());
+        let key = certificate::admin_key(&cert).ok_or_else(|| refuse("its certificate is not an admin's"))?;
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(unix_now()));
+        verify_chain(&cert, &[], &self.0.roots, now, &self.0.provider)
+            .map_err(|e| refuse(&format!("its certificate was not issued by this mesh: {e}")))?;
+        UnparsedPublicKey::new(&ED25519, &key)
+            .verify(&SignedDocument::signed_bytes(&signed.body), &signed.signature)
+            .map_err(|_| refuse("wrong signature"))?;
+        Ok(document)
+    }
+
+    fn verify(&self, signed: &SignedRecord) -> Result<Arc<NodeRecord>, RecordError> {
         let refuse = |why: String| RecordError(why);
         let record = signed.peek().map_err(|e| refuse(e.to_string()))?;
         let chain: Vec<CertificateDer<'_>> = signed.chain.iter().map(|c| CertificateDer::from(c.as_slice())).collect();
@@ -269,7 +284,7 @@ impl Credentials for RecordCredentials {
         let key = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &leaf.public_key);
         key.verify(&SignedRecord::signed_bytes(&signed.body), &signed.signature)
             .map_err(|_| refuse(format!("record of {} has a wrong signature", record.name)))?;
-        Ok(record)
+        Ok(Arc::new(record))
     }
 }
 

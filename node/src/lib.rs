@@ -8,6 +8,7 @@ mod admin;
 mod balance;
 mod body;
 mod client;
+mod documents;
 mod drain;
 mod endpoint;
 mod guard;
@@ -25,6 +26,7 @@ mod replay;
 mod reuseport;
 mod state;
 mod stream;
+mod survey;
 mod tls;
 
 pub mod config;
@@ -35,9 +37,10 @@ pub mod message;
 pub use admin::ExtraRoutes;
 pub use body::{Body, BodyError};
 pub use client::{Call, CallError, Fault, MeshClient, Sent};
+pub use documents::{Documents, no_document};
 pub use drain::Drain;
 pub use identity::{
-    authority::{Authority, AuthorityError, TokenRequest},
+    authority::{Admin, Authority, AuthorityError, TokenRequest},
     crypto_provider,
     join::JoinError,
 };

@@ -1,34 +1,53 @@
-//! Gossip's transport: one authenticated QUIC connection per pair of nodes, for datagrams and sync streams both ways.
+//! Gossip's transport: one authenticated QUIC connection per pair of nodes, used both ways, for datagrams and for streams.
+
+mod exchange;
+mod flow;
+mod table;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use starling_gossip::{GossipHandle, Ident, Outgoing, Sync, Target};
-use starling_protocol::{CloseCode, FullState, GossipRequest, MAX_GOSSIP_FRAME_BYTES, NodeId, SignedRecord, alpn};
-use tokio::sync::mpsc;
+use rand::RngExt;
+use starling_gossip::{Durable, GossipHandle, Ident, Outgoing};
+use starling_protocol::{CloseCode, GossipRequest, Items, NodeId, alpn};
+use tokio::sync::{Semaphore, mpsc, watch};
 
+use self::{
+    flow::Flow,
+    table::{Link, Step, Table},
+};
 use crate::{
+    Documents,
     endpoint::{CONTROL, MeshEndpoint},
     identity::Identity,
     state::StateDir,
-    stream::{self, StreamFault},
+    stream,
     tls::{self, Peer},
 };
 
-/// A packet older than this when the handshake is done is stale.
-const STALE: Duration = Duration::from_millis(150);
-/// Packets held for a handshake.
-const MAX_HELD: usize = 8;
+pub(crate) use self::table::LinkView;
+
+/// How long a dial or an exchange may take.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections that one change is pushed over.
-const MAX_PUSHES: usize = 64;
+/// A connection that is replaced stays open for so long: the peer may still be sending on it.
+const OVERLAP: Duration = Duration::from_secs(2);
+/// How long a connection to a member's former life has to show that it works all the same.
+const RENEWED_TIMEOUT: Duration = Duration::from_secs(1);
 /// Addresses that are remembered as not answering.
 const MAX_UNREACHABLE: usize = 256;
+/// Connections of one peer that are served at a time: the one in use, one dialled by each side at once, and one that a new
+/// life of the peer has dialled before its old ones are found dead.
+const MAX_CONNECTIONS_OF_PEER: usize = 4;
+/// Large frames that are read at a time, from all peers: bounds the memory that they can take.
+const LARGE_FRAMES: usize = 4;
 
 /// The links of a node. Cheap to clone.
 #[derive(Clone)]
@@ -38,44 +57,91 @@ struct Shared {
     identity: Arc<Identity>,
     endpoint: MeshEndpoint,
     gossip: GossipHandle,
-    table: Mutex<HashMap<NodeId, Link>>,
+    documents: Documents,
+    table: Mutex<Table>,
     /// Why addresses did not answer last time, for the operator.
     unreachable: Mutex<HashMap<SocketAddr, String>>,
+    large_frames: Semaphore,
+    /// Connections that are served, by peer, and what it may say over them.
+    served: Mutex<HashMap<NodeId, (usize, Arc<Mutex<Flow>>)>>,
+    counters: LinkCounters,
 }
 
-enum Link {
-    Dialling { held: Vec<(Instant, Bytes)> },
-    Up { connection: quinn::Connection, dialled_by: NodeId },
+/// What peers sent that was not let through.
+#[derive(Debug, Default)]
+pub(crate) struct LinkCounters {
+    /// Datagrams and streams above a peer's rate.
+    pub(crate) flood: AtomicU64,
+    /// Streams that do not carry what they should.
+    pub(crate) streams_refused: AtomicU64,
 }
 
 impl Links {
-    pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint, gossip: GossipHandle) -> Self {
-        let (table, unreachable) = Default::default();
-        Self(Arc::new(Shared { identity, endpoint, gossip, table, unreachable }))
+    pub(crate) fn new(
+        identity: Arc<Identity>,
+        endpoint: MeshEndpoint,
+        gossip: GossipHandle,
+        documents: Documents,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            identity,
+            endpoint,
+            gossip,
+            documents,
+            table: Mutex::default(),
+            unreachable: Mutex::default(),
+            large_frames: Semaphore::new(LARGE_FRAMES),
+            served: Mutex::default(),
+            counters: LinkCounters::default(),
+        }))
     }
 
-    /// Does what gossip asks for, until gossip ends.
-    pub(crate) async fn run(self, mut outgoing: mpsc::UnboundedReceiver<Outgoing>, state: StateDir) {
-        while let Some(next) = outgoing.recv().await {
-            match next {
-                Outgoing::Datagram { to, bytes } => self.send(to, bytes),
-                Outgoing::Push { except, records } => self.push(except, &records),
-                Outgoing::Sync(sync) => {
-                    let links = self.clone();
-                    tokio::spawn(async move { links.sync(sync).await });
-                }
-                Outgoing::Generation(generation) => store(&state, "generation", generation.to_string().as_bytes()),
-                Outgoing::Peers(peers) => match serde_json::to_vec(&peers) {
-                    // Not on this thread, which must answer probes while the disk syncs.
-                    Ok(json) => {
-                        let state = state.clone();
-                        tokio::task::spawn_blocking(move || store(&state, "peers.json", &json));
+    /// Does what gossip asks for, until gossip ends. What is to be stored is stored before the next message goes out.
+    pub(crate) async fn run(
+        self,
+        mut outgoing: mpsc::Receiver<Outgoing>,
+        mut durable: watch::Receiver<Durable>,
+        state: StateDir,
+    ) {
+        let mut stored = durable.borrow_and_update().clone();
+        loop {
+            tokio::select! {
+                biased;
+                changed = durable.changed() => {
+                    if changed.is_err() {
+                        return;
                     }
-                    Err(error) => tracing::error!(%error, "peers.json"),
+                    let now = durable.borrow_and_update().clone();
+                    keep(&state, &stored, &now);
+                    stored = now;
+                }
+                next = outgoing.recv() => match next {
+                    Some(next) => self.handle(next),
+                    None => return,
                 },
-                // Published by the actor itself.
-                Outgoing::Changed(_) => {}
             }
+        }
+    }
+
+    fn handle(&self, next: Outgoing) {
+        let links = self.clone();
+        match next {
+            Outgoing::Datagram { to, bytes, dial } => self.send(to, bytes, dial),
+            Outgoing::Push { fanout, items } => self.push(fanout, items),
+            Outgoing::Sync(sync) => drop(tokio::spawn(async move { links.sync(sync).await })),
+            Outgoing::Check { suspect, incarnation, limit } => drop(tokio::spawn(async move {
+                let pong = tokio::time::timeout(limit, links.ping(suspect, Some(incarnation))).await;
+                let pong = pong.ok().and_then(|outcome| outcome.ok());
+                links.0.gossip.checked(suspect, incarnation, pong).await;
+            })),
+            Outgoing::Renewed(id) => self.verify_renewed(id),
+            Outgoing::Gone(id) => {
+                if let Some(connection) = self.table().remove(&id) {
+                    connection.close((CloseCode::Stale as u32).into(), b"given up");
+                }
+            }
+            // Published or kept by the actor itself.
+            Outgoing::Generation(_) | Outgoing::Peers(_) | Outgoing::Document(_) | Outgoing::Changed(_) => {}
         }
     }
 
@@ -90,54 +156,52 @@ impl Links {
         lock(&self.0.unreachable).iter().map(|(addr, why)| (*addr, why.clone())).collect()
     }
 
-    fn send(&self, to: Ident, bytes: Bytes) {
-        let mut table = lock(&self.0.table);
-        match table.get_mut(&to.id) {
-            Some(Link::Up { connection, .. }) if connection.close_reason().is_none() => {
+    /// How the links to members are.
+    pub(crate) fn views(&self) -> HashMap<NodeId, LinkView> {
+        self.table().views()
+    }
+
+    pub(crate) fn counters(&self) -> &LinkCounters {
+        &self.0.counters
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        lock(&self.0.table)
+    }
+
+    fn send(&self, to: Ident, bytes: Bytes, dial: bool) {
+        let step = self.table().send(to.id, &bytes, dial, Instant::now());
+        match step {
+            Step::Over(connection) => {
                 if let Err(error) = connection.send_datagram(bytes) {
                     tracing::debug!(to = %to.addr, %error, "gossip packet not sent");
                 }
             }
-            Some(Link::Dialling { held }) => {
-                if held.len() < MAX_HELD {
-                    held.push((Instant::now(), bytes));
-                }
-            }
-            _ => {
-                table.insert(to.id, Link::Dialling { held: vec![(Instant::now(), bytes)] });
+            Step::Dial => {
                 let links = self.clone();
                 tokio::spawn(async move { links.dial_member(to).await });
             }
+            Step::Nothing => {}
         }
     }
 
     async fn dial_member(&self, to: Ident) {
         let dialled = self.dial(to.addr).await;
-        let mut table = lock(&self.0.table);
-        if let Some(Link::Dialling { held }) = table.get(&to.id) {
-            let fresh: Vec<Bytes> =
-                held.iter().filter(|(at, _)| at.elapsed() < STALE).map(|(_, bytes)| bytes.clone()).collect();
-            table.remove(&to.id);
-            drop(table);
-            if let Ok((connection, peer)) = dialled {
-                if peer == to.id {
-                    for bytes in fresh {
-                        let _ = connection.send_datagram(bytes);
-                    }
+        let worked = dialled.as_ref().is_ok_and(|(_, peer)| *peer == to.id);
+        let held = self.table().dialled(to.id, worked, Instant::now());
+        if let Ok((connection, peer)) = dialled {
+            if peer == to.id {
+                for bytes in held {
+                    let _ = connection.send_datagram(bytes);
                 }
-                self.adopt_dialled(connection, peer);
             }
-        } else {
-            drop(table);
-            if let Ok((connection, peer)) = dialled {
-                self.adopt_dialled(connection, peer);
-            }
+            self.adopt_dialled(connection, peer);
         }
     }
 
     async fn dial(&self, addr: SocketAddr) -> Result<(quinn::Connection, NodeId), String> {
         let crypto = tls::client_crypto(&self.0.identity, alpn::GOSSIP);
-        let connecting = self.0.endpoint.dial(addr, crypto, CONTROL).map_err(|e| e.to_string())?;
+        let connecting = self.0.endpoint.dial_gossip(addr, crypto, CONTROL).map_err(|e| e.to_string())?;
         let connection = tokio::time::timeout(EXCHANGE_TIMEOUT, connecting)
             .await
             .map_err(|_| "no answer in time".to_string())?
@@ -156,69 +220,76 @@ impl Links {
         tokio::spawn(async move { links.serve(connection, peer).await });
     }
 
-    /// Makes the connection the one to send over. Of two that were dialled by both sides at once, both sides keep the one
-    /// dialled by the smaller id, or they would go on replacing each other's.
+    /// Makes the connection the one to send over, or lets it go because a better one is there.
     fn adopt(&self, connection: &quinn::Connection, peer: NodeId, dialled_by: NodeId) {
-        let mut table = lock(&self.0.table);
-        let keep_old = matches!(table.get(&peer), Some(Link::Up { connection: old, dialled_by: by })
-            if old.close_reason().is_none() && *by != dialled_by && *by < dialled_by);
-        let new = Link::Up { connection: connection.clone(), dialled_by };
-        let loser = if keep_old { Some(new) } else { table.insert(peer, new) };
-        match loser {
-            Some(Link::Up { connection, .. }) => {
-                // The peer may still be sending on it.
-                tokio::spawn(async move {
-                    tokio::time::sleep(Duration::from_secs(2)).await;
-                    connection.close((CloseCode::Duplicate as u32).into(), b"duplicate");
-                });
-            }
-            Some(Link::Dialling { held }) => {
-                for (_, bytes) in held.into_iter().filter(|(at, _)| at.elapsed() < STALE) {
-                    let _ = connection.send_datagram(bytes);
-                }
-            }
-            None => {}
+        connection.set_max_concurrent_bi_streams(flow::STREAMS_AT_ONCE.into());
+        connection.set_max_concurrent_uni_streams(0u32.into());
+        let adopted = self.table().adopt(connection, peer, dialled_by, Instant::now());
+        for bytes in adopted.held {
+            let _ = connection.send_datagram(bytes);
+        }
+        for loser in adopted.losers {
+            tokio::spawn(async move {
+                tokio::time::sleep(OVERLAP).await;
+                loser.close((CloseCode::Duplicate as u32).into(), b"duplicate");
+            });
         }
     }
 
-    /// Reads what the peer sends, until the connection ends.
+    /// Reads what the peer sends, until the connection ends. A peer that sends too much is not listened to for the rest of
+    /// the second; the others do not notice.
     async fn serve(&self, connection: quinn::Connection, peer: NodeId) {
+        let Some(turn) = self.take_turn(peer) else {
+            return connection.close((CloseCode::Duplicate as u32).into(), b"too many connections");
+        };
         loop {
             tokio::select! {
                 datagram = connection.read_datagram() => match datagram {
-                    Ok(bytes) => self.0.gossip.deliver(peer, bytes),
+                    Ok(bytes) if lock(&turn.flow).datagram(Instant::now()) => self.0.gossip.deliver(peer, bytes),
+                    Ok(_) => self.flooded(peer, &turn),
                     Err(_) => break,
                 },
                 stream = connection.accept_bi() => match stream {
-                    Ok((send, receive)) => {
-                        let gossip = self.0.gossip.clone();
-                        tokio::spawn(async move {
-                            let answered = answer(gossip, peer, send, receive);
-                            match tokio::time::timeout(EXCHANGE_TIMEOUT, answered).await {
-                                Ok(Ok(())) => {}
-                                Ok(Err(error)) => tracing::debug!(%error, "gossip stream"),
-                                Err(_) => tracing::debug!("gossip stream timed out"),
-                            }
-                        });
+                    Ok((send, receive)) if lock(&turn.flow).stream(Instant::now()) => {
+                        let links = self.clone();
+                        tokio::spawn(async move { links.answer(peer, send, receive).await });
                     }
+                    // Dropping them resets the one and stops the other.
+                    Ok(_) => self.flooded(peer, &turn),
                     Err(_) => break,
                 },
             }
         }
-        let mut table = lock(&self.0.table);
-        if matches!(table.get(&peer), Some(Link::Up { connection: c, .. }) if c.stable_id() == connection.stable_id()) {
-            table.remove(&peer);
+        self.table().ended(&peer, &connection);
+    }
+
+    /// Counts the connections of a peer that are served, so that it cannot say more by opening more.
+    fn take_turn(&self, peer: NodeId) -> Option<Turn> {
+        let mut served = lock(&self.0.served);
+        let new = || (0, Arc::new(Mutex::new(Flow::new(Instant::now()))));
+        let (count, flow) = served.entry(peer).or_insert_with(new);
+        if *count >= MAX_CONNECTIONS_OF_PEER {
+            self.0.counters.flood.fetch_add(1, Relaxed);
+            return None;
+        }
+        *count += 1;
+        Some(Turn { links: self.clone(), peer, flow: flow.clone() })
+    }
+
+    fn flooded(&self, peer: NodeId, turn: &Turn) {
+        self.0.counters.flood.fetch_add(1, Relaxed);
+        if lock(&turn.flow).is_first_of_flood() {
+            tracing::warn!(%peer, "sends more gossip than a member has to say; the rest is dropped");
         }
     }
 
-    fn push(&self, except: Option<NodeId>, records: &[SignedRecord]) {
-        let request = Arc::new(GossipRequest::Push(records.to_vec()));
-        let table = lock(&self.0.table);
-        let live = table.iter().filter(|(id, _)| Some(**id) != except).filter_map(|(_, link)| match link {
-            Link::Up { connection, .. } => Some(connection.clone()),
-            Link::Dialling { .. } => None,
-        });
-        for connection in live.take(MAX_PUSHES) {
+    fn push(&self, fanout: usize, items: Items) {
+        let mut connections = self.table().live();
+        let request = Arc::new(GossipRequest::Push(items));
+        let mut rng = rand::rng();
+        for _ in 0..fanout.min(connections.len()) {
+            let (peer, connection) = connections.swap_remove(rng.random_range(0..connections.len()));
+            self.table().used_for_push(&peer);
             let request = request.clone();
             tokio::spawn(async move {
                 let pushed = async {
@@ -230,75 +301,79 @@ impl Links {
         }
     }
 
-    async fn sync(&self, sync: Sync) {
-        let addr = sync.with.addr();
-        let outcome = tokio::time::timeout(EXCHANGE_TIMEOUT, self.exchange(sync)).await;
-        match outcome.unwrap_or_else(|_| Err("no answer in time".into())) {
-            Ok((peer, state)) => {
-                lock(&self.0.unreachable).remove(&addr);
-                self.0.gossip.sync_reply(peer, state).await;
+    /// A member has come back in a new life. If it is a new process, a connection that its old one had dialled leads
+    /// nowhere, and nobody is there to say so.
+    fn verify_renewed(&self, id: NodeId) {
+        let Some(Link::Up { connection, dialled_by, .. }) = self.table().get(&id) else { return };
+        if dialled_by != id {
+            // What we dialled is reset by whoever has the port now, whose reset key is kept on disk.
+            return;
+        }
+        let links = self.clone();
+        tokio::spawn(async move {
+            let works = exchange::ping_over(&connection, None);
+            if !matches!(tokio::time::timeout(RENEWED_TIMEOUT, works).await, Ok(Ok(_))) {
+                links.table().ended(&id, &connection);
+                connection.close((CloseCode::Stale as u32).into(), b"stale");
             }
-            Err(why) => {
-                let mut unreachable = lock(&self.0.unreachable);
-                if unreachable.len() >= MAX_UNREACHABLE {
-                    unreachable.clear();
-                }
-                if unreachable.insert(addr, why.clone()).is_none() {
-                    tracing::warn!(%addr, why, "a seed or former member does not answer; trying again for ever");
-                }
-            }
+        });
+    }
+
+    fn not_reached(&self, addr: SocketAddr, why: String) {
+        let mut unreachable = lock(&self.0.unreachable);
+        if unreachable.len() >= MAX_UNREACHABLE {
+            unreachable.clear();
+        }
+        if unreachable.insert(addr, why.clone()).is_none() {
+            tracing::warn!(%addr, why, "a seed or former member does not answer; trying again for ever");
         }
     }
 
-    async fn exchange(&self, sync: Sync) -> Result<(NodeId, FullState), String> {
-        let known = match sync.with {
-            Target::Node(ident) => match lock(&self.0.table).get(&ident.id) {
-                Some(Link::Up { connection, .. }) if connection.close_reason().is_none() => {
-                    Some((connection.clone(), ident.id))
-                }
-                _ => None,
-            },
-            Target::Addr(_) => None,
-        };
-        let (connection, peer) = match known {
-            Some(known) => known,
-            None => {
-                let (connection, peer) = self.dial(sync.with.addr()).await?;
-                self.adopt_dialled(connection.clone(), peer);
-                (connection, peer)
-            }
-        };
-        let asked = async {
-            let (mut send, mut receive) = connection.open_bi().await?;
-            stream::write_frame(&mut send, &GossipRequest::Sync(sync.state)).await?;
-            stream::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await
-        };
-        let state: FullState = asked.await.map_err(|e: StreamFault| e.to_string())?;
-        Ok((peer, state))
+    /// Forgets about addresses that nobody asks for any more.
+    pub(crate) fn forget_unreachable(&self, live: &HashSet<SocketAddr>) {
+        lock(&self.0.unreachable).retain(|addr, _| !live.contains(addr));
     }
 }
 
-async fn answer(
-    gossip: GossipHandle,
+/// A connection that is served; given back when dropped.
+struct Turn {
+    links: Links,
     peer: NodeId,
-    mut send: quinn::SendStream,
-    mut receive: quinn::RecvStream,
-) -> Result<(), StreamFault> {
-    match stream::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await? {
-        GossipRequest::Push(records) => gossip.receive_records(peer, records).await,
-        GossipRequest::Sync(state) => {
-            if let Some(reply) = gossip.sync(peer, state).await {
-                stream::write_frame(&mut send, &reply).await?;
+    /// What the peer may still say, over all its connections.
+    flow: Arc<Mutex<Flow>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut served = lock(&self.links.0.served);
+        if let Some((count, _)) = served.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                served.remove(&self.peer);
             }
         }
     }
-    Ok(())
 }
 
-fn store(state: &StateDir, name: &str, bytes: &[u8]) {
-    // A full disk must not take the node out of the mesh: it serves from memory and says so.
-    if let Err(error) = state.write(name, bytes) {
-        tracing::error!(error = %error, "cannot store {name}");
+/// Stores what changed. A full disk must not take the node out of the mesh: it serves from memory and says so.
+fn keep(state: &StateDir, before: &Durable, now: &Durable) {
+    let store = |state: &StateDir, name: &str, bytes: &[u8]| {
+        if let Err(error) = state.write(name, bytes) {
+            tracing::error!(%error, "cannot store {name}");
+        }
+    };
+    if now.generation != before.generation {
+        store(state, "generation", now.generation.to_string().as_bytes());
+    }
+    if now.peers != before.peers {
+        match serde_json::to_vec(&now.peers) {
+            // Not on this thread, which must answer probes while the disk syncs.
+            Ok(json) => {
+                let state = state.clone();
+                tokio::task::spawn_blocking(move || store(&state, "peers.json", &json));
+            }
+            Err(error) => tracing::error!(%error, "peers.json"),
+        }
     }
 }
 

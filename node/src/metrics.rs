@@ -31,6 +31,22 @@ struct StatusLabel {
     status: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusedLabels {
+    what: String,
+    reason: String,
+}
+
+/// What gossip and its transport have counted.
+#[derive(Debug, Default)]
+pub(crate) struct GossipFigures {
+    pub(crate) counters: Counters,
+    pub(crate) streams_refused: u64,
+    pub(crate) flood: u64,
+    /// Messages dropped because a queue was full.
+    pub(crate) dropped: u64,
+}
+
 type Durations = Family<CallLabels, Histogram, fn() -> Histogram>;
 
 /// Metrics of a node. Cheap to clone; each clone counts into the same.
@@ -45,8 +61,12 @@ struct Shared {
     cert_expiry: Gauge,
     in_flight: Gauge,
     retries: Counter,
-    packets_refused: Counter,
-    records_refused: Counter,
+    refused: Family<RefusedLabels, Counter>,
+    lost: Counter,
+    exchanges: Counter,
+    doubt: Gauge,
+    backlog: Gauge,
+    panicking: Gauge,
     /// 1 if the last reload was taken.
     reload: Gauge,
     /// Handles by label, newest first: a call looks through a few entries instead of hashing strings.
@@ -79,13 +99,19 @@ impl Metrics {
         );
         let retries = Counter::<u64, AtomicU64>::default();
         registry.register("starling_retries", "Attempts beyond a call's first", retries.clone());
-        let (packets_refused, records_refused) = (Counter::default(), Counter::default());
+        let refused = Family::<RefusedLabels, Counter>::default();
+        registry.register("starling_gossip_refused", "Gossip refused or dropped, by what and why", refused.clone());
+        let (lost, exchanges) = (Counter::default(), Counter::default());
+        registry.register("starling_gossip_lost", "Times that the mesh declared this node dead", Counter::clone(&lost));
+        registry.register("starling_gossip_exchanges", "Exchanges of state begun", Counter::clone(&exchanges));
+        let (doubt, backlog, panicking) = (Gauge::default(), Gauge::default(), Gauge::default());
+        registry.register("starling_gossip_doubt", "Doubt of this node's own judgement, 0 to 8", Gauge::clone(&doubt));
+        registry.register("starling_gossip_backlog", "Updates that wait to be passed on", Gauge::clone(&backlog));
         registry.register(
-            "starling_gossip_packets_refused",
-            "Gossip packets refused",
-            Counter::clone(&packets_refused),
+            "starling_panicking_services",
+            "Services most of whose instances vanished at once",
+            Gauge::clone(&panicking),
         );
-        registry.register("starling_gossip_records_refused", "Node records refused", Counter::clone(&records_refused));
         let reload = Gauge::default();
         reload.set(1);
         registry.register("starling_config_reload_success", "Whether the last reload was taken", Gauge::clone(&reload));
@@ -97,8 +123,12 @@ impl Metrics {
             cert_expiry,
             in_flight,
             retries,
-            packets_refused,
-            records_refused,
+            refused,
+            lost,
+            exchanges,
+            doubt,
+            backlog,
+            panicking,
             reload,
             cache: Mutex::default(),
         }))
@@ -145,7 +175,13 @@ impl Metrics {
     }
 
     /// Everything, as text, with the gauges brought up to date.
-    pub(crate) fn text(&self, snapshot: &Snapshot, client: &MeshClient, gossip: Counters, cert_left: i64) -> String {
+    pub(crate) fn text(
+        &self,
+        snapshot: &Snapshot,
+        client: &MeshClient,
+        gossip: &GossipFigures,
+        cert_left: i64,
+    ) -> String {
         let shared = &self.0;
         for status in ["alive", "suspect", "down", "left"] {
             let count = snapshot.members.iter().filter(|m| crate::admin::status_of(m).as_str() == status).count();
@@ -154,8 +190,24 @@ impl Metrics {
         shared.cert_expiry.set(cert_left);
         shared.in_flight.set(client.in_flight() as i64);
         catch_up(&shared.retries, client.retries());
-        catch_up(&shared.packets_refused, gossip.packets_refused);
-        catch_up(&shared.records_refused, gossip.records_refused);
+        let counters = &gossip.counters;
+        for (what, reason, total) in [
+            ("packet", "invalid", counters.packets_refused),
+            ("record", "invalid", counters.records_refused),
+            ("record", "stale", counters.records_stale),
+            ("document", "invalid", counters.documents_refused),
+            ("stream", "invalid", gossip.streams_refused),
+            ("any", "flood", gossip.flood),
+            ("any", "busy", gossip.dropped),
+        ] {
+            let labels = RefusedLabels { what: what.into(), reason: reason.into() };
+            catch_up(&shared.refused.get_or_create(&labels), total);
+        }
+        catch_up(&shared.lost, counters.lost);
+        catch_up(&shared.exchanges, counters.exchanges);
+        shared.doubt.set(counters.doubt as i64);
+        shared.backlog.set(counters.backlog as i64);
+        shared.panicking.set(snapshot.panicking.len() as i64);
         let mut text = String::new();
         if encode(&mut text, &shared.registry.lock().unwrap_or_else(|e| e.into_inner())).is_err() {
             let _ = writeln!(text, "# encoding failed");

@@ -11,17 +11,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, Snapshot};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, MemberView, Memory, Profile, Snapshot};
 use starling_protocol::{
-    CloseCode, JoinToken, Name, NodeKind, Phase, ServiceRecord, ServiceState, TokenError, admin as json, alpn,
+    CloseCode, DocumentEdition, JoinToken, Name, NodeKind, Phase, ServiceRecord, ServiceState, TokenError,
+    admin as json, alpn,
 };
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Drain, MeshClient, Metrics,
+    Documents, Drain, MeshClient, Metrics,
     admin::{self, ExtraRoutes, Subject},
-    config::Config,
+    config::{Config, GossipProfile},
+    documents,
     endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, load_or_create_reset_key},
     health,
     identity::{
@@ -33,11 +36,13 @@ use crate::{
     },
     inbound::Inbound,
     links::Links,
+    metrics::GossipFigures,
     outbound::Outbound,
     pool::Pool,
     problem::pseudonym,
     reuseport,
     state::{StateDir, StateError, StateLock},
+    survey,
     tls::{self, Peer},
 };
 
@@ -52,6 +57,8 @@ const MAX_CONNECTIONS: usize = 20_000;
 /// Connections above which a peer must prove its address first (RFC 9000 §8.1.2).
 const RETRY_ABOVE: usize = 2_000;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a member may take to answer an operator's ping.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often seeds' names are resolved again.
 const RESOLVE_PERIOD: Duration = Duration::from_secs(10);
 
@@ -161,6 +168,7 @@ struct Shared {
     authority: SharedAuthority,
     gossip: GossipHandle,
     links: Links,
+    documents: Documents,
     client: MeshClient,
     inbound: Inbound,
     metrics: Metrics,
@@ -235,18 +243,20 @@ impl Node {
         let me = Ident { id: identity.id(), addr: advertise, generation };
         let mut remembered = remembered_peers(&state);
         remembered.extend(peers_told);
+        let (documents, kept) = Documents::open(&state)?;
         let (contacts, known_contacts) = watch::channel(remembered.clone());
         let gossip = Gossip::new(
             me,
             announcement(config, kind, &identity, &authority),
             Box::new(RecordCredentials(identity.clone())),
-            remembered,
-            &starling_gossip::Config::default(),
+            Memory { peers: remembered, documents: kept.newest, floors: kept.floors },
+            &starling_gossip::Config::new(profile(config)),
             (Instant::now(), unix_now()),
         );
         let (gossip, outgoing) = starling_gossip::spawn(gossip);
-        let links = Links::new(identity.clone(), control.clone(), gossip.clone());
-        tokio::spawn(links.clone().run(outgoing, state.clone()));
+        let links = Links::new(identity.clone(), control.clone(), gossip.clone(), documents.clone());
+        tokio::spawn(links.clone().run(outgoing, gossip.durable(), state.clone()));
+        tokio::spawn(documents.clone().run(gossip.durable()));
 
         let metrics = Metrics::new();
         let own = pseudonym(identity.name());
@@ -259,6 +269,7 @@ impl Node {
             authority: authority.clone(),
             gossip: gossip.clone(),
             links: links.clone(),
+            documents,
             client: client.clone(),
             inbound: inbound.clone(),
             metrics: metrics.clone(),
@@ -322,6 +333,11 @@ impl Node {
         &self.shared.drain
     }
 
+    /// Mesh documents, to follow.
+    pub fn documents(&self) -> &Documents {
+        &self.shared.documents
+    }
+
     /// Where metrics are counted.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
@@ -380,6 +396,7 @@ impl Node {
         let finished = shared.drain.finish(patience).await;
         shared.gossip.leave().await;
         tokio::time::sleep(LEAVE_GRACE).await;
+        shared.documents.acquit();
         for endpoint in &self.endpoints {
             endpoint.close().await;
         }
@@ -556,6 +573,8 @@ impl Subject for Shared {
             issuers_alive: live.iter().filter(|m| m.record.as_ref().is_some_and(|r| r.issuer.is_some())).count(),
             first_cert_expires: admin::rfc3339(ends),
             in_flight: self.client.in_flight() + self.inbound.in_flight(),
+            doubt: snapshot.doubt.into(),
+            panicking: snapshot.panicking.clone(),
             unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
             reload_error: self.extra().reload_error.clone(),
         }
@@ -563,8 +582,68 @@ impl Subject for Shared {
 
     async fn metrics(&self) -> String {
         let left = self.identity.validity().1 as i64 - unix_now() as i64;
-        let counters = self.gossip.counters().await;
-        self.metrics.text(&self.snapshot(), &self.client, counters, left)
+        let of_links = self.links.counters();
+        let figures = GossipFigures {
+            counters: self.gossip.counters().await,
+            streams_refused: of_links.streams_refused.load(Relaxed),
+            flood: of_links.flood.load(Relaxed),
+            dropped: self.gossip.dropped(),
+        };
+        self.metrics.text(&self.snapshot(), &self.client, &figures, left)
+    }
+
+    async fn members(&self, detailed: bool) -> Vec<json::Member> {
+        let mut members = admin::members(&self.snapshot());
+        if detailed {
+            let (links, details) = (self.links.views(), self.gossip.details().await);
+            for member in members.iter_mut().filter(|m| !m.is_self) {
+                let known = details.iter().find(|d| d.id.to_string() == member.id);
+                let link = known.and_then(|d| links.get(&d.id));
+                member.detail = Some(json::MemberDetail {
+                    heard_ms_ago: known.and_then(|d| d.heard).map(|ago| ago.as_millis() as u64),
+                    connection: link.map_or("none", |l| l.state).into(),
+                    rtt_us: link.and_then(|l| l.rtt).map(|rtt| rtt.as_micros() as u64),
+                    root: known.and_then(|d| d.root).map(|root| format!("{root:016x}")),
+                });
+            }
+        }
+        members
+    }
+
+    async fn views(&self) -> Vec<json::ObserverView> {
+        survey::views(&self.snapshot(), &self.links).await
+    }
+
+    async fn documents(&self) -> Vec<json::Document> {
+        survey::documents(&self.snapshot(), &self.links, &self.documents).await
+    }
+
+    async fn publish(&self, new: json::NewDocument) -> Result<DocumentEdition, String> {
+        let bytes = STANDARD.decode(&new.signed).map_err(|e| format!("the document is not base64: {e}"))?;
+        let signed = starling_protocol::decode(&bytes).map_err(|e| format!("the document does not decode: {e}"))?;
+        documents::publish(&self.gossip, signed).await.map_err(|e| e.to_string())
+    }
+
+    async fn ping(&self, node: &str) -> Result<json::Pinged, String> {
+        let snapshot = self.snapshot();
+        let member = find(&snapshot, node)?;
+        if member.is_self {
+            return Err(format!("{node} is this node itself"));
+        }
+        let ident = Ident { id: member.id, addr: member.addr, generation: member.generation };
+        let started = Instant::now();
+        let pong = tokio::time::timeout(PING_TIMEOUT, self.links.ping(ident, None)).await;
+        let pong = pong.map_err(|_| format!("{node} does not answer within {PING_TIMEOUT:?}"))?;
+        let pong = pong.map_err(|e| format!("{node} does not answer: {e}"))?;
+        let rtt_us = started.elapsed().as_micros() as u64;
+        let name = admin::name_of(&snapshot, &member.id);
+        Ok(json::Pinged { node: name, addr: member.addr, rtt_us, generation: pong.generation })
+    }
+
+    async fn forget(&self, node: &str, prune: bool) -> Result<(), String> {
+        let id = find(&self.snapshot(), node)?.id;
+        let outcome = self.gossip.forget(id, prune).await.ok_or("the node is going away")?;
+        outcome.map_err(|e| format!("{node}: {e}"))
     }
 
     fn drain(&self) {
@@ -590,6 +669,18 @@ impl Subject for Shared {
 
     fn extra(&self) -> Option<Arc<dyn ExtraRoutes>> {
         Shared::extra(self).routes.clone()
+    }
+}
+
+fn find<'a>(snapshot: &'a Snapshot, node: &str) -> Result<&'a MemberView, String> {
+    let by_id = || snapshot.members.iter().find(|m| m.id.to_string() == node);
+    snapshot.named(node).or_else(by_id).ok_or_else(|| format!("no member has the name or id {node:?}"))
+}
+
+fn profile(config: &Config) -> Profile {
+    match config.gossip.profile {
+        GossipProfile::Lan => Profile::Lan,
+        GossipProfile::Wan => Profile::Wan,
     }
 }
 
@@ -701,8 +792,11 @@ fn default_name() -> Name {
 
 /// Higher than in any former life, also when the clock was set back; stored before anything is sent.
 fn next_generation(state: &StateDir) -> Result<u64, StateError> {
+    /// Others refuse what is further ahead of their clocks, so nobody has believed such a life.
+    const MAX_AHEAD_S: u64 = 24 * 3600;
     let last: u64 = state.read_text("generation")?.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-    let next = unix_now().max(last + 1);
+    let now = unix_now();
+    let next = if last > now + MAX_AHEAD_S { now } else { now.max(last + 1) };
     state.write("generation", next.to_string().as_bytes())?;
     Ok(next)
 }
@@ -767,5 +861,6 @@ async fn keep_house(shared: Arc<Shared>) {
             shared.met_somebody.store(true, Relaxed);
         }
         shared.client.forget_strangers();
+        shared.links.forget_unreachable(&snapshot.members.iter().filter(|m| m.is_live()).map(|m| m.addr).collect());
     }
 }

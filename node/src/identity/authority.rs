@@ -9,15 +9,21 @@ use std::{
 use aws_lc_rs::hmac;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SanType,
+    SigningKey as _,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use serde::{Deserialize, Serialize};
-use starling_protocol::{Grant, Grants, Join, JoinToken, MeshName, Name, NodeId, Refusal, TokenClaims, encode};
+use starling_protocol::{
+    Grant, Grants, Join, JoinToken, MeshDocument, MeshName, Name, NodeId, Refusal, SignedDocument, TokenClaims, encode,
+};
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
-use super::{certificate::EDGE_UNIT, node_id, pem_certificates, pem_text, sha256, unix_now};
+use super::{
+    certificate::{ADMIN_UNIT, EDGE_UNIT},
+    node_id, pem_certificates, pem_text, sha256, unix_now,
+};
 use crate::state::{StateDir, StateError};
 
 const ROOT_KEY: &str = "root/key.pem";
@@ -27,6 +33,9 @@ const ISSUER_CERT: &str = "issuer/cert.pem";
 const ISSUER_MESH: &str = "issuer/mesh";
 const TOKEN_KEY: &str = "issuer/token.key";
 const SPENT: &str = "issuer/spent.json";
+
+const ADMIN_KEY: &str = "admin/key.pem";
+const ADMIN_CERT: &str = "admin/cert.pem";
 
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 86400);
 /// As long as the root's, because nothing renews it yet.
@@ -57,6 +66,12 @@ pub enum AuthorityError {
     /// No issuer here.
     #[error("{path} holds no issuer; run this where `starling init` was run, or make one with `--issuer`")]
     NotAnIssuer {
+        /// The directory.
+        path: String,
+    },
+    /// No admin key here.
+    #[error("{path} holds no admin key; run this where `starling init` was run")]
+    NoAdmin {
         /// The directory.
         path: String,
     },
@@ -120,6 +135,11 @@ impl Authority {
         let issuer_cert = sign_issuer(mesh, &issuer_key, root_cert.der(), &root_key).expect("a P-256 key can sign");
         let token_key: [u8; 32] = rand::random();
 
+        let admin_key = KeyPair::generate_for(&PKCS_ED25519).expect("the system has randomness");
+        let admin_cert = sign_admin(mesh, &admin_key, root_cert.der(), &root_key).expect("a P-256 key can sign");
+
+        state.write(ADMIN_KEY, admin_key.serialize_pem().as_bytes())?;
+        state.write(ADMIN_CERT, pem_text(std::slice::from_ref(&admin_cert)).as_bytes())?;
         state.write(ROOT_KEY, root_key.serialize_pem().as_bytes())?;
         state.write(ROOT_CERT, root_cert.pem().as_bytes())?;
         Self::store_issuer(state, mesh, &issuer_key, &issuer_cert, &token_key)?;
@@ -346,6 +366,31 @@ impl Authority {
     }
 }
 
+/// A holder of the mesh's admin key: signs what the whole mesh shall follow.
+pub struct Admin {
+    key: KeyPair,
+    cert: CertificateDer<'static>,
+}
+
+impl Admin {
+    /// Loads the admin key of a state directory, or says that there is none.
+    pub fn require(state: &StateDir) -> Result<Self, AuthorityError> {
+        let none = || AuthorityError::NoAdmin { path: state.path().display().to_string() };
+        let (key, cert) = (state.read_text(ADMIN_KEY)?.ok_or_else(none)?, state.read_text(ADMIN_CERT)?);
+        let cert = cert.ok_or_else(|| state.damaged(ADMIN_CERT, "missing"))?;
+        let key = KeyPair::from_pem(&key).map_err(|e| state.damaged(ADMIN_KEY, e))?;
+        let cert = pem_certificates(&cert).map_err(|e| state.damaged(ADMIN_CERT, e))?.swap_remove(0);
+        Ok(Self { key, cert })
+    }
+
+    /// Signs a document.
+    pub fn sign(&self, document: &MeshDocument) -> SignedDocument {
+        let body = SignedDocument::encode_body(document);
+        let signature = self.key.sign(&SignedDocument::signed_bytes(&body)).expect("an Ed25519 key can sign");
+        SignedDocument { body, signature, certificate: self.cert.to_vec() }
+    }
+}
+
 /// Shared by the parts of a node that sign.
 pub(crate) type SharedAuthority = Option<Arc<Authority>>;
 
@@ -364,6 +409,23 @@ fn sign_issuer(
     // Issuers of one mesh differ by key; a name of its own keeps path building unambiguous.
     let mut params = ca_params(&format!("{mesh} issuer {:?}", node_id(key)), ISSUER_LIFE);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let issuer = Issuer::from_ca_cert_der(root, root_key)?;
+    Ok(params.signed_by(key, &issuer)?.der().clone())
+}
+
+/// The admin key's certificate: good for documents and for nothing else, as it has none of a node's names.
+fn sign_admin(
+    mesh: &MeshName,
+    key: &KeyPair,
+    root: &CertificateDer<'_>,
+    root_key: &KeyPair,
+) -> Result<CertificateDer<'static>, rcgen::Error> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = common_name(&format!("{mesh} admin"));
+    params.distinguished_name.push(DnType::OrganizationalUnitName, ADMIN_UNIT);
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    validity(&mut params, ROOT_LIFE);
     let issuer = Issuer::from_ca_cert_der(root, root_key)?;
     Ok(params.signed_by(key, &issuer)?.der().clone())
 }

@@ -1,0 +1,98 @@
+//! The mesh as JSON.
+
+use starling_gossip::{MemberView, Snapshot};
+use starling_protocol::{MemberHealth, NodeId, NodeKind, Sight, admin};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::MeshClient;
+
+/// Unix seconds as RFC 3339.
+pub(crate) fn rfc3339(unix: u64) -> String {
+    let at = i64::try_from(unix).ok().and_then(|t| OffsetDateTime::from_unix_timestamp(t).ok());
+    at.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default()
+}
+
+pub(crate) fn status_of(member: &MemberView) -> admin::MemberStatus {
+    match member.health {
+        _ if member.left => admin::MemberStatus::Left,
+        MemberHealth::Alive => admin::MemberStatus::Alive,
+        MemberHealth::Suspect => admin::MemberStatus::Suspect,
+        MemberHealth::Down => admin::MemberStatus::Down,
+    }
+}
+
+/// Name of a member, or its short id while the name is unknown.
+pub(crate) fn name_of(snapshot: &Snapshot, id: &NodeId) -> String {
+    let record = snapshot.member(id).and_then(|m| m.record.as_ref());
+    record.map_or_else(|| format!("{id:?}"), |r| r.name.to_string())
+}
+
+/// Members as another node should be told.
+pub(crate) fn sights(snapshot: &Snapshot) -> Vec<Sight> {
+    let sight = |m: &MemberView| Sight { id: m.id, generation: m.generation, status: status_of(m) };
+    snapshot.members.iter().map(sight).collect()
+}
+
+/// Members as this node sees them.
+pub(crate) fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
+    snapshot
+        .members
+        .iter()
+        .map(|m| {
+            let record = m.record.as_deref();
+            let services = record.map_or(&[][..], |r| &r.services);
+            admin::Member {
+                name: record.map_or_else(|| format!("{:?}", m.id), |r| r.name.to_string()),
+                id: m.id.to_string(),
+                addr: m.addr,
+                kind: record.map_or(NodeKind::Node, |r| r.kind),
+                status: status_of(m),
+                generation: m.generation,
+                incarnation: m.incarnation,
+                zone: record.map_or_else(String::new, |r| r.zone.clone()),
+                services: services
+                    .iter()
+                    .map(|s| admin::MemberService {
+                        name: s.name.clone(),
+                        version: s.version.clone(),
+                        protocol: s.protocol,
+                        state: s.state,
+                    })
+                    .collect(),
+                since: rfc3339(m.since),
+                cert_expires: record.map(|r| rfc3339(r.cert_expires)),
+                is_self: m.is_self,
+                suspected_by: m.suspected_by.iter().map(|id| name_of(snapshot, id)).collect(),
+                detail: None,
+            }
+        })
+        .collect()
+}
+
+/// Services by version, with their instances.
+pub(crate) fn services(snapshot: &Snapshot, client: &MeshClient) -> Vec<admin::Service> {
+    let mut services: Vec<admin::Service> = Vec::new();
+    for member in snapshot.members.iter().filter(|m| !m.left) {
+        let Some(record) = &member.record else { continue };
+        for service in &record.services {
+            let instance = admin::ServiceInstance {
+                node: record.name.to_string(),
+                addr: member.addr,
+                zone: record.zone.clone(),
+                status: status_of(member),
+                state: service.state,
+                ejected: client.is_ejected(&member.id),
+            };
+            match services.iter_mut().find(|s| s.name == service.name && s.version == service.version) {
+                Some(known) => known.instances.push(instance),
+                None => services.push(admin::Service {
+                    name: service.name.clone(),
+                    version: service.version.clone(),
+                    instances: vec![instance],
+                }),
+            }
+        }
+    }
+    services.sort_by(|a, b| (&a.name, &a.version).cmp(&(&b.name, &b.version)));
+    services
+}

@@ -1,0 +1,164 @@
+//! What goes over the streams of a link, on the asking and on the answering side.
+
+use std::{sync::atomic::Ordering::Relaxed, time::Instant};
+
+use quinn::ReadExactError;
+use serde::de::DeserializeOwned;
+use starling_gossip::{Ident, Sync, Target};
+use starling_protocol::{
+    Delta, FRAME_HEADER_BYTES, FrameError, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Pong,
+    View, decode, frame, frame_length,
+};
+
+use super::{EXCHANGE_TIMEOUT, Links};
+use crate::{
+    admin,
+    stream::{self, StreamFault},
+};
+
+/// Longest answer to a ping, in bytes.
+const MAX_PONG_BYTES: usize = 64;
+
+impl Links {
+    /// Compares states with a peer, both ways.
+    pub(super) async fn sync(&self, sync: Sync) {
+        let addr = sync.with.addr();
+        let outcome = tokio::time::timeout(EXCHANGE_TIMEOUT, self.exchange(sync)).await;
+        match outcome.unwrap_or_else(|_| Err("no answer in time".into())) {
+            Ok(()) => drop(super::lock(&self.0.unreachable).remove(&addr)),
+            Err(why) => self.not_reached(addr, why),
+        }
+    }
+
+    async fn exchange(&self, sync: Sync) -> Result<(), String> {
+        let known = match sync.with {
+            Target::Node(ident) => self.table().up(&ident.id, Instant::now()).map(|connection| (connection, ident.id)),
+            Target::Addr(_) => None,
+        };
+        let (connection, peer) = match known {
+            Some(known) => known,
+            None => {
+                let (connection, peer) = self.dial(sync.with.addr()).await?;
+                self.adopt_dialled(connection.clone(), peer);
+                (connection, peer)
+            }
+        };
+        let text = |e: StreamFault| e.to_string();
+        let (mut send, mut receive) = connection.open_bi().await.map_err(|e| e.to_string())?;
+        send.write_all(&frame(&GossipRequest::Sync(sync.summary))).await.map_err(|e| e.to_string())?;
+        let delta: Delta = stream::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await.map_err(text)?;
+        let wanted = self.0.gossip.absorb(peer, sync.with, delta).await.unwrap_or_default();
+        stream::write_frame(&mut send, &wanted).await.map_err(text)
+    }
+
+    /// Pings a member over a stream, dialling it if need be.
+    pub(crate) async fn ping(&self, to: Ident, suspected: Option<u16>) -> Result<Pong, String> {
+        let known = self.table().up(&to.id, Instant::now());
+        let connection = match known {
+            Some(connection) => connection,
+            None => self.connect(to).await?,
+        };
+        ping_over(&connection, suspected).await.map_err(|e| e.to_string())
+    }
+
+    /// Asks a member how it sees the mesh.
+    pub(crate) async fn inspect(&self, member: Ident) -> Result<View, String> {
+        let asked = async {
+            let known = self.table().up(&member.id, Instant::now());
+            let connection = match known {
+                Some(connection) => connection,
+                None => self.connect(member).await?,
+            };
+            let asked = async {
+                let (mut send, mut receive) = connection.open_bi().await?;
+                stream::write_frame(&mut send, &GossipRequest::Inspect).await?;
+                stream::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await
+            };
+            asked.await.map_err(|e: StreamFault| e.to_string())
+        };
+        tokio::time::timeout(EXCHANGE_TIMEOUT, asked).await.unwrap_or_else(|_| Err("no answer in time".into()))
+    }
+
+    async fn connect(&self, member: Ident) -> Result<quinn::Connection, String> {
+        let (connection, peer) = self.dial(member.addr).await?;
+        self.adopt_dialled(connection.clone(), peer);
+        if peer == member.id { Ok(connection) } else { Err("another node answers at its address".into()) }
+    }
+
+    /// Answers a stream that a peer opened.
+    pub(super) async fn answer(&self, peer: NodeId, send: quinn::SendStream, receive: quinn::RecvStream) {
+        match tokio::time::timeout(EXCHANGE_TIMEOUT, self.respond(peer, send, receive)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error @ (StreamFault::Frame(_) | StreamFault::Read(ReadExactError::FinishedEarly(_))))) => {
+                self.0.counters.streams_refused.fetch_add(1, Relaxed);
+                tracing::debug!(%peer, %error, "refused a gossip stream");
+            }
+            Ok(Err(error)) => tracing::debug!(%error, "gossip stream"),
+            Err(_) => tracing::debug!("gossip stream timed out"),
+        }
+    }
+
+    async fn respond(
+        &self,
+        peer: NodeId,
+        mut send: quinn::SendStream,
+        mut receive: quinn::RecvStream,
+    ) -> Result<(), StreamFault> {
+        let gossip = &self.0.gossip;
+        match self.read_request(&mut receive).await? {
+            GossipRequest::Push(items) => gossip.receive(peer, items).await,
+            GossipRequest::Sync(summary) => {
+                let Some(delta) = gossip.answer(peer, summary).await else { return Ok(()) };
+                stream::write_frame(&mut send, &delta).await?;
+                let items: Items = self.read_frame(&mut receive).await?.0;
+                if !items.is_empty() {
+                    gossip.receive(peer, items).await;
+                }
+            }
+            GossipRequest::Ping { suspected } => {
+                if let Some(pong) = gossip.answer_ping(peer, suspected).await {
+                    stream::write_frame(&mut send, &pong).await?;
+                }
+            }
+            GossipRequest::Inspect => {
+                let view = View { members: admin::sights(&gossip.snapshot()), documents: self.0.documents.sights() };
+                stream::write_frame(&mut send, &view).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first frame.
+    async fn read_request(&self, receive: &mut quinn::RecvStream) -> Result<GossipRequest, StreamFault> {
+        match self.read_frame(receive).await? {
+            (GossipRequest::Push(_), length) if length > MAX_PUSH_BYTES => {
+                Err(FrameError::TooLong { length, limit: MAX_PUSH_BYTES }.into())
+            }
+            (request, _) => Ok(request),
+        }
+    }
+
+    /// A frame from a peer, and its length. Large ones, which only a first exchange of a large mesh needs, are read a few at
+    /// a time, from all peers together.
+    async fn read_frame<T: DeserializeOwned>(
+        &self,
+        receive: &mut quinn::RecvStream,
+    ) -> Result<(T, usize), StreamFault> {
+        let mut header = [0; FRAME_HEADER_BYTES];
+        receive.read_exact(&mut header).await?;
+        let length = frame_length(header, MAX_GOSSIP_FRAME_BYTES)?;
+        let _permit = match length > MAX_PUSH_BYTES {
+            true => Some(self.0.large_frames.acquire().await),
+            false => None,
+        };
+        let mut body = vec![0; length];
+        receive.read_exact(&mut body).await?;
+        Ok((decode(&body)?, length))
+    }
+}
+
+pub(super) async fn ping_over(connection: &quinn::Connection, suspected: Option<u16>) -> Result<Pong, StreamFault> {
+    let (mut send, mut receive) = connection.open_bi().await?;
+    stream::write_frame(&mut send, &GossipRequest::Ping { suspected }).await?;
+    stream::read_frame(&mut receive, MAX_PONG_BYTES).await
+}

@@ -1,0 +1,240 @@
+//! The links by peer: which are up, being dialled, or resting after a dial that failed. Pure bookkeeping.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use starling_protocol::NodeId;
+
+/// A packet older than this when the handshake is done is stale: a probe's round trip.
+const STALE: Duration = Duration::from_millis(150);
+/// Packets held for a handshake.
+const MAX_HELD: usize = 8;
+/// Most links. Above, those that were used for probes alone go first, the longest unused before others.
+const MAX_LINKS: usize = 1024;
+/// Pauses after dials that failed.
+const REST_MIN: Duration = Duration::from_millis(250);
+const REST_MAX: Duration = Duration::from_secs(5);
+/// Two connections that are set up within this time were dialled by both sides at once.
+const AT_ONCE: Duration = Duration::from_secs(2);
+
+/// The way to a peer.
+#[derive(Clone)]
+pub(super) enum Link {
+    /// On its way; packets wait for it.
+    Dialling { held: Vec<(Instant, Bytes)>, pause: Duration },
+    /// There.
+    Up {
+        connection: quinn::Connection,
+        dialled_by: NodeId,
+        since: Instant,
+        used: Instant,
+        /// Whether changes are pushed over it, and not only probes sent.
+        eager: bool,
+    },
+    /// Not to be dialled for a while: dead peers must not cost the living anything.
+    Resting { until: Instant, pause: Duration },
+}
+
+/// A link as operators see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LinkView {
+    pub(crate) state: &'static str,
+    pub(crate) rtt: Option<Duration>,
+}
+
+/// What to do with a packet.
+pub(super) enum Step {
+    Over(quinn::Connection),
+    Dial,
+    Nothing,
+}
+
+/// What follows from a new connection.
+#[derive(Default)]
+pub(super) struct Adopted {
+    /// Packets that waited, and are not stale yet.
+    pub(super) held: Vec<Bytes>,
+    /// Connections that are to be closed.
+    pub(super) losers: Vec<quinn::Connection>,
+}
+
+#[derive(Default)]
+pub(super) struct Table {
+    links: HashMap<NodeId, Link>,
+}
+
+impl Table {
+    pub(super) fn get(&self, peer: &NodeId) -> Option<Link> {
+        self.links.get(peer).cloned()
+    }
+
+    /// A connection that is up.
+    pub(super) fn up(&mut self, peer: &NodeId, now: Instant) -> Option<quinn::Connection> {
+        match self.links.get_mut(peer) {
+            Some(Link::Up { connection, used, .. }) if connection.close_reason().is_none() => {
+                *used = now;
+                Some(connection.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// Decides about a packet, and holds it if its link is being dialled.
+    pub(super) fn send(&mut self, to: NodeId, bytes: &Bytes, dial: bool, now: Instant) -> Step {
+        if let Some(connection) = self.up(&to, now) {
+            return Step::Over(connection);
+        }
+        let pause = match self.links.get_mut(&to) {
+            Some(Link::Dialling { held, .. }) => {
+                if held.len() < MAX_HELD {
+                    held.push((now, bytes.clone()));
+                }
+                return Step::Nothing;
+            }
+            Some(Link::Resting { until, .. }) if now < *until => return Step::Nothing,
+            _ if !dial => return Step::Nothing,
+            Some(Link::Resting { pause, .. }) => *pause,
+            _ => REST_MIN,
+        };
+        self.links.insert(to, Link::Dialling { held: vec![(now, bytes.clone())], pause });
+        Step::Dial
+    }
+
+    /// A dial has ended; returns the packets that waited for it. After a failure the peer rests.
+    pub(super) fn dialled(&mut self, peer: NodeId, worked: bool, now: Instant) -> Vec<Bytes> {
+        let Some(Link::Dialling { held, pause }) = self.links.get(&peer) else { return Vec::new() };
+        let (held, pause) = (fresh(held.clone(), now), *pause);
+        if worked {
+            self.links.remove(&peer);
+        } else {
+            self.links.insert(peer, Link::Resting { until: now + pause, pause: (pause * 2).min(REST_MAX) });
+        }
+        held
+    }
+
+    /// Makes the connection the one to send over. The newer one is better: the peer may have restarted, and the old one be
+    /// dead. Only of two that were dialled by both sides at once, both sides keep the one dialled by the smaller id, or
+    /// they would go on replacing each other's.
+    pub(super) fn adopt(
+        &mut self,
+        connection: &quinn::Connection,
+        peer: NodeId,
+        dialled_by: NodeId,
+        now: Instant,
+    ) -> Adopted {
+        let keep_old = matches!(self.links.get(&peer), Some(Link::Up { connection: old, dialled_by: by, since, .. })
+            if old.close_reason().is_none() && *by < dialled_by && now.saturating_duration_since(*since) < AT_ONCE);
+        if keep_old {
+            return Adopted { losers: vec![connection.clone()], ..Adopted::default() };
+        }
+        let new = Link::Up { connection: connection.clone(), dialled_by, since: now, used: now, eager: false };
+        let mut adopted = Adopted::default();
+        match self.links.insert(peer, new) {
+            Some(Link::Up { connection, .. }) => adopted.losers.push(connection),
+            Some(Link::Dialling { held, .. }) => adopted.held = fresh(held, now),
+            _ => {}
+        }
+        adopted.losers.extend(self.make_room(&peer));
+        adopted
+    }
+
+    /// Drops the least useful link if there are too many.
+    fn make_room(&mut self, except: &NodeId) -> Option<quinn::Connection> {
+        if self.links.len() <= MAX_LINKS {
+            return None;
+        }
+        let rank = |link: &Link| match link {
+            Link::Resting { until, .. } => (0, Some(*until)),
+            Link::Up { eager: false, used, .. } => (1, Some(*used)),
+            Link::Up { used, .. } => (2, Some(*used)),
+            Link::Dialling { .. } => (3, None),
+        };
+        let least = self.links.iter().filter(|(id, _)| *id != except).min_by_key(|(_, link)| rank(link));
+        let least = least.map(|(id, _)| *id)?;
+        self.remove(&least)
+    }
+
+    /// A connection has ended.
+    pub(super) fn ended(&mut self, peer: &NodeId, connection: &quinn::Connection) {
+        let same = |c: &quinn::Connection| c.stable_id() == connection.stable_id();
+        if matches!(self.links.get(peer), Some(Link::Up { connection, .. }) if same(connection)) {
+            self.links.remove(peer);
+        }
+    }
+
+    /// Forgets the peer; returns its connection if there was one.
+    pub(super) fn remove(&mut self, peer: &NodeId) -> Option<quinn::Connection> {
+        match self.links.remove(peer) {
+            Some(Link::Up { connection, .. }) => Some(connection),
+            _ => None,
+        }
+    }
+
+    pub(super) fn live(&self) -> Vec<(NodeId, quinn::Connection)> {
+        let up = self.links.iter().filter_map(|(id, link)| match link {
+            Link::Up { connection, .. } if connection.close_reason().is_none() => Some((*id, connection.clone())),
+            _ => None,
+        });
+        up.collect()
+    }
+
+    /// Changes are pushed over that link.
+    pub(super) fn used_for_push(&mut self, peer: &NodeId) {
+        if let Some(Link::Up { eager, .. }) = self.links.get_mut(peer) {
+            *eager = true;
+        }
+    }
+
+    pub(super) fn views(&self) -> HashMap<NodeId, LinkView> {
+        let view = |link: &Link| match link {
+            Link::Dialling { .. } => LinkView { state: "dialling", rtt: None },
+            Link::Resting { .. } => LinkView { state: "unreachable", rtt: None },
+            Link::Up { connection, .. } if connection.close_reason().is_some() => {
+                LinkView { state: "closed", rtt: None }
+            }
+            Link::Up { connection, .. } => LinkView { state: "connected", rtt: Some(connection.rtt()) },
+        };
+        self.links.iter().map(|(id, link)| (*id, view(link))).collect()
+    }
+}
+
+fn fresh(held: Vec<(Instant, Bytes)>, now: Instant) -> Vec<Bytes> {
+    held.into_iter().filter(|(at, _)| now.saturating_duration_since(*at) < STALE).map(|(_, bytes)| bytes).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: NodeId = NodeId([1; 16]);
+
+    fn dials(table: &mut Table, now: Instant) -> bool {
+        matches!(table.send(PEER, &Bytes::from_static(b"ping"), true, now), Step::Dial)
+    }
+
+    #[test]
+    fn a_dead_peer_is_dialled_less_and_less_but_for_ever() {
+        let (mut table, start) = (Table::default(), Instant::now());
+        let mut dialled = 0;
+        for tenth in 0..600 {
+            let now = start + Duration::from_millis(100 * tenth);
+            if dials(&mut table, now) {
+                dialled += 1;
+                assert!(!dials(&mut table, now), "one dial at a time");
+                table.dialled(PEER, false, now);
+            }
+        }
+        assert!((14..20).contains(&dialled), "{dialled} dials in a minute");
+    }
+
+    #[test]
+    fn no_probe_waits_for_a_handshake_longer_than_it_is_worth() {
+        let (mut table, start) = (Table::default(), Instant::now());
+        assert!(dials(&mut table, start));
+        (0..20).for_each(|_| assert!(!dials(&mut table, start + STALE)));
+        assert_eq!(table.dialled(PEER, true, start + STALE * 3 / 2).len(), MAX_HELD - 1);
+    }
+}

@@ -37,6 +37,12 @@ pub(crate) enum Command {
     Services(ClientArgs),
     /// One node's own state
     Status(ClientArgs),
+    /// Mesh documents, and which edition of them each node has
+    Documents(DocumentsArgs),
+    /// Round trips to a member over the mesh
+    Ping(PingArgs),
+    /// Give a dead member up for good: shown as left, and not called on any more
+    ForceLeave(ForceLeaveArgs),
     /// Finish what is under way and leave
     Drain(ClientArgs),
     /// Leave for good: the mesh will show the node as left, not down
@@ -199,8 +205,87 @@ pub(crate) struct MembersArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) service: Option<Name>,
     /// Print again at each change
-    #[arg(long)]
+    #[arg(long, conflicts_with = "from")]
     pub(crate) watch: bool,
+    /// Ask every live member how it sees the others, and show where they differ
+    #[arg(long, value_name = "WHOM")]
+    pub(crate) from: Option<From>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum From {
+    All,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PingArgs {
+    /// Name or id of the member
+    pub(crate) node: String,
+    /// How many pings
+    #[arg(short, long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) count: u32,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForceLeaveArgs {
+    /// Name or id of the member, which must be down
+    pub(crate) node: String,
+    /// Do not even show it any more
+    #[arg(long)]
+    pub(crate) prune: bool,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct DocumentsArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<DocumentsCommand>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DocumentsCommand {
+    /// Sign a file as the next version of a document, and send it to the mesh
+    Publish(PublishArgs),
+    /// Delete a document, mesh-wide
+    Delete(DeleteArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PublishArgs {
+    /// What the document says
+    pub(crate) file: PathBuf,
+    /// How long it holds; for ever if not given
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub(crate) expires_in: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) edition: EditionArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeleteArgs {
+    #[command(flatten)]
+    pub(crate) edition: EditionArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EditionArgs {
+    /// Which document
+    #[arg(long)]
+    pub(crate) kind: Name,
+    /// Directory with the mesh's admin key: where `starling init` was run
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: PathBuf,
+    /// Number of this edition; the next one after what the node has, if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) edition: Option<u64>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }
 
 #[derive(Debug, Subcommand)]

@@ -2,12 +2,15 @@
 
 pub(crate) mod check;
 pub(crate) mod demo;
+pub(crate) mod documents;
 pub(crate) mod drain;
 pub(crate) mod edge;
+pub(crate) mod force_leave;
 pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;
 pub(crate) mod node;
+pub(crate) mod ping;
 pub(crate) mod sample;
 pub(crate) mod services;
 pub(crate) mod status;

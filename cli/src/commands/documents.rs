@@ -1,0 +1,105 @@
+//! `starling documents`
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http::Method;
+use starling_node::{Admin, StateDir, no_document};
+use starling_protocol::{
+    DocumentEdition, MAX_DOCUMENT_BYTES, MeshDocument, SignedDocument,
+    admin::{Document, NewDocument},
+    encode,
+};
+
+use crate::{
+    Failure, admin,
+    args::{ClientArgs, DocumentsArgs, DocumentsCommand, EditionArgs, Output},
+    output,
+};
+
+pub(crate) async fn run(args: &DocumentsArgs) -> Result<(), Failure> {
+    match &args.command {
+        None => list(&args.client).await,
+        Some(DocumentsCommand::Publish(publish)) => {
+            let file = &publish.file;
+            let content =
+                std::fs::read(file).map_err(|e| Failure::failed(format!("cannot read {}: {e}", file.display())))?;
+            if content.len() > MAX_DOCUMENT_BYTES {
+                let (length, file) = (content.len(), file.display());
+                return Err(Failure::failed(format!(
+                    "{file} has {length} bytes; a document has at most {MAX_DOCUMENT_BYTES}"
+                )));
+            }
+            let expires = publish.expires_in.map(|time| unix_now() + time.as_secs());
+            issue(&publish.edition, content, expires, false).await
+        }
+        Some(DocumentsCommand::Delete(delete)) => issue(&delete.edition, Vec::new(), None, true).await,
+    }
+}
+
+async fn list(client: &ClientArgs) -> Result<(), Failure> {
+    let documents: Vec<Document> = admin::ask(&client.admin, Method::GET, "/v1/documents", None).await?;
+    if client.output == Output::Json {
+        return output::json(&documents, false);
+    }
+    let short = |hash: &str| hash.chars().take(12).collect::<String>();
+    let mut rows = Vec::new();
+    for document in &documents {
+        let same = document.nodes.iter().filter(|n| n.hash.as_ref() == Some(&document.hash)).count();
+        let state = format!("{:?}", document.state).to_lowercase();
+        let (version, held) = (document.version.to_string(), format!("{same}/{}", document.nodes.len()));
+        rows.push(vec![document.kind.to_string(), version, short(&document.hash), state, held]);
+        let differs = |hash: &Option<String>| hash.as_ref() != Some(&document.hash);
+        let wide = client.output == Output::Wide;
+        for node in document.nodes.iter().filter(|n| wide || differs(&n.hash) || n.state != Some(document.state)) {
+            rows.push(vec![
+                format!("  {}", node.node),
+                node.version.map_or_else(|| "-".into(), |v| v.to_string()),
+                node.hash.as_deref().map_or_else(|| "-".into(), short),
+                match (&node.error, node.state) {
+                    (Some(error), _) => error.clone(),
+                    (None, Some(state)) => format!("{state:?}").to_lowercase(),
+                    (None, None) => "missing".into(),
+                },
+                String::new(),
+            ]);
+        }
+    }
+    output::table(&["DOCUMENT", "VERSION", "HASH", "STATE", "NODES"], rows);
+    Ok(())
+}
+
+/// Signs the next edition and hands it to a node.
+async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, deleted: bool) -> Result<(), Failure> {
+    let key = Admin::require(&StateDir::open(&args.state)?)?;
+    let known: Vec<Document> = admin::ask(&args.client.admin, Method::GET, "/v1/documents", None).await?;
+    let known = known.iter().find(|document| document.kind == args.kind);
+    if known.is_none() && deleted {
+        return Err(Failure::failed(format!("there is no document {}; see `starling documents`", args.kind)));
+    }
+    let document = MeshDocument {
+        kind: args.kind.clone(),
+        version: args.edition.unwrap_or_else(|| known.map_or(0, |k| k.version) + 1),
+        previous: known.and_then(|k| parse_hash(&k.hash)).unwrap_or_else(no_document),
+        not_before: unix_now(),
+        expires,
+        deleted,
+        content,
+    };
+    let signed: SignedDocument = key.sign(&document);
+    let body = serde_json::to_value(NewDocument { signed: STANDARD.encode(encode(&signed)) })?;
+    let edition: DocumentEdition = admin::ask(&args.client.admin, Method::POST, "/v1/documents", Some(body)).await?;
+    println!("{} version {} {}", edition.kind, edition.version, edition.hash);
+    eprintln!("see it get round with: starling documents");
+    Ok(())
+}
+
+fn parse_hash(hex: &str) -> Option<starling_protocol::DocumentHash> {
+    let bytes: Option<Vec<u8>> =
+        (0..hex.len() / 2).map(|i| u8::from_str_radix(hex.get(2 * i..2 * i + 2)?, 16).ok()).collect();
+    bytes?.try_into().ok().map(starling_protocol::DocumentHash)
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}

@@ -1,5 +1,7 @@
 //! The harness of the end-to-end tests: the real binary, real services and clients, and what to do when a part is missing.
 
+pub mod rogue;
+
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},

@@ -73,7 +73,9 @@ async fn a_killed_node_costs_no_idempotent_call_and_comes_back_newer() {
         cluster.wait_status(observer, "orders-1", MemberStatus::Down).await.unwrap();
     }
     cluster.restart("orders-1").await.unwrap();
-    cluster.wait_status("orders-2", "orders-1", MemberStatus::Alive).await.unwrap();
+    for observer in ["seed", "orders-2"] {
+        cluster.wait_status(observer, "orders-1", MemberStatus::Alive).await.unwrap();
+    }
     let after = cluster.members("seed").await.unwrap();
     let generation = |view: &[Member]| view.iter().find(|m| m.name == "orders-1").unwrap().generation;
     assert!(generation(&after) > generation(&before));

@@ -1,6 +1,6 @@
-//! Just enough of an HTTP/1 client to ask whether something is up.
+//! Just enough of an HTTP/1 client to ask whether something is up, and what it knows.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -22,12 +22,44 @@ pub(crate) fn get(server: SocketAddr, host: &str, path: &str) -> Result<Vec<u8>>
         .read_to_end(&mut answer)
         .with_context(|| format!("read from {server} until it closes"))?;
     let line = answer.split(|byte| *byte == b'\r').next().unwrap_or_default();
-    let line = String::from_utf8_lossy(line);
-    ensure!(line.split(' ').nth(1) == Some("200"), "{server}{path} answered {line:?}");
+    check_status(&String::from_utf8_lossy(line)).with_context(|| format!("GET {server}{path}"))?;
     let Some(head) = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n") else {
         bail!("{server}{path} answered with no end of head");
     };
     Ok(answer.split_off(head + 4))
+}
+
+/// Reads one answer from a connection that is kept; fails unless it is a 200 that tells its length.
+pub(crate) fn read_kept(connection: &mut impl BufRead) -> Result<Vec<u8>> {
+    let mut connection = connection.take(MAX_ANSWER_BYTES);
+    let mut line = String::new();
+    let mut next = || {
+        line.clear();
+        connection.read_line(&mut line).context("read the head of an answer")?;
+        line.strip_suffix("\r\n").map(str::to_owned).context("the answer broke off in its head")
+    };
+    check_status(&next()?)?;
+    let mut length = None;
+    loop {
+        let line = next()?;
+        match line.split_once(':') {
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                length = Some(value.trim().parse().with_context(|| format!("read {line:?}"))?);
+            }
+            _ if line.is_empty() => break,
+            _ => {}
+        }
+    }
+    let length: u64 = length.context("an answer without a content-length")?;
+    let mut body = Vec::new();
+    connection.take(length).read_to_end(&mut body).context("read the body of an answer")?;
+    ensure!(body.len() as u64 == length, "the answer broke off after {} of {length} bytes", body.len());
+    Ok(body)
+}
+
+fn check_status(line: &str) -> Result<()> {
+    ensure!(line.split(' ').nth(1) == Some("200"), "answered {line:?}");
+    Ok(())
 }
 
 #[cfg(test)]
@@ -56,5 +88,18 @@ mod tests {
         assert!(check(b"HTTP/1.1 503 Service Unavailable\r\n\r\n200").is_err());
         assert!(check(b"HTTP/1.1 200 OK\r\nA: b\r\n").is_err());
         assert!(check(b"").is_err());
+    }
+
+    #[test]
+    fn answers_on_a_kept_connection_end_where_they_say() {
+        let head = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n";
+        let two = format!("{head}bodyHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+        let mut connection = two.as_bytes();
+        assert_eq!(read_kept(&mut connection).unwrap(), b"body");
+        assert_eq!(read_kept(&mut connection).unwrap(), b"");
+        assert!(read_kept(&mut connection).is_err());
+        for bad in [&format!("{head}bod"), &head.replace("200", "503"), &head.replace("Length", "Type"), &head[..20]] {
+            assert!(read_kept(&mut bad.as_bytes()).is_err(), "{bad:?}");
+        }
     }
 }

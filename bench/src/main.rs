@@ -1,7 +1,8 @@
-//! Measures a pair of Starling nodes beside other proxies, on one machine, over loopback.
+//! Measures Starling beside other programs on one machine, over loopback: a pair of proxies, and meshes of many agents.
 
 mod backend;
 mod envoy;
+mod gossip;
 mod http;
 mod load;
 mod measurement;
@@ -18,13 +19,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use gossip::GossipArgs;
 use load::Load;
 use measurement::Schedule;
 use report::Report;
 use scratch::Scratch;
 
 #[derive(Parser)]
-#[command(about = "Side-by-side measurements against other proxies")]
+#[command(about = "Side-by-side measurements against other proxies and meshes")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -34,6 +36,8 @@ struct Cli {
 enum Command {
     /// A pair of proxies with mutual TLS between them, in front of a small nginx.
     Pair(PairArgs),
+    /// Meshes of many agents: how fast they agree, and what they cost at rest.
+    Gossip(GossipArgs),
 }
 
 #[derive(Args)]
@@ -71,8 +75,11 @@ enum Peer {
 }
 
 fn main() -> ExitCode {
-    let Cli { command: Command::Pair(args) } = Cli::parse();
-    match pair(&args) {
+    let result = match Cli::parse().command {
+        Command::Pair(args) => pair(&args),
+        Command::Gossip(args) => gossip::run(&args),
+    };
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

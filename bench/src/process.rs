@@ -70,6 +70,12 @@ impl Process {
         Ok(user + system)
     }
 
+    /// Asks it to end: SIGTERM. Whether it obeys is seen from [`Process::exit`].
+    pub(crate) fn terminate(&self) -> Result<()> {
+        let mut kill = Command::new("sh");
+        run("kill", kill.args(["-c", r#"kill -TERM "$1""#, "sh", &self.child.id().to_string()])).map(drop)
+    }
+
     /// What it holds in memory now, and held at most.
     pub(crate) fn memory(&self) -> Result<Memory> {
         Memory::parse(&read_proc(&format!("{}/status", self.child.id()))?)

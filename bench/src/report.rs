@@ -208,7 +208,7 @@ fn row_json(row: &Row) -> Value {
 }
 
 /// The middle value, or the mean of the two middle ones; not a number for none.
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {

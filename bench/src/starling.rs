@@ -19,31 +19,29 @@ pub(crate) fn default_path() -> Result<PathBuf> {
     Ok(target.join("release/starling"))
 }
 
-/// Makes a mesh of two nodes, with one worker each, and waits until a call through them is answered.
-pub(crate) fn start(program: &Path, backend: SocketAddr, scratch: &Path) -> Result<Target> {
+/// What the program says of its version; an error that names the remedy if there is no such program.
+pub(crate) fn version(program: &Path) -> Result<String> {
     ensure!(
         program.is_file(),
         "no Starling at {}: build it with `cargo build --release`, or name it with --starling PATH",
         program.display()
     );
+    Ok(run(program, "--version", ["--version"])?.trim().to_owned())
+}
+
+/// Makes a mesh of two nodes, with one worker each, and waits until a call through them is answered.
+pub(crate) fn start(program: &Path, backend: SocketAddr, scratch: &Path) -> Result<Target> {
+    let version = version(program)?;
     let dir = scratch.join("starling");
     std::fs::create_dir(&dir)?;
-    let version = run(program, "--version", ["--version"])?.trim().to_owned();
     let [a_listen, a_outbound, a_admin, b_listen, b_outbound, b_admin] = scratch::free_ports()?.map(loopback);
     let (a_state, b_state) = (dir.join("a"), dir.join("b"));
 
-    run(
-        program,
-        "init",
-        ["init".into(), "--state".into(), a_state.clone().into_os_string(), "--mesh".into(), "bench".into()],
-    )?;
+    init(program, &a_state)?;
     let a = Node { name: "a", state: &a_state, listen: a_listen, outbound: a_outbound, admin: a_admin };
     let a = a.start(program, &dir, [])?;
 
-    let grant = ["token", "create", "--service", "web", "--seed", &a_listen.to_string(), "--state"];
-    let grant = grant.map(OsString::from).into_iter().chain([a_state.clone().into_os_string()]);
-    let token = run(program, "token create", grant)?.trim().to_owned();
-    ensure!(token.starts_with("stl1."), "starling token create printed {token:?}, not a token");
+    let token = token(program, &a_state, a_listen, ["--service", "web"])?;
 
     let b = Node { name: "b", state: &b_state, listen: b_listen, outbound: b_outbound, admin: b_admin };
     let (seed, service) = (a_listen.to_string(), format!("web={backend}"));
@@ -79,6 +77,26 @@ impl Node<'_> {
         })?;
         Ok(process)
     }
+}
+
+/// Makes a mesh, whose issuer is the node with this state.
+pub(crate) fn init(program: &Path, state: &Path) -> Result<()> {
+    let args = ["init".as_ref(), "--mesh".as_ref(), "bench".as_ref(), "--state".as_ref(), state.as_os_str()];
+    run(program, "init", args).map(drop)
+}
+
+/// A token from the issuer with this state, which answers at `seed`.
+pub(crate) fn token<const N: usize>(
+    program: &Path,
+    state: &Path,
+    seed: SocketAddr,
+    grant: [&str; N],
+) -> Result<String> {
+    let seed = seed.to_string();
+    let args = ["token", "create", "--seed", &seed].into_iter().chain(grant).chain(["--state"]).map(OsString::from);
+    let token = run(program, "token create", args.chain([state.into()]))?.trim().to_owned();
+    ensure!(token.starts_with("stl1."), "starling token create printed {token:?}, not a token");
+    Ok(token)
 }
 
 fn run<A: Into<OsString>>(program: &Path, what: &str, args: impl IntoIterator<Item = A>) -> Result<String> {

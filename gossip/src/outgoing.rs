@@ -45,9 +45,9 @@ pub enum Outgoing {
         /// The items.
         items: Items,
     },
-    /// Exchange summaries over a stream; see [`Gossip::answer`] and [`Gossip::absorb`].
+    /// Exchange summaries over a stream; see [`Gossip::answer`](crate::Gossip::answer) and [`Gossip::absorb`](crate::Gossip::absorb).
     Sync(Sync),
-    /// Ping a suspect over a stream, for `limit` at most; tell [`Gossip::checked`].
+    /// Ping a suspect over a stream, for `limit` at most; tell [`Gossip::checked`](crate::Gossip::checked).
     Check {
         /// Whom.
         suspect: Ident,

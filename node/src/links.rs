@@ -63,9 +63,12 @@ struct Shared {
     unreachable: Mutex<HashMap<SocketAddr, String>>,
     large_frames: Semaphore,
     /// Connections that are served, by peer, and what it may say over them.
-    served: Mutex<HashMap<NodeId, (usize, Arc<Mutex<Flow>>)>>,
+    served: Mutex<HashMap<NodeId, Served>>,
     counters: LinkCounters,
 }
+
+/// How many connections of a peer are served, and what it may still say over them.
+type Served = (usize, Arc<Mutex<Flow>>);
 
 /// What peers sent that was not let through.
 #[derive(Debug, Default)]

@@ -35,7 +35,7 @@ pub struct Ident {
 impl foca::Identity for Ident {
     type Addr = NodeId;
 
-    /// Never by itself: when a node that was declared dead may come back is for [`Recovery`] to say.
+    /// Never by itself: when a node that was declared dead may come back is for `recovery` to say.
     fn renew(&self) -> Option<Self> {
         None
     }

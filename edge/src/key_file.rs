@@ -1,12 +1,9 @@
 //! The keys of an edge on disk: `keys.json` in its state directory, shared with `starling keys`.
 
-use std::{
-    sync::{Arc, Mutex},
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
-use starling_node::{StateDir, StateError};
+use starling_node::{StateDir, StateError, unix_now};
 use starling_protocol::admin::{Key, NewKey};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -52,8 +49,7 @@ impl KeyFile {
     /// Makes a key; the answer is the only place where it is ever shown.
     pub fn create(&self, new: NewKey) -> Result<Key, KeyError> {
         let consumer: Consumer = new.consumer.parse().map_err(KeyError::Invalid)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let (stored, key) = self.change(|keys| keys.create(consumer, new.plan, now))?;
+        let (stored, key) = self.change(|keys| keys.create(consumer, new.plan, unix_now()))?;
         Ok(Key { key: Some(key), ..shown(&stored) })
     }
 

@@ -6,7 +6,7 @@ use http::{HeaderValue, Request, Response, StatusCode, header};
 use quinn::{IdleTimeout, VarInt, crypto::rustls::QuicServerConfig};
 use rustls::crypto::CryptoProvider;
 use starling_node::{
-    Body, Drain, Problem, ProxyError, h3_server,
+    Body, Drain, Problem, ProxyError, Room, h3_server,
     http_server::{self, Limits, Speaks},
 };
 use tokio::{
@@ -22,8 +22,8 @@ use crate::{
 
 /// Connections of a listener.
 const MAX_CONNECTIONS: usize = 10_000;
-/// QUIC connections above which a client must prove its address first (RFC 9000 §8.1.2).
-const RETRY_ABOVE: usize = 512;
+/// The same of its QUIC endpoint.
+const ROOM: Room = Room { connections: MAX_CONNECTIONS, unproven: 512 };
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const LIMITS: Limits = Limits { max_streams: 128, stream_window_bytes: 256 << 10 };
@@ -116,15 +116,7 @@ pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, drai
             },
             () = drain.draining() => return,
         };
-        let open = endpoint.open_connections();
-        if open >= MAX_CONNECTIONS {
-            incoming.refuse();
-            continue;
-        }
-        if open >= RETRY_ABOVE && !incoming.remote_address_validated() && incoming.may_retry() {
-            let _ = incoming.retry();
-            continue;
-        }
+        let Some(incoming) = ROOM.admit(&endpoint, incoming) else { continue };
         let (gateway, of) = (gateway.clone(), drain.clone());
         drain.spawn(async move {
             let Ok(Ok(connection)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await else { return };

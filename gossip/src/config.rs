@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
+use serde::Deserialize;
 use starling_protocol::{
     MeshDocument, Name, NodeId, NodeKind, NodeRecord, Phase, ServiceRecord, SignedDocument, SignedRecord,
 };
@@ -9,7 +10,8 @@ use starling_protocol::{
 use crate::DocumentError;
 
 /// Timing for the kind of network that the mesh spans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Profile {
     /// One site: round trips of a few milliseconds. A dead node is known within about three seconds.
     #[default]

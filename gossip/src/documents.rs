@@ -38,7 +38,7 @@ pub enum DocumentError {
         /// The present one.
         from: u64,
     },
-    /// Its time is over.
+    /// Its time is over. Only whoever publishes is told so: see [`Documents::admits`].
     #[error("{kind} version {version} has expired")]
     Expired {
         /// Which document.

@@ -20,7 +20,7 @@ use crate::{
     Announcement, Config, Counters, Credentials, Detail, ForgetError, Memory, Outgoing, Target,
     contacts::Contacts,
     documents::{DocumentError, DocumentView, Documents},
-    membership::{Effect, Ident, Membership, Timing},
+    membership::{Effect, Ident, Membership},
     records::Records,
     roster::{Peer, Roster},
     snapshot::{MemberView, Photographer, Snapshot},
@@ -105,11 +105,9 @@ impl Gossip {
         config: &Config,
         epoch: (Instant, u64),
     ) -> Self {
-        let timing =
-            Timing { probe_period: config.probe_period, probe_rtt: config.probe_rtt, suspicion: config.suspicion };
         let now = epoch.0;
         let mut gossip = Self {
-            membership: Membership::new(me, timing, StdRng::seed_from_u64(config.seed)),
+            membership: Membership::new(me, config),
             roster: Roster::default(),
             records: Records::default(),
             documents: Documents::with_floors(memory.floors),
@@ -158,15 +156,16 @@ impl Gossip {
         }
         let unix = self.unix(now);
         let outcome = match datagram.split_first_chunk::<ROOT_HASH_BYTES>() {
-            Some((root, packet)) => self.membership.packet(from, packet, now, unix).map(|effects| {
-                let root = u64::from_be_bytes(*root);
-                self.roster.heard(&from, Some(root), now);
-                (root, effects)
-            }),
+            Some((root, packet)) => {
+                let known = self.roster.get(&from).map(|peer| &peer.state);
+                let effects = self.membership.packet(from, known, packet, now, unix);
+                effects.map(|effects| (u64::from_be_bytes(*root), effects))
+            }
             None => Err("too short".into()),
         };
         match outcome {
             Ok((root, effects)) => {
+                self.roster.heard(&from, Some(root), now);
                 self.apply(effects, now);
                 self.compare(from, root, now);
             }
@@ -513,13 +512,7 @@ impl Gossip {
             self.remembered.clone_from(&live);
             self.outgoing.push(Outgoing::Peers(live));
         }
-        let mut snapshot = self.photographer.snapshot(members, me.id, &self.announcement.zone, now);
-        snapshot.doubt = self.membership.doubt();
-        if !snapshot.panicking.is_empty() {
-            let services = &snapshot.panicking;
-            tracing::warn!(?services, "most instances vanished at once; calling the last known ones, too");
-        }
-        snapshot
+        self.photographer.snapshot(members, me.id, &self.announcement.zone, now)
     }
 
     fn unix(&self, now: Instant) -> u64 {

@@ -17,8 +17,9 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use starling_protocol::{MemberHealth, MemberState, NodeId, Pong};
 
 pub use self::swim::Ident;
-use self::swim::{Collected, REMEMBER_DOWN, foca_config, state_of, updates_of};
+use self::swim::{Collected, REMEMBER_DOWN, foca_config, generations_in, member_of, state_of};
 use crate::{
+    Config,
     awareness::Awareness,
     recovery::Recovery,
     suspicion::{Accusation, Accusations, Patience, Suspicion},
@@ -33,7 +34,7 @@ const STALL: Duration = Duration::from_millis(250);
 const SPREAD_PERIOD: Duration = Duration::from_millis(50);
 /// How often accusations are dropped that led to no suspicion.
 const PRUNE_PERIOD: Duration = Duration::from_secs(5);
-/// Most members, dead ones included. A first exchange that would lead above it brings only news of those known.
+/// Most members, dead ones included.
 const MAX_MEMBERS: usize = 16_384;
 /// News from one exchange that is told on. More means that this node is the one who is behind: what it learns is known to
 /// the rest, and telling it all again would drown what is new.
@@ -61,15 +62,6 @@ pub(crate) enum Effect {
     Rejoined(Ident),
 }
 
-/// Timing of failure detection.
-#[derive(Debug, Clone)]
-pub(crate) struct Timing {
-    pub(crate) probe_period: Duration,
-    pub(crate) probe_rtt: Duration,
-    /// Shortest and longest time that a suspect has, in a small mesh.
-    pub(crate) suspicion: [Duration; 2],
-}
-
 /// A member as this node's membership has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Observed {
@@ -92,7 +84,7 @@ pub(crate) struct Membership {
     timers: BinaryHeap<Reverse<Due>>,
     /// Makes timers of one instant fire in the order in which they were set.
     timer_seq: u64,
-    timing: Timing,
+    config: Config,
     sized_for: usize,
     awareness: Awareness,
     accusations: Accusations,
@@ -101,8 +93,8 @@ pub(crate) struct Membership {
     recovery: Recovery,
     /// Own incarnation. foca does not tell it, but every packet that it sends says it.
     incarnation: u16,
-    /// Life and incarnation that each sender last showed: a packet without news from a known sender changes nothing.
-    senders: HashMap<NodeId, (u64, u16)>,
+    /// When anybody last sent anything.
+    heard_at: Option<Instant>,
     /// Since when members have been dead.
     down_since: HashMap<NodeId, Instant>,
     /// Whether a probe was made before the one that comes next, and whether it failed.
@@ -143,16 +135,16 @@ impl Ord for Due {
 type Swim = Foca<Ident, PostcardCodec, StdRng, Accusations>;
 
 impl Membership {
-    pub(crate) fn new(me: Ident, timing: Timing, mut rng: StdRng) -> Self {
-        let config = foca_config(&timing, 1);
+    pub(crate) fn new(me: Ident, config: &Config) -> Self {
+        let mut rng = StdRng::seed_from_u64(config.seed);
         let accusations = Accusations::default();
         accusations.set_horizon(me.generation.saturating_add(MAX_AHEAD_S));
         let own_rng = StdRng::seed_from_u64(rng.random());
         Self {
-            foca: Foca::with_custom_broadcast(me, config, rng, PostcardCodec, accusations.clone()),
+            foca: Foca::with_custom_broadcast(me, foca_config(config, 1), rng, PostcardCodec, accusations.clone()),
             timers: BinaryHeap::new(),
             timer_seq: 0,
-            timing,
+            config: config.clone(),
             sized_for: 1,
             awareness: Awareness::default(),
             accusations,
@@ -160,7 +152,7 @@ impl Membership {
             errands: Vec::new(),
             recovery: Recovery::default(),
             incarnation: 0,
-            senders: HashMap::new(),
+            heard_at: None,
             down_since: HashMap::new(),
             probing: false,
             probe_failed: false,
@@ -196,9 +188,9 @@ impl Membership {
     /// The same, with the accusers of suspects.
     pub(crate) fn observed(&self) -> impl Iterator<Item = Observed> + '_ {
         self.others().map(|state| {
-            let ident = Ident { id: state.id, addr: state.addr, generation: state.generation };
             let suspect = state.health == MemberHealth::Suspect;
-            let accusers = if suspect { self.accusations.against(&ident, state.incarnation) } else { Vec::new() };
+            let against = || self.accusations.against(&Ident::from(&state), state.incarnation);
+            let accusers = if suspect { against() } else { Vec::new() };
             Observed { state, accusers }
         })
     }
@@ -254,11 +246,12 @@ impl Membership {
         others.chain([self.own_state()]).collect()
     }
 
-    /// Takes a packet from an authenticated peer. `Err` says what is wrong with it; the state is intact then. `unix` is the
-    /// time in seconds, to judge generations by.
+    /// Takes a packet from an authenticated peer, of which so far `known` was observed. `Err` says what is wrong with it; the
+    /// state is intact then. `unix` is the time in seconds, to judge generations by.
     pub(crate) fn packet(
         &mut self,
         from: NodeId,
+        known: Option<&MemberState>,
         packet: &[u8],
         now: Instant,
         unix: u64,
@@ -268,19 +261,19 @@ impl Membership {
         if header.src.id != from {
             return Err(format!("it speaks for {:?}", header.src.id));
         }
-        let sender = (header.src.generation, header.src_incarnation);
         let has_updates = rest.len() >= 2 && rest[..2] != [0, 0];
         let ahead = |generation: u64| generation > unix.saturating_add(MAX_AHEAD_S);
-        if ahead(header.src.generation) || (has_updates && updates_of(&header, rest)?.iter().any(|g| ahead(*g))) {
+        if ahead(header.src.generation) || (has_updates && generations_in(&header, rest)?.iter().any(|g| ahead(*g))) {
             return Err("a generation of the future".into());
         }
-        if has_updates || self.senders.insert(from, sender) != Some(sender) {
-            self.changed = true;
-        }
+        let shown = (header.src.generation, header.src_incarnation);
+        // Most packets bring no news, and looking for some would cost more than the packet.
+        self.changed |= has_updates || known.is_none_or(|known| (known.generation, known.incarnation) != shown);
         self.accusations.set_horizon(unix.saturating_add(MAX_AHEAD_S));
         if let Message::IndirectAck { .. } = header.message {
             self.errands.retain(|errand| errand.target.id != from);
         }
+        self.heard_at = Some(now);
         self.recovery.heard(&header.src);
         if header.message == Message::TurnUndead {
             if self.recovery.is_lost() {
@@ -293,50 +286,57 @@ impl Membership {
                 return Ok(vec![Effect::Exchange(header.src)]);
             }
         }
-        let src = header.src;
         let mut effects = self.step(now, |foca, rt| foca.handle_data(packet, rt))?;
         if let Message::Ping(number) = header.message
             && self.recovery.is_lost()
         {
             // foca falls silent when it is declared dead; but two who are on their way back need each other's answers.
-            effects.push(Effect::Send {
-                to: src,
-                bytes: self.craft(src, Message::Ack(number), None, None),
-                dial: false,
-            });
+            let (to, ack) = (header.src, Message::Ack(number));
+            effects.push(Effect::Send { to, bytes: self.craft(to, ack, None, None), dial: false });
         }
         Ok(effects)
     }
 
-    /// Takes what another node knows, who must not be one that this node holds for dead; `unix` as in [`Membership::packet`]. Generations of the future are left out.
+    /// Takes what another node knows, who must not be one that this node holds for dead; `unix` as in
+    /// [`Membership::packet`]. Generations of the future are left out.
     pub(crate) fn learn(&mut self, members: &[MemberState], now: Instant, unix: u64) -> Result<Vec<Effect>, String> {
         let remembered = u32::try_from(REMEMBER_DOWN.as_secs()).unwrap_or(u32::MAX);
         for dead in members.iter().filter(|m| m.health == MemberHealth::Down && m.down_s < remembered) {
             let age = Duration::from_secs(dead.down_s.into());
             self.down_since.entry(dead.id).or_insert_with(|| now.checked_sub(age).unwrap_or(now));
         }
-        // Old deaths are not told on: a packet does not say how old they are.
-        let old = |m: &MemberState| m.health == MemberHealth::Down && m.down_s > OLD_DEATH_S;
-        let broadcast = self.count_news(members) <= MAX_RETOLD && !members.iter().any(old);
-        // A made-up mesh must not make this node forget its work over it.
-        let full = self.foca.iter_membership_state().len() + members.len() > MAX_MEMBERS;
-        let known: HashSet<NodeId> = if full { self.others().map(|m| m.id).collect() } else { HashSet::new() };
         let worth = |m: &&MemberState| {
-            (!full || known.contains(&m.id))
-                && m.generation <= unix.saturating_add(MAX_AHEAD_S)
+            m.generation <= unix.saturating_add(MAX_AHEAD_S)
                 && (m.health != MemberHealth::Down || m.down_s < remembered)
         };
-        let updates = members.iter().filter(worth).map(|m| {
-            let ident = Ident { id: m.id, addr: m.addr, generation: m.generation };
-            let state = match m.health {
-                MemberHealth::Alive => foca::State::Alive,
-                MemberHealth::Suspect => foca::State::Suspect,
-                MemberHealth::Down => foca::State::Down,
-            };
-            Member::new(ident, m.incarnation, state)
-        });
+        let members: Vec<MemberState> = members.iter().filter(worth).copied().collect();
+        let members = self.within_limits(members);
+        let broadcast = self.count_news(&members) <= MAX_RETOLD;
+        // Old deaths are not told on: a packet does not say how old they are.
+        let (old, fresh): (Vec<_>, Vec<_>) =
+            members.iter().partition(|m| m.health == MemberHealth::Down && m.down_s > OLD_DEATH_S);
         self.changed = true;
-        self.step(now, |foca, rt| foca.apply_many(updates, broadcast, rt))
+        self.step(now, |foca, rt| {
+            foca.apply_many(fresh.into_iter().map(member_of), broadcast, &mut *rt)?;
+            foca.apply_many(old.into_iter().map(member_of), false, rt)
+        })
+    }
+
+    /// Leaves out strangers above [`MAX_MEMBERS`]: a made-up mesh must not make this node forget its work over it.
+    fn within_limits(&self, mut members: Vec<MemberState>) -> Vec<MemberState> {
+        let held = self.foca.iter_membership_state().len();
+        if held + members.len() > MAX_MEMBERS {
+            let known: HashSet<NodeId> = self.others().map(|m| m.id).collect();
+            let mut room = MAX_MEMBERS.saturating_sub(held);
+            members.retain(|m| {
+                known.contains(&m.id) || {
+                    let fits = room > 0;
+                    room = room.saturating_sub(1);
+                    fits
+                }
+            });
+        }
+        members
     }
 
     /// How many of those states are other than this node has them; counts no further than it matters.
@@ -468,7 +468,7 @@ impl Membership {
     fn patience(&self) -> Patience {
         let others = self.foca.num_members();
         let growth = ((others as f64 + 1.0).log2() / 6.0).max(1.0);
-        let [min, max] = self.timing.suspicion.map(|time| time.mul_f64(growth));
+        let [min, max] = self.config.suspicion.map(|time| time.mul_f64(growth));
         Patience { min, max, witnesses: others.saturating_sub(1) }
     }
 
@@ -477,9 +477,14 @@ impl Membership {
         if suspicion.unanswered.is_none() {
             return suspicion.asked + patience.max;
         }
+        suspicion.deadline(self.confirmations(suspicion), patience)
+    }
+
+    /// How many others could not reach the suspect either.
+    fn confirmations(&self, suspicion: &Suspicion) -> usize {
         let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation);
         let me = self.me().id;
-        suspicion.deadline(accusers.iter().filter(|by| **by != me).count(), patience)
+        accusers.iter().filter(|by| **by != me).count()
     }
 
     /// foca 2.0 tells a member that it is dead when a suspicion's timer fires, also when the suspicion was refuted in
@@ -491,10 +496,15 @@ impl Membership {
             .filter(|suspicion| self.stands(suspicion))
             .partition::<Vec<_>, _>(|suspicion| self.verdict_at(suspicion, patience) <= now);
         self.suspicions = wait;
+        // Others are there and heard, and none of them says what this node says: then it is this node that is mistaken, and
+        // whoever else has a link as bad must not be believed either.
+        let in_touch = self.heard_at.is_some_and(|at| now.saturating_duration_since(at) < patience.max);
         let mut effects = Vec::new();
         for mut suspicion in due {
-            if suspicion.unanswered.is_some_and(|at| now.saturating_duration_since(at) > patience.min) {
-                // Its silence is old: the fault may have been here, and be over.
+            let contradicted = in_touch && patience.witnesses > 0 && self.confirmations(&suspicion) == 0;
+            // Its silence is old: the fault may have been here, and be over.
+            let stale = suspicion.unanswered.is_some_and(|at| now.saturating_duration_since(at) > patience.min);
+            if contradicted || stale {
                 (suspicion.asked, suspicion.unanswered) = (now, None);
                 let Suspicion { suspect, incarnation, .. } = suspicion;
                 effects.push(Effect::Check { suspect, incarnation });
@@ -540,14 +550,18 @@ impl Membership {
         }
         self.suspicions.push(Suspicion { suspect, incarnation, timer, since: now, asked: now, unanswered: None });
         self.news = true;
-        let buddy = self.tell_suspect(suspect, incarnation);
-        vec![Effect::Check { suspect, incarnation }, Effect::Send { to: suspect, bytes: buddy, dial: true }]
+        vec![Effect::Check { suspect, incarnation }, self.tell_suspect(suspect, incarnation)]
+    }
+
+    /// A ping of the driver's own: foca takes no notice of the answer but for the sign of life in it.
+    fn ping(&self, to: Ident) -> Effect {
+        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), dial: true }
     }
 
     /// A ping that tells its receiver that it is suspected.
-    fn tell_suspect(&self, suspect: Ident, incarnation: u16) -> Bytes {
-        let update = Member::new(suspect, incarnation, foca::State::Suspect);
-        self.craft(suspect, Message::Ping(0), Some(update), None)
+    fn tell_suspect(&self, to: Ident, incarnation: u16) -> Effect {
+        let update = Member::new(to, incarnation, foca::State::Suspect);
+        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), Some(update), None), dial: true }
     }
 
     /// Probes that were made for others and brought nothing: whoever asked should know that this node was reached, and
@@ -577,10 +591,11 @@ impl Membership {
             return Vec::new();
         }
         let mut effects = Vec::new();
-        let patience = self.timing.probe_rtt * 2;
-        let picked = self.acquaintance();
-        if let Some(to) = self.recovery.tick(now, patience, || picked) {
-            effects.push(Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), dial: true });
+        if self.recovery.ping_is_due(now, self.config.probe_rtt * 2)
+            && let Some(to) = self.acquaintance()
+        {
+            self.recovery.asked(to, now);
+            effects.push(self.ping(to));
         }
         if self.recovery.try_return(now) {
             effects.extend(self.rejoin(now));
@@ -598,7 +613,7 @@ impl Membership {
         let next = Ident { generation: highest.saturating_add(1), ..me };
         let (living, dead): (Vec<_>, Vec<_>) = self.others().partition(|m| m.health != MemberHealth::Down);
         let rng = StdRng::seed_from_u64(self.rng.random());
-        let config = foca_config(&self.timing, self.sized_for);
+        let config = foca_config(&self.config, self.sized_for);
         self.accusations.retain(|_| false);
         self.foca = Foca::with_custom_broadcast(next, config, rng, PostcardCodec, self.accusations.clone());
         self.timers.clear();
@@ -612,16 +627,13 @@ impl Membership {
         let living: Vec<_> = living.into_iter().map(|m| MemberState { health: MemberHealth::Alive, ..m }).collect();
         effects.extend(self.learn(&living, now, u64::MAX).unwrap_or_default());
         // News of this life must reach those, too, that are on the other side of what was a partition.
-        for (greeted, known) in [(HELLOS, &living), (HELLOS, &dead)] {
-            for _ in 0..greeted.min(known.len()) {
-                let m = known[self.rng.random_range(0..known.len())];
-                let to = Ident { id: m.id, addr: m.addr, generation: m.generation };
-                effects.push(Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), dial: true });
+        for known in [&living, &dead] {
+            for _ in 0..HELLOS.min(known.len()) {
+                let to = Ident::from(&known[self.rng.random_range(0..known.len())]);
+                effects.push(self.ping(to));
             }
         }
-        for m in dead.iter().take(2) {
-            effects.push(Effect::Exchange(Ident { id: m.id, addr: m.addr, generation: m.generation }));
-        }
+        effects.extend(dead.iter().take(2).map(|m| Effect::Exchange(m.into())));
         effects
     }
 
@@ -649,9 +661,6 @@ impl Membership {
         let down: HashSet<NodeId> =
             self.others().filter(|m| m.health == MemberHealth::Down).map(|member| member.id).collect();
         self.down_since.retain(|id, _| down.contains(id));
-        if self.senders.len() > 2 * (self.foca.iter_membership_state().len() + 1) {
-            self.senders.clear();
-        }
     }
 
     /// A packet in foca's format (foca `payload.rs`): header, counted updates, length-prefixed broadcasts.
@@ -694,10 +703,7 @@ impl Membership {
             collected.packets.clear();
         }
         for (to, bytes) in collected.packets {
-            effects.extend(self.sent(to, &bytes, now));
-            let header: Result<Header<Ident>, _> = PostcardCodec.decode_header(&bytes[..]);
-            let dial = header.is_ok_and(|header| !matches!(header.message, Message::Gossip | Message::Broadcast));
-            effects.push(Effect::Send { to, bytes, dial });
+            effects.extend(self.sent(to, bytes, now));
         }
         for (timer, after) in collected.timers {
             match timer {
@@ -730,34 +736,34 @@ impl Membership {
         }
     }
 
-    /// Looks at a packet that foca sends: it says our incarnation, and what foca is up to.
-    fn sent(&mut self, to: Ident, packet: &[u8], now: Instant) -> Option<Effect> {
-        let header: Header<Ident> = PostcardCodec.decode_header(packet).ok()?;
+    /// Looks at a packet that foca sends, for it says our incarnation and what foca is up to, and adds what belongs to it.
+    fn sent(&mut self, to: Ident, bytes: Bytes, now: Instant) -> Vec<Effect> {
+        let header: Header<Ident> = PostcardCodec.decode_header(&bytes[..]).expect("foca writes what it reads");
         if header.src == self.me() && header.src_incarnation > self.incarnation {
             // Somebody suspected us, and we live: perhaps we are slow.
             self.incarnation = header.src_incarnation;
             self.awareness.worse();
             self.changed = true;
         }
+        let mut effects = Vec::new();
         match header.message {
             Message::IndirectPing { origin, .. } if self.errands.len() < MAX_ERRANDS => {
                 self.errands.push(Errand {
                     origin,
                     target: to,
-                    due: now + self.awareness.stretch(self.timing.probe_rtt),
+                    due: now + self.awareness.stretch(self.config.probe_rtt),
                 });
-                None
             }
             Message::Ping(_) => {
-                let suspected = self
-                    .foca
-                    .iter_members()
-                    .find(|member| *member.id() == to && member.state() == foca::State::Suspect)?
-                    .incarnation();
-                Some(Effect::Send { to, bytes: self.tell_suspect(to, suspected), dial: true })
+                let suspect = |member: &&Member<Ident>| *member.id() == to && member.state() == foca::State::Suspect;
+                let suspected = self.foca.iter_members().find(suspect).map(Member::incarnation);
+                effects.extend(suspected.map(|incarnation| self.tell_suspect(to, incarnation)));
             }
-            _ => None,
+            _ => {}
         }
+        let dial = !matches!(header.message, Message::Gossip | Message::Broadcast);
+        effects.push(Effect::Send { to, bytes, dial });
+        effects
     }
 
     /// Passes news on at once: waiting for the next round would add its period for each hop.
@@ -778,7 +784,7 @@ impl Membership {
     /// Dissemination follows the size of the mesh. Powers of two, so that one join does not change it.
     fn resize(&mut self) {
         let size = (self.foca.num_members() + 1).next_power_of_two();
-        if size != self.sized_for && self.foca.set_config(foca_config(&self.timing, size)).is_ok() {
+        if size != self.sized_for && self.foca.set_config(foca_config(&self.config, size)).is_ok() {
             self.sized_for = size;
         }
     }

@@ -45,7 +45,8 @@ pub enum Outgoing {
         /// The items.
         items: Items,
     },
-    /// Exchange summaries over a stream; see [`Gossip::answer`](crate::Gossip::answer) and [`Gossip::absorb`](crate::Gossip::absorb).
+    /// Exchange summaries over a stream; see [`Gossip::answer`](crate::Gossip::answer) and
+    /// [`Gossip::absorb`](crate::Gossip::absorb).
     Sync(Sync),
     /// Ping a suspect over a stream, for `limit` at most; tell [`Gossip::checked`](crate::Gossip::checked).
     Check {
@@ -88,7 +89,7 @@ pub struct Counters {
     pub records_refused: u64,
     /// Records older than the one that is known: late, or replayed.
     pub records_stale: u64,
-    /// Documents whose signature, certificate, size or time are wrong, or that leap or roll back.
+    /// Documents whose signature, certificate or size are wrong, or that leap or roll back.
     pub documents_refused: u64,
     /// Times that the mesh declared this node dead.
     pub lost: u64,

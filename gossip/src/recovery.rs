@@ -85,7 +85,7 @@ impl Recovery {
         }
     }
 
-    /// When [`Recovery::tick`] is wanted.
+    /// When [`Recovery::ping_is_due`] says yes next.
     pub(crate) fn next(&self) -> Option<Instant> {
         self.lost.as_ref().map(|lost| lost.next_ping)
     }
@@ -100,14 +100,9 @@ impl Recovery {
         }
     }
 
-    /// Whether a ping is due; then `ping` picks whom. `patience` is how long an answer may take.
-    pub(crate) fn tick(
-        &mut self,
-        now: Instant,
-        patience: Duration,
-        ping: impl FnOnce() -> Option<Ident>,
-    ) -> Option<Ident> {
-        let lost = self.lost.as_mut().filter(|lost| lost.next_ping <= now)?;
+    /// Whether somebody is to be pinged now; then tell [`Recovery::asked`] whom. `patience` is how long an answer may take.
+    pub(crate) fn ping_is_due(&mut self, now: Instant, patience: Duration) -> bool {
+        let Some(lost) = self.lost.as_mut().filter(|lost| lost.next_ping <= now) else { return false };
         lost.next_ping = now + PING_PERIOD;
         while lost.waiting.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > patience) {
             lost.waiting.pop_front();
@@ -120,17 +115,22 @@ impl Recovery {
         } else if good >= GOOD {
             lost.good_since.get_or_insert(now);
         }
-        let lost = self.lost.as_mut()?;
-        let to = ping()?;
-        lost.waiting.push_back((now, to));
-        Some(to)
+        true
+    }
+
+    /// Somebody was pinged.
+    pub(crate) fn asked(&mut self, whom: Ident, now: Instant) {
+        if let Some(lost) = &mut self.lost {
+            lost.waiting.push_back((now, whom));
+        }
     }
 
     /// Whether it is time to come back; then it is back.
     pub(crate) fn try_return(&mut self, now: Instant) -> bool {
         let Some(lost) = &self.lost else { return false };
         let Some(good_since) = lost.good_since else { return false };
-        if lost.flapping && now.saturating_duration_since(good_since) < self.hold() {
+        let hold = if lost.flapping { self.hold() } else { Duration::ZERO };
+        if now.saturating_duration_since(good_since) < hold {
             return false;
         }
         self.lost = None;
@@ -138,11 +138,8 @@ impl Recovery {
         true
     }
 
-    /// How long this node's link must stay good before it comes back; zero unless it is flapping.
-    pub(crate) fn hold(&self) -> Duration {
-        if !self.lost.as_ref().is_some_and(|lost| lost.flapping) {
-            return Duration::ZERO;
-        }
+    /// How long the link of a flapping node must stay good before it comes back.
+    fn hold(&self) -> Duration {
         (HOLD * 2u32.pow(self.flaps.saturating_sub(1).min(8))).min(MAX_HOLD)
     }
 }
@@ -178,10 +175,11 @@ mod tests {
         let start = *now;
         for step in 0..seconds * 20 {
             *now = start + Duration::from_millis(50 * step);
-            if let Some(asked) = recovery.tick(*now, PATIENCE, || Some(peer()))
-                && answers(step)
-            {
-                recovery.heard(&asked);
+            if recovery.ping_is_due(*now, PATIENCE) {
+                recovery.asked(peer(), *now);
+                if answers(step) {
+                    recovery.heard(&peer());
+                }
             }
             if recovery.try_return(*now) {
                 return Some(*now - start);

@@ -38,7 +38,7 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) fn ident(&self) -> Ident {
-        Ident { id: self.state.id, addr: self.state.addr, generation: self.state.generation }
+        (&self.state).into()
     }
 
     pub(crate) fn is_live(&self) -> bool {

@@ -7,7 +7,7 @@ use std::{
 
 use starling_protocol::{MemberHealth, Name, NodeId, NodeRecord, Phase, Protocol, ServiceState};
 
-use crate::records::hash_of;
+use crate::{Ident, records::hash_of};
 
 /// Most instances of one version of a service that a node calls. Each node has its own lot of them, always the same, so
 /// that connections stay few and load is spread all the same.
@@ -25,8 +25,6 @@ pub struct Snapshot {
     /// Services most of whose instances vanished at once: the last known ones are still called, because the fault may be
     /// on this side.
     pub panicking: Vec<Name>,
-    /// How much this node doubts its own judgement, 0 to 8 (Lifeguard's local health).
-    pub doubt: u32,
     services: HashMap<Name, Vec<Arc<Instance>>>,
 }
 
@@ -89,6 +87,11 @@ impl MemberView {
     /// Whether it is in the mesh: alive or merely suspected.
     pub fn is_live(&self) -> bool {
         self.health != MemberHealth::Down && !self.left
+    }
+
+    /// It, in this life of it.
+    pub fn ident(&self) -> Ident {
+        Ident { id: self.id, addr: self.addr, generation: self.generation }
     }
 }
 
@@ -171,13 +174,13 @@ impl Photographer {
         let mut panicking = Vec::new();
         for (name, instances) in &mut services {
             let known = self.services.entry(name.clone()).or_default();
-            if known.keep_lost(instances, &dead, new_burst, now) {
+            if known.keep_lost(name, instances, &dead, new_burst, now) {
                 panicking.push(name.clone());
             }
             *instances = subset(std::mem::take(instances), me, zone);
         }
         panicking.sort();
-        Snapshot { members, panicking, doubt: 0, services }
+        Snapshot { members, panicking, services }
     }
 }
 
@@ -185,6 +188,7 @@ impl Known {
     /// Adds the instances of nodes that died with more than half of the service within a moment. Whether it did.
     fn keep_lost(
         &mut self,
+        service: &Name,
         instances: &mut Vec<Arc<Instance>>,
         dead: &HashMap<NodeId, bool>,
         new_burst: bool,
@@ -204,7 +208,10 @@ impl Known {
             }
             return false;
         }
-        self.panic_since.get_or_insert(now);
+        if self.panic_since.is_none() {
+            tracing::warn!(%service, lost = lost.len(), "most instances vanished at once; calling the last known, too");
+            self.panic_since = Some(now);
+        }
         instances.extend(lost);
         true
     }

@@ -28,7 +28,7 @@ const MAX_BODY_BYTES: usize = 512 << 10;
 pub(crate) trait Subject: Send + Sync + 'static {
     fn snapshot(&self) -> Arc<Snapshot>;
     fn client(&self) -> &MeshClient;
-    fn status(&self) -> admin::Status;
+    fn status(&self) -> impl Future<Output = admin::Status> + Send;
     fn is_ready(&self) -> bool;
     fn metrics(&self) -> impl Future<Output = String> + Send;
     fn members(&self, detailed: bool) -> impl Future<Output = Vec<admin::Member>> + Send;
@@ -145,7 +145,7 @@ async fn answer<S: Subject>(
             Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
         },
         ("GET", "/v1/services") => json(StatusCode::OK, &services(&snapshot, subject.client())),
-        ("GET", "/v1/status") => json(StatusCode::OK, &subject.status()),
+        ("GET", "/v1/status") => json(StatusCode::OK, &subject.status().await),
         ("POST", "/v1/drain" | "/v1/leave") => {
             subject.drain();
             json(StatusCode::ACCEPTED, &serde_json::json!({"phase": "draining"}))

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
+use starling_gossip::Profile;
 use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
 
 /// Everything that a node can be told.
@@ -28,18 +29,7 @@ pub struct Config {
 #[serde(deny_unknown_fields, default)]
 pub struct GossipConfig {
     /// What kind of network the mesh spans. All nodes of a mesh should have the same.
-    pub profile: GossipProfile,
-}
-
-/// Timing of failure detection.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GossipProfile {
-    /// One site; a dead node is known within about three seconds.
-    #[default]
-    Lan,
-    /// Several sites, far apart; about ten seconds.
-    Wan,
+    pub profile: Profile,
 }
 
 /// `[node]`

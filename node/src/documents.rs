@@ -85,7 +85,7 @@ impl Documents {
     /// Reads the state directory. What was on trial when the process died is quarantined.
     pub(crate) fn open(state: &StateDir) -> Result<(Self, Kept), StateError> {
         let mut index: Index = match state.read(INDEX)? {
-            // A damaged index must not keep a node out of the mesh, but silence would undo the protection from old editions.
+            // Going on without it would undo the protection from old editions: a person has to decide that.
             Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| state.damaged(INDEX, e))?,
             None => Index::default(),
         };
@@ -139,11 +139,6 @@ impl Documents {
         self.0.sights.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// The newest edition of each kind, whether in force or not.
-    pub fn newest(&self) -> Vec<DocumentView> {
-        self.table().kinds.values().map(|kind| kind.newest.clone()).collect()
-    }
-
     /// Takes what gossip brings, for as long as the node runs.
     pub(crate) async fn run(self, mut durable: watch::Receiver<Durable>) {
         loop {
@@ -185,7 +180,7 @@ impl Documents {
                         let old = good.filter(|(_, hash)| *hash != view.hash).map(|(document, _)| document);
                         let readers = table.readers.get(&kind).map_or(&[][..], Vec::as_slice);
                         if let Some(old) = &old {
-                            let _ = readers.iter().try_for_each(|read| read(Some(&old.content)));
+                            give(readers, Some(&old.content));
                         }
                         (old, None, hash)
                     }
@@ -217,7 +212,7 @@ impl Documents {
         }
         let readers = table.readers.get(name).map_or(&[][..], Vec::as_slice);
         if kind.in_force.take_if(|old| old.expires.is_some_and(|expires| expires <= now)).is_some() {
-            let _ = readers.iter().try_for_each(|read| read(None));
+            give(readers, None);
         }
         let next = if table.index.quarantined.contains(&hash.to_string()) {
             DocumentState::Quarantined
@@ -252,7 +247,7 @@ impl Documents {
                         kind.state = DocumentState::Refused;
                         // Those that had read it already go back to what was in force.
                         let old = kind.in_force.as_ref().map(|d| d.content.as_slice());
-                        let _ = readers.iter().try_for_each(|read| read(old));
+                        give(readers, old);
                         match &kind.trial {
                             // The edition in force is still on its own.
                             Some(trial) => table.index.on_trial.insert(name.clone(), trial.hash.to_string()),
@@ -264,12 +259,7 @@ impl Documents {
                 }
             }
             DocumentState::Deleted | DocumentState::Expired if kind.in_force.take().is_some() => {
-                let _ = readers.iter().try_for_each(|read| read(None));
-            }
-            DocumentState::Quarantined | DocumentState::Pending if kind.state != next => {
-                if let Some(old) = &kind.in_force {
-                    let _ = readers.iter().try_for_each(|read| read(Some(&old.content)));
-                }
+                give(readers, None);
             }
             _ => {}
         }
@@ -289,21 +279,25 @@ impl Documents {
     }
 
     fn store(&self, name: &str, signed: &SignedDocument) {
-        if let Err(error) = self.0.state.write(name, &starling_protocol::encode(signed)) {
-            tracing::error!(%error, "cannot store {name}");
-        }
+        self.0.state.keep(name, &starling_protocol::encode(signed));
     }
 
     fn store_index(&self, index: &Index) {
-        let written = serde_json::to_vec_pretty(index).map_err(|e| e.to_string());
-        let written = written.and_then(|bytes| self.0.state.write(INDEX, &bytes).map_err(|e| e.to_string()));
-        if let Err(error) = written {
-            tracing::error!(error, "cannot store {INDEX}");
-        }
+        let bytes = serde_json::to_vec_pretty(index).expect("names and numbers are JSON");
+        self.0.state.keep(INDEX, &bytes);
     }
 
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
         self.0.table.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// Gives readers what they have understood before, or nothing: there is no error to expect.
+fn give(readers: &[Reader], content: Option<&[u8]>) {
+    for read in readers {
+        if let Err(error) = read(content) {
+            tracing::error!(error, "a document that was understood is not any more");
+        }
     }
 }
 
@@ -315,11 +309,6 @@ pub(crate) async fn publish(gossip: &GossipHandle, signed: SignedDocument) -> Re
         Some(outcome) => outcome.map(|()| edition),
         None => Err(DocumentError::Unverified("the node is going away".into())),
     }
-}
-
-/// Hash of no document: what the first edition of a kind names as the one before it.
-pub fn no_document() -> DocumentHash {
-    DocumentHash::default()
 }
 
 fn newest_file(kind: &Name) -> String {

@@ -109,6 +109,32 @@ impl MeshEndpoint {
     }
 }
 
+/// How many connections an endpoint takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// At most; more are refused.
+    pub connections: usize,
+    /// Above so many, a peer must prove its address first (RFC 9000 §8.1.2).
+    pub unproven: usize,
+}
+
+impl Room {
+    /// Lets a connection attempt in, or refuses it, or asks it to prove its address; `None` if it is dealt with.
+    pub fn admit(&self, endpoint: &quinn::Endpoint, incoming: quinn::Incoming) -> Option<quinn::Incoming> {
+        let open = endpoint.open_connections();
+        if open >= self.connections {
+            incoming.refuse();
+            return None;
+        }
+        if open >= self.unproven && !incoming.remote_address_validated() && incoming.may_retry() {
+            // It may have been answered already; then it is gone, as it would be.
+            let _ = incoming.retry();
+            return None;
+        }
+        Some(incoming)
+    }
+}
+
 /// An endpoint that can only dial, for a node that has no identity yet.
 pub(crate) fn joining_endpoint(addr: SocketAddr) -> io::Result<quinn::Endpoint> {
     let any: SocketAddr = if addr.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };

@@ -312,7 +312,7 @@ pub fn crypto_provider() -> Arc<CryptoProvider> {
 }
 
 /// Now, in unix seconds.
-pub(crate) fn unix_now() -> u64 {
+pub fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 

@@ -37,12 +37,14 @@ pub mod message;
 pub use admin::ExtraRoutes;
 pub use body::{Body, BodyError};
 pub use client::{Call, CallError, Fault, MeshClient, Sent};
-pub use documents::{Documents, no_document};
+pub use documents::Documents;
 pub use drain::Drain;
+pub use endpoint::Room;
 pub use identity::{
     authority::{Admin, Authority, AuthorityError, TokenRequest},
     crypto_provider,
     join::JoinError,
+    unix_now,
 };
 pub use metrics::Metrics;
 pub use node::{Node, StartError};

@@ -358,25 +358,15 @@ impl Drop for Turn {
     }
 }
 
-/// Stores what changed. A full disk must not take the node out of the mesh: it serves from memory and says so.
+/// Stores what changed.
 fn keep(state: &StateDir, before: &Durable, now: &Durable) {
-    let store = |state: &StateDir, name: &str, bytes: &[u8]| {
-        if let Err(error) = state.write(name, bytes) {
-            tracing::error!(%error, "cannot store {name}");
-        }
-    };
     if now.generation != before.generation {
-        store(state, "generation", now.generation.to_string().as_bytes());
+        state.keep("generation", now.generation.to_string().as_bytes());
     }
     if now.peers != before.peers {
-        match serde_json::to_vec(&now.peers) {
-            // Not on this thread, which must answer probes while the disk syncs.
-            Ok(json) => {
-                let state = state.clone();
-                tokio::task::spawn_blocking(move || store(&state, "peers.json", &json));
-            }
-            Err(error) => tracing::error!(%error, "peers.json"),
-        }
+        let (state, json) = (state.clone(), serde_json::to_vec(&now.peers).expect("addresses are JSON"));
+        // Not on this thread, which must answer probes while the disk syncs.
+        tokio::task::spawn_blocking(move || state.keep("peers.json", &json));
     }
 }
 

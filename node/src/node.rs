@@ -12,7 +12,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, MemberView, Memory, Profile, Snapshot};
+use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, MemberView, Memory, Snapshot};
 use starling_protocol::{
     CloseCode, DocumentEdition, JoinToken, Name, NodeKind, Phase, ServiceRecord, ServiceState, TokenError,
     admin as json, alpn,
@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Documents, Drain, MeshClient, Metrics,
     admin::{self, ExtraRoutes, Subject},
-    config::{Config, GossipProfile},
+    config::Config,
     documents,
-    endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, load_or_create_reset_key},
+    endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, Room, load_or_create_reset_key},
     health,
     identity::{
         Identity, RecordCredentials,
@@ -53,9 +53,7 @@ const LEAVE_GRACE: Duration = Duration::from_millis(300);
 /// A node that finds nobody is ready anyway after this long: what it serves itself can be called.
 const LONELY_READY: Duration = Duration::from_secs(5);
 /// Connections of one endpoint on the mesh port.
-const MAX_CONNECTIONS: usize = 20_000;
-/// Connections above which a peer must prove its address first (RFC 9000 §8.1.2).
-const RETRY_ABOVE: usize = 2_000;
+const ROOM: Room = Room { connections: 20_000, unproven: 2_000 };
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a member may take to answer an operator's ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -250,7 +248,7 @@ impl Node {
             announcement(config, kind, &identity, &authority),
             Box::new(RecordCredentials(identity.clone())),
             Memory { peers: remembered, documents: kept.newest, floors: kept.floors },
-            &starling_gossip::Config::new(profile(config)),
+            &starling_gossip::Config::new(config.gossip.profile),
             (Instant::now(), unix_now()),
         );
         let (gossip, outgoing) = starling_gossip::spawn(gossip);
@@ -438,15 +436,7 @@ struct Doors {
 impl Doors {
     async fn accept(self, endpoint: quinn::Endpoint) {
         while let Some(incoming) = endpoint.accept().await {
-            let open = endpoint.open_connections();
-            if open >= MAX_CONNECTIONS {
-                incoming.refuse();
-                continue;
-            }
-            if open >= RETRY_ABOVE && !incoming.remote_address_validated() && incoming.may_retry() {
-                let _ = incoming.retry();
-                continue;
-            }
+            let Some(incoming) = ROOM.admit(&endpoint, incoming) else { continue };
             let doors = self.clone();
             tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
@@ -549,7 +539,7 @@ impl Subject for Shared {
         settled && !self.drain_asked.is_cancelled()
     }
 
-    fn status(&self) -> json::Status {
+    async fn status(&self) -> json::Status {
         let snapshot = self.snapshot();
         let live: Vec<_> = snapshot.members.iter().filter(|m| m.is_live()).collect();
         let ends = live.iter().filter_map(|m| m.record.as_ref()).map(|r| r.cert_expires).min().unwrap_or_default();
@@ -573,7 +563,7 @@ impl Subject for Shared {
             issuers_alive: live.iter().filter(|m| m.record.as_ref().is_some_and(|r| r.issuer.is_some())).count(),
             first_cert_expires: admin::rfc3339(ends),
             in_flight: self.client.in_flight() + self.inbound.in_flight(),
-            doubt: snapshot.doubt.into(),
+            doubt: self.gossip.counters().await.doubt,
             panicking: snapshot.panicking.clone(),
             unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
             reload_error: self.extra().reload_error.clone(),
@@ -615,7 +605,7 @@ impl Subject for Shared {
     }
 
     async fn documents(&self) -> Vec<json::Document> {
-        survey::documents(&self.snapshot(), &self.links, &self.documents).await
+        survey::documents(&self.snapshot(), &self.links, &self.documents, &self.gossip.durable()).await
     }
 
     async fn publish(&self, new: json::NewDocument) -> Result<DocumentEdition, String> {
@@ -630,9 +620,8 @@ impl Subject for Shared {
         if member.is_self {
             return Err(format!("{node} is this node itself"));
         }
-        let ident = Ident { id: member.id, addr: member.addr, generation: member.generation };
         let started = Instant::now();
-        let pong = tokio::time::timeout(PING_TIMEOUT, self.links.ping(ident, None)).await;
+        let pong = tokio::time::timeout(PING_TIMEOUT, self.links.ping(member.ident(), None)).await;
         let pong = pong.map_err(|_| format!("{node} does not answer within {PING_TIMEOUT:?}"))?;
         let pong = pong.map_err(|e| format!("{node} does not answer: {e}"))?;
         let rtt_us = started.elapsed().as_micros() as u64;
@@ -675,13 +664,6 @@ impl Subject for Shared {
 fn find<'a>(snapshot: &'a Snapshot, node: &str) -> Result<&'a MemberView, String> {
     let by_id = || snapshot.members.iter().find(|m| m.id.to_string() == node);
     snapshot.named(node).or_else(by_id).ok_or_else(|| format!("no member has the name or id {node:?}"))
-}
-
-fn profile(config: &Config) -> Profile {
-    match config.gossip.profile {
-        GossipProfile::Lan => Profile::Lan,
-        GossipProfile::Wan => Profile::Wan,
-    }
 }
 
 fn bind_tcp(what: &'static str, addr: SocketAddr) -> Result<std::net::TcpListener, StartError> {

@@ -117,6 +117,14 @@ impl StateDir {
         File::open(&dir).and_then(|d| d.sync_all()).map_err(|e| io("sync the directory of", e))
     }
 
+    /// Replaces the file, or says in the log why not: a full disk must not take a running node out of the mesh, which serves
+    /// from memory.
+    pub fn keep(&self, name: &str, bytes: &[u8]) {
+        if let Err(error) = self.write(name, bytes) {
+            tracing::error!(%error, "cannot store {name}");
+        }
+    }
+
     /// An error about the file's content.
     pub fn damaged(&self, name: &str, problem: impl ToString) -> StateError {
         StateError::Damaged { path: self.root.join(name), problem: problem.to_string() }

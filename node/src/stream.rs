@@ -23,9 +23,23 @@ pub(crate) async fn read_frame<T: DeserializeOwned>(
     stream: &mut quinn::RecvStream,
     limit: usize,
 ) -> Result<T, StreamFault> {
+    let length = read_length(stream, limit).await?;
+    read_body(stream, length).await
+}
+
+/// Reads how long the next frame's body is; refuses more than `limit` bytes. Not cancel safe.
+pub(crate) async fn read_length(stream: &mut quinn::RecvStream, limit: usize) -> Result<usize, StreamFault> {
     let mut header = [0; FRAME_HEADER_BYTES];
     stream.read_exact(&mut header).await?;
-    let mut body = vec![0; frame_length(header, limit)?];
+    Ok(frame_length(header, limit)?)
+}
+
+/// Reads the body of a frame of that length. Not cancel safe.
+pub(crate) async fn read_body<T: DeserializeOwned>(
+    stream: &mut quinn::RecvStream,
+    length: usize,
+) -> Result<T, StreamFault> {
+    let mut body = vec![0; length];
     stream.read_exact(&mut body).await?;
     Ok(decode(&body)?)
 }

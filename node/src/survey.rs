@@ -2,9 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use starling_gossip::{Ident, MemberView, Snapshot};
+use starling_gossip::{Durable, MemberView, Snapshot};
 use starling_protocol::{DocumentSight, Name, NodeId, View, admin};
-use tokio::task::JoinSet;
+use tokio::{sync::watch, task::JoinSet};
 
 use crate::{Documents, admin as api, links::Links};
 
@@ -24,7 +24,7 @@ async fn ask_all(snapshot: &Arc<Snapshot>, links: &Links, own: View) -> BTreeMap
             && let Some(member) = waiting.pop()
         {
             let (links, name) = (links.clone(), api::name_of(snapshot, &member.id));
-            let ident = Ident { id: member.id, addr: member.addr, generation: member.generation };
+            let ident = member.ident();
             asked.spawn(async move { (name, links.inspect(ident).await) });
         }
         match asked.join_next().await {
@@ -51,7 +51,12 @@ pub(crate) async fn views(snapshot: &Arc<Snapshot>, links: &Links) -> Vec<admin:
 }
 
 /// The mesh's documents, with the edition that each live member has.
-pub(crate) async fn documents(snapshot: &Arc<Snapshot>, links: &Links, documents: &Documents) -> Vec<admin::Document> {
+pub(crate) async fn documents(
+    snapshot: &Arc<Snapshot>,
+    links: &Links,
+    documents: &Documents,
+    durable: &watch::Receiver<Durable>,
+) -> Vec<admin::Document> {
     let own = View { members: Vec::new(), documents: documents.sights() };
     let answers = ask_all(snapshot, links, own).await;
     // Of each kind the newest edition that anybody has: this node itself may be the one that lacks it.
@@ -69,7 +74,7 @@ pub(crate) async fn documents(snapshot: &Arc<Snapshot>, links: &Links, documents
             *known = sight;
         }
     }
-    let newest = documents.newest();
+    let held = durable.borrow().documents.clone();
     let describe = |sight: &DocumentSight| {
         let kind = &sight.edition.kind;
         let nodes: Vec<admin::NodeDocument> =
@@ -77,13 +82,13 @@ pub(crate) async fn documents(snapshot: &Arc<Snapshot>, links: &Links, documents
         let differs = |n: &admin::NodeDocument| {
             n.error.is_none() && (n.hash != Some(sight.edition.hash.to_string()) || n.state != Some(sight.state))
         };
-        let document = newest.iter().find(|view| view.hash == sight.edition.hash).map(|view| view.document.clone());
+        let document = held.get(kind).filter(|view| view.hash == sight.edition.hash).map(|view| &view.document);
         admin::Document {
             kind: kind.clone(),
             version: sight.edition.version,
             hash: sight.edition.hash.to_string(),
             state: sight.state,
-            not_before: api::rfc3339(document.as_ref().map_or(0, |d| d.not_before)),
+            not_before: api::rfc3339(document.map_or(0, |d| d.not_before)),
             expires: document.and_then(|d| d.expires).map(api::rfc3339),
             drift: nodes.iter().any(differs),
             nodes,

@@ -1,4 +1,4 @@
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -41,6 +41,17 @@ impl fmt::Display for DocumentHash {
     }
 }
 
+impl FromStr for DocumentHash {
+    type Err = FrameError;
+    fn from_str(hex: &str) -> Result<Self, FrameError> {
+        let digits: Option<Vec<u8>> = hex.chars().map(|c| c.to_digit(16).map(|digit| digit as u8)).collect();
+        let bytes: Vec<u8> =
+            digits.unwrap_or_default().chunks(2).map(|pair| pair.iter().fold(0, |b, d| b << 4 | d)).collect();
+        let hash = bytes.try_into().ok().filter(|_| hex.len() == 64);
+        hash.map(Self).ok_or_else(|| FrameError::Malformed("a document's hash has 64 hex digits".into()))
+    }
+}
+
 impl fmt::Debug for DocumentHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0[..4].iter().try_for_each(|b| write!(f, "{b:02x}"))
@@ -71,6 +82,11 @@ impl SignedDocument {
         [b"starling mesh document v1\0".as_slice(), body].concat()
     }
 
+    /// Size of body, signature and certificate, in bytes.
+    pub fn encoded_len(&self) -> usize {
+        self.body.len() + self.signature.len() + self.certificate.len()
+    }
+
     /// Hash by which this edition is known.
     pub fn hash(&self) -> DocumentHash {
         DocumentHash(Sha256::digest(&self.body).into())
@@ -78,10 +94,9 @@ impl SignedDocument {
 
     /// Decodes the body *without* believing it. Errors on oversized or malformed bodies.
     pub fn peek(&self) -> Result<MeshDocument, FrameError> {
-        let envelope = self.signature.len() + self.certificate.len();
-        let limit = MAX_DOCUMENT_BYTES + MAX_ENVELOPE_BYTES;
-        if self.body.len() + envelope > limit {
-            return Err(FrameError::TooLong { length: self.body.len() + envelope, limit });
+        let (length, limit) = (self.encoded_len(), MAX_DOCUMENT_BYTES + MAX_ENVELOPE_BYTES);
+        if length > limit {
+            return Err(FrameError::TooLong { length, limit });
         }
         let document: MeshDocument = decode(&self.body)?;
         if document.content.len() > MAX_DOCUMENT_BYTES {
@@ -113,6 +128,15 @@ mod tests {
         assert!(signed(&document(vec![7; MAX_DOCUMENT_BYTES], false)).peek().is_ok());
         for bad in [document(vec![7; MAX_DOCUMENT_BYTES + 1], false), document(vec![7], true)] {
             assert!(signed(&bad).peek().is_err());
+        }
+    }
+
+    #[test]
+    fn a_hash_prints_and_parses_again() {
+        let hash = signed(&document(vec![1], false)).hash();
+        assert_eq!(hash.to_string().parse(), Ok(hash));
+        for bad in ["", "00", &"0".repeat(63), &"0".repeat(66), &"g".repeat(64), &"é".repeat(32)] {
+            assert!(bad.parse::<DocumentHash>().is_err(), "{bad}");
         }
     }
 

@@ -62,8 +62,8 @@ impl Items {
             left = left.saturating_sub(size);
             fits
         };
-        let documents = self.documents.iter().take_while(|d| fits(d.body.len() + 1024)).count();
-        let records = self.records.iter().take_while(|r| fits(r.encoded_len() + 16)).count();
+        let documents = self.documents.iter().take_while(|d| fits(d.encoded_len())).count();
+        let records = self.records.iter().take_while(|r| fits(r.encoded_len())).count();
         let forgotten = std::mem::take(&mut self.forgotten);
         let documents = self.documents.drain(..documents).collect();
         let records = self.records.drain(..records).collect();

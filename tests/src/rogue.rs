@@ -33,10 +33,10 @@ impl Rogue {
         let key = KeyPair::from_pem(&read("key.pem")?)?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(read("chain.pem")?.as_bytes()).collect::<Result<_, _>>()?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut tls = rustls::ClientConfig::builder_with_provider(provider.clone())
+        let mut tls = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyServer(provider)))
+            .with_custom_certificate_verifier(Arc::new(AnyServer::default()))
             .with_client_auth_cert(
                 chain.clone(),
                 PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
@@ -144,9 +144,15 @@ pub fn packet(src: Ident, dst: Ident, message: Message<Ident>, news: &[Member<Id
     bytes
 }
 
-/// Believes every server: the rogue is the one to be checked.
+/// Believes every server: an attacker does not care whom it talks to.
 #[derive(Debug)]
-struct AnyServer(Arc<CryptoProvider>);
+pub struct AnyServer(CryptoProvider);
+
+impl Default for AnyServer {
+    fn default() -> Self {
+        Self(rustls::crypto::aws_lc_rs::default_provider())
+    }
+}
 
 impl ServerCertVerifier for AnyServer {
     fn verify_server_cert(

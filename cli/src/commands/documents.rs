@@ -1,10 +1,8 @@
 //! `starling documents`
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use base64::{Engine, engine::general_purpose::STANDARD};
 use http::Method;
-use starling_node::{Admin, StateDir, no_document};
+use starling_node::{Admin, StateDir, unix_now};
 use starling_protocol::{
     DocumentEdition, MAX_DOCUMENT_BYTES, MeshDocument, SignedDocument,
     admin::{Document, NewDocument},
@@ -80,7 +78,7 @@ async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, delet
     let document = MeshDocument {
         kind: args.kind.clone(),
         version: args.edition.unwrap_or_else(|| known.map_or(0, |k| k.version) + 1),
-        previous: known.and_then(|k| parse_hash(&k.hash)).unwrap_or_else(no_document),
+        previous: known.and_then(|k| k.hash.parse().ok()).unwrap_or_default(),
         not_before: unix_now(),
         expires,
         deleted,
@@ -92,14 +90,4 @@ async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, delet
     println!("{} version {} {}", edition.kind, edition.version, edition.hash);
     eprintln!("see it get round with: starling documents");
     Ok(())
-}
-
-fn parse_hash(hex: &str) -> Option<starling_protocol::DocumentHash> {
-    let bytes: Option<Vec<u8>> =
-        (0..hex.len() / 2).map(|i| u8::from_str_radix(hex.get(2 * i..2 * i + 2)?, 16).ok()).collect();
-    bytes?.try_into().ok().map(starling_protocol::DocumentHash)
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }

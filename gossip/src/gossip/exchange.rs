@@ -49,7 +49,7 @@ impl Gossip {
         let mut budget = MAX_DELTA_BYTES;
         for held in self.documents.all() {
             let news = summary.documents.iter().all(|e| e.kind != held.document.kind || self.documents.is_behind(e));
-            if news && spend(&mut budget, held.signed.body.len() + 1024) {
+            if news && spend(&mut budget, held.signed.encoded_len()) {
                 items.documents.push(held.signed.clone());
             }
         }
@@ -94,7 +94,7 @@ impl Gossip {
         let mut budget = MAX_DELTA_BYTES;
         let documents = delta.wanted_documents.iter().filter_map(|kind| self.documents.get(kind));
         let documents = documents.map(|held| held.signed.clone());
-        let documents = documents.filter(|signed| spend(&mut budget, signed.body.len() + 1024)).collect();
+        let documents = documents.filter(|signed| spend(&mut budget, signed.encoded_len())).collect();
         let records = delta.wanted_records.iter().filter_map(|id| self.records.signed(id));
         let records = records.filter(|signed| spend(&mut budget, signed.encoded_len())).cloned().collect();
         Items { records, documents, forgotten: Vec::new() }
@@ -102,16 +102,9 @@ impl Gossip {
 
     /// Takes a peer's view, unless this node holds the peer for dead: such a view is that of a node that was cut off. If it
     /// holds this node for dead as well, either may be the one; whoever has the lower standing concedes.
-    pub(super) fn learn_from(
-        &mut self,
-        from: NodeId,
-        members: &[MemberState],
-        (ours, theirs): (u32, u32),
-        now: Instant,
-    ) {
+    fn learn_from(&mut self, from: NodeId, members: &[MemberState], (ours, theirs): (u32, u32), now: Instant) {
         let Some(sender) = members.iter().find(|m| m.id == from) else { return };
-        let sender = Ident { id: from, addr: sender.addr, generation: sender.generation };
-        if !self.membership.holds_dead(&sender) {
+        if !self.membership.holds_dead(&sender.into()) {
             return self.learn(from, members, now);
         }
         let me = self.membership.me();

@@ -17,6 +17,7 @@ const RECORD_GRACE: Duration = Duration::from_millis(400);
 const RECORDS_PER_ROUND: usize = 3;
 
 impl Gossip {
+    /// What is looked after a few times a second.
     pub(super) fn housekeep(&mut self, now: Instant) {
         let wanted = self.addresses_to_call();
         for addr in self.contacts.due(&wanted, now) {
@@ -33,7 +34,7 @@ impl Gossip {
     }
 
     /// Asks live members for the record of their present life if it has not come by itself.
-    pub(super) fn ask_for_records(&mut self, now: Instant) {
+    fn ask_for_records(&mut self, now: Instant) {
         self.record_asked.retain(|_, at| now.saturating_duration_since(*at) < Duration::from_secs(2));
         let lacking: Vec<Ident> = self
             .roster
@@ -55,7 +56,7 @@ impl Gossip {
     }
 
     /// Seeds, former peers and the dead, as long as nobody alive answers at the address.
-    pub(super) fn addresses_to_call(&mut self) -> BTreeSet<SocketAddr> {
+    fn addresses_to_call(&mut self) -> BTreeSet<SocketAddr> {
         let me = self.membership.me();
         let dead = self.roster.all().filter(|p| !p.is_live() && !self.has_left(&p.state)).map(|p| p.state.addr);
         let mut wanted: BTreeSet<SocketAddr> = self.seeds.iter().copied().chain(dead).collect();

@@ -78,7 +78,7 @@ impl Gossip {
     }
 
     /// A node that signs a record is there: whoever has not heard of it by gossip has now.
-    pub(super) fn meet(&mut self, records: &[Arc<SignedRecord>], now: Instant) {
+    fn meet(&mut self, records: &[Arc<SignedRecord>], now: Instant) {
         let records = records.iter().filter_map(|signed| signed.peek_edition().ok());
         let records = records.filter_map(|edition| self.records.get(&edition.id));
         let unknown = |r: &&Arc<NodeRecord>| {
@@ -97,7 +97,7 @@ impl Gossip {
     }
 
     /// Whether the record was news, and is stored.
-    pub(super) fn take_record(&mut self, signed: &Arc<SignedRecord>, unix: u64) -> Result<bool, RecordError> {
+    fn take_record(&mut self, signed: &Arc<SignedRecord>, unix: u64) -> Result<bool, RecordError> {
         let claimed = signed.peek_edition().map_err(|e| RecordError(e.to_string()))?;
         if claimed.id == self.membership.me().id {
             return Ok(false);
@@ -133,7 +133,8 @@ impl Gossip {
         outcome.map(|taken| taken.is_some())
     }
 
-    pub(super) fn judge_document(&self, signed: &SignedDocument) -> Result<Option<MeshDocument>, DocumentError> {
+    /// Verifies; the document if it is news.
+    fn judge_document(&self, signed: &SignedDocument) -> Result<Option<MeshDocument>, DocumentError> {
         let claimed = signed.peek().map_err(|e| DocumentError::Unverified(e.to_string()))?;
         let edition = DocumentEdition { kind: claimed.kind.clone(), version: claimed.version, hash: signed.hash() };
         if self.documents.has(&edition) {

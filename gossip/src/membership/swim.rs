@@ -11,7 +11,7 @@ use foca::{Codec, Header, Member, Message, Notification, PeriodicParams, Postcar
 use serde::{Deserialize, Serialize};
 use starling_protocol::{MemberHealth, MemberState, NodeId};
 
-use super::Timing;
+use crate::Config;
 
 /// Largest SWIM packet, in bytes. With the root hash in front it fits the 1162 bytes of a datagram that every QUIC path
 /// carries (1200 bytes, RFC 9000 §14, less headers), so no packet depends on what a path offers beyond that.
@@ -50,6 +50,7 @@ impl foca::Identity for Ident {
     }
 }
 
+/// What one call of foca wants done.
 #[derive(Default)]
 pub(super) struct Collected {
     pub(super) packets: Vec<(Ident, Bytes)>,
@@ -78,6 +79,23 @@ impl foca::Runtime<Ident> for Collected {
     }
 }
 
+impl From<&MemberState> for Ident {
+    fn from(state: &MemberState) -> Self {
+        Self { id: state.id, addr: state.addr, generation: state.generation }
+    }
+}
+
+/// A state as foca takes it.
+pub(super) fn member_of(state: &MemberState) -> Member<Ident> {
+    let health = match state.health {
+        MemberHealth::Alive => foca::State::Alive,
+        MemberHealth::Suspect => foca::State::Suspect,
+        MemberHealth::Down => foca::State::Down,
+    };
+    Member::new(state.into(), state.incarnation, health)
+}
+
+/// A member as foca has it.
 pub(super) fn state_of(member: &Member<Ident>) -> MemberState {
     MemberState {
         id: member.id().id,
@@ -94,7 +112,7 @@ pub(super) fn state_of(member: &Member<Ident>) -> MemberState {
 }
 
 /// Generations of the members that a packet brings news of.
-pub(super) fn updates_of(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<u64>, String> {
+pub(super) fn generations_in(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<u64>, String> {
     if matches!(header.message, Message::Broadcast | Message::Announce) {
         return Ok(Vec::new());
     }
@@ -105,16 +123,17 @@ pub(super) fn updates_of(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<
         .map_err(|e| e.to_string())
 }
 
-pub(super) fn foca_config(timing: &Timing, size: usize) -> foca::Config {
+/// foca's settings for a mesh of that size.
+pub(super) fn foca_config(config: &Config, size: usize) -> foca::Config {
     let nonzero = |n: usize| NonZeroUsize::new(n).unwrap_or(NonZeroUsize::MIN);
     let rounds = (size as f64 + 1.0).log2().max(1.0);
     foca::Config {
-        probe_period: timing.probe_period,
-        probe_rtt: timing.probe_rtt,
+        probe_period: config.probe_period,
+        probe_rtt: config.probe_rtt,
         num_indirect_probes: nonzero(3),
         max_transmissions: NonZeroU8::new(rounds.ceil().min(60.0) as u8 + 4).unwrap_or(NonZeroU8::MIN),
         // The driver keeps these timers itself: see `Suspicion::deadline`.
-        suspect_to_down_after: timing.suspicion[1],
+        suspect_to_down_after: config.suspicion[1],
         remove_down_after: Some(REMEMBER_DOWN),
         max_packet_size: nonzero(MAX_PACKET_BYTES),
         notify_down_members: true,

@@ -1,21 +1,11 @@
-use rand::SeedableRng;
-
 use super::*;
-
+use crate::Profile;
 fn ident(n: u8) -> Ident {
     Ident { id: NodeId([n; 16]), addr: ([127, 0, 0, n], 7400).into(), generation: 1 }
 }
 
-fn timing() -> Timing {
-    Timing {
-        probe_period: Duration::from_millis(500),
-        probe_rtt: Duration::from_millis(150),
-        suspicion: [Duration::from_millis(1500), Duration::from_millis(4500)],
-    }
-}
-
 fn new(n: u8) -> Membership {
-    Membership::new(ident(n), timing(), StdRng::seed_from_u64(n.into()))
+    Membership::new(ident(n), &Config { seed: n.into(), ..Config::new(Profile::Lan) })
 }
 
 fn state(n: u8, incarnation: u16, health: MemberHealth) -> MemberState {
@@ -86,16 +76,44 @@ fn a_suspect_that_is_told_refutes_to_the_one_who_told_it() {
         Effect::Send { to, bytes, .. } if to.id == ident(2).id => Some(bytes.clone()),
         _ => None,
     });
-    let answers: Vec<Effect> = pings.flat_map(|ping| b.packet(ident(1).id, &ping, now, 1).unwrap()).collect();
+    let answers: Vec<Effect> = pings.flat_map(|ping| b.packet(ident(1).id, None, &ping, now, 1).unwrap()).collect();
     for answer in answers {
         if let Effect::Send { to, bytes, .. } = answer
             && to.id == ident(1).id
         {
-            a.packet(ident(2).id, &bytes, now, 1).unwrap();
+            a.packet(ident(2).id, None, &bytes, now, 1).unwrap();
         }
     }
     assert_eq!(a.others().map(|m| (m.health, m.incarnation)).collect::<Vec<_>>(), [(MemberHealth::Alive, 1)]);
     assert_eq!(b.doubt(), 1, "who has to refute doubts itself");
+}
+
+#[test]
+fn whom_nobody_else_accuses_is_not_given_up_while_others_are_heard() {
+    for in_touch in [true, false] {
+        let mut now = Instant::now();
+        let (mut a, c) = (new(1), new(3));
+        a.learn(&[state(2, 0, MemberHealth::Alive), state(3, 0, MemberHealth::Alive)], now, 1).unwrap();
+        for _ in 0..300 {
+            let mut effects = Vec::new();
+            run(&mut a, &mut now, 100, |effect| effects.push(effect));
+            for effect in effects {
+                match effect {
+                    // Node 3 answers pings, and has no complaint about node 2.
+                    Effect::Send { to, bytes, .. } if to.id == ident(3).id && in_touch => {
+                        let header: Header<Ident> = PostcardCodec.decode_header(&bytes[..]).unwrap();
+                        let Message::Ping(number) = header.message else { continue };
+                        let ack = c.craft(ident(1), Message::Ack(number), None, None);
+                        a.packet(ident(3).id, None, &ack, now, 1).unwrap();
+                    }
+                    Effect::Check { suspect, incarnation } => a.check_failed(&suspect, incarnation, now),
+                    _ => {}
+                }
+            }
+        }
+        let expected = if in_touch { MemberHealth::Suspect } else { MemberHealth::Down };
+        assert_eq!(health_of(&a, 2), Some(expected), "in touch: {in_touch}");
+    }
 }
 
 #[test]
@@ -132,11 +150,11 @@ fn who_is_declared_dead_comes_back_in_a_new_life_once_it_is_heard() {
         run(&mut a, &mut now, 150, |effect| pings.push(effect));
         for ping in pings {
             let Effect::Send { bytes, .. } = ping else { continue };
-            for answer in b.packet(ident(1).id, &bytes, now, 1).unwrap() {
+            for answer in b.packet(ident(1).id, None, &bytes, now, 1).unwrap() {
                 if let Effect::Send { to, bytes, .. } = answer
                     && to.id == ident(1).id
                 {
-                    a.packet(ident(2).id, &bytes, now, 1).unwrap();
+                    a.packet(ident(2).id, None, &bytes, now, 1).unwrap();
                 }
             }
         }
@@ -150,18 +168,18 @@ fn who_is_declared_dead_comes_back_in_a_new_life_once_it_is_heard() {
 fn garbage_strangers_and_the_future_are_refused() {
     let now = Instant::now();
     let (mut a, b) = (new(1), new(2));
-    assert!(a.packet(ident(2).id, b"\xff\xff\xff\xff", now, 1).is_err());
+    assert!(a.packet(ident(2).id, None, b"\xff\xff\xff\xff", now, 1).is_err());
     let ping = b.craft(ident(1), Message::Ping(1), None, None);
-    assert!(a.packet(ident(3).id, &ping, now, 1).is_err(), "it speaks for another");
+    assert!(a.packet(ident(3).id, None, &ping, now, 1).is_err(), "it speaks for another");
     let future = Ident { generation: MAX_AHEAD_S + 2, ..ident(3) };
     let news = Member::new(future, 0, foca::State::Down);
     let rumour = b.craft(ident(1), Message::Gossip, Some(news), None);
-    assert!(a.packet(ident(2).id, &rumour, now, 1).is_err());
+    assert!(a.packet(ident(2).id, None, &rumour, now, 1).is_err());
     let from_the_future =
-        Membership::new(Ident { generation: MAX_AHEAD_S + 2, ..ident(2) }, timing(), StdRng::seed_from_u64(1));
+        Membership::new(Ident { generation: MAX_AHEAD_S + 2, ..ident(2) }, &Config::new(Profile::Lan));
     let ping = from_the_future.craft(ident(1), Message::Ping(1), None, None);
-    assert!(a.packet(ident(2).id, &ping, now, 1).is_err());
+    assert!(a.packet(ident(2).id, None, &ping, now, 1).is_err());
     assert_eq!(a.others().count(), 0);
-    a.packet(ident(2).id, &b.craft(ident(1), Message::Ping(1), None, None), now, 1).unwrap();
+    a.packet(ident(2).id, None, &b.craft(ident(1), Message::Ping(1), None, None), now, 1).unwrap();
     assert_eq!(a.others().count(), 1);
 }

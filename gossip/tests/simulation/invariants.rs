@@ -36,8 +36,6 @@ pub(crate) struct Transitions(pub(crate) HashMap<(usize, usize), u32>);
 pub(crate) struct Invariants {
     records: HashMap<(NodeId, u64, u64), Arc<NodeRecord>>,
     pub(crate) transitions: Transitions,
-    /// How often a member seemed suspect, or no longer.
-    pub(crate) flickers: u64,
     /// Members shown as down that had given no cause for it: who saw whom, and when.
     pub(crate) false_downs: Vec<String>,
     /// Members shown as suspect that had given no cause for it.
@@ -68,8 +66,6 @@ impl Invariants {
                 let down = |s: &Seen| s.health == MemberHealth::Down;
                 if down(&before) != down(&seen) {
                     *self.transitions.0.entry((who, subject)).or_default() += 1;
-                } else if before.health != seen.health {
-                    self.flickers += 1;
                 }
             }
             let turned = before.is_none_or(|before| before.health != seen.health);

@@ -95,7 +95,6 @@ pub(crate) fn faulty_few(nodes: usize, seed: u64, one_way: fn(usize) -> Fault) -
         of_interest.map(|(_, count)| *count).max().unwrap_or(0)
     };
     let counts = (shown(false), shown(true));
-    println!("{} flickers", world.invariants.flickers);
     settles(&mut world, 120 * S, "the faulty come back");
     counts
 }

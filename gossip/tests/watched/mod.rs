@@ -151,11 +151,16 @@ fn addr(who: u8) -> SocketAddr {
     ([10, 0, 0, who], 7400).into()
 }
 
+/// How long the dead are remembered, less what it takes until they are shown.
+const REMEMBERED: Duration = Duration::from_secs(24 * 3600 - 60);
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Seen {
     ident: Ident,
     incarnation: u16,
     health: MemberHealth,
+    /// Since when it has been seen like this.
+    since: Instant,
 }
 
 /// A node that knows two others, and what was seen of it.
@@ -319,15 +324,23 @@ impl Watched {
                 assert!(record.generation <= self.unix + MAX_AHEAD_S, "a record of the future: {record:?}");
             }
             if !member.is_self {
-                let ident = Ident { id: member.id, addr: member.addr, generation: member.generation };
-                self.see(Seen { ident, incarnation: member.incarnation, health: member.health });
+                let (ident, incarnation, health) = (member.ident(), member.incarnation, member.health);
+                self.see(Seen { ident, incarnation, health, since: self.now });
             }
         }
     }
 
     /// One life of a member only goes on, and no life comes back from the dead.
-    fn see(&mut self, seen: Seen) {
+    fn see(&mut self, mut seen: Seen) {
+        if let Some(before) = self.seen.get(&seen.ident.id).filter(|b| (b.ident, b.health) == (seen.ident, seen.health))
+        {
+            seen.since = before.since;
+        }
         let Some(before) = self.seen.insert(seen.ident.id, seen) else { return };
+        if before.health == MemberHealth::Down && self.now - before.since >= REMEMBERED {
+            // The dead are forgotten after a day, and who was forgotten is new.
+            return;
+        }
         let life = |seen: &Seen| (seen.ident.generation, seen.ident.addr);
         assert!(life(&before) <= life(&seen), "an earlier life: {before:?} then {seen:?}");
         if life(&before) == life(&seen) {

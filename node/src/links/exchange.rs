@@ -1,13 +1,12 @@
 //! What goes over the streams of a link, on the asking and on the answering side.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Instant};
+use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed, time::Instant};
 
 use quinn::ReadExactError;
 use serde::de::DeserializeOwned;
 use starling_gossip::{Ident, Sync, Target};
 use starling_protocol::{
-    Delta, FRAME_HEADER_BYTES, FrameError, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Pong,
-    View, decode, frame, frame_length,
+    Delta, FrameError, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Pong, View, frame,
 };
 
 use super::{EXCHANGE_TIMEOUT, Links};
@@ -31,17 +30,9 @@ impl Links {
     }
 
     async fn exchange(&self, sync: Sync) -> Result<(), String> {
-        let known = match sync.with {
-            Target::Node(ident) => self.table().up(&ident.id, Instant::now()).map(|connection| (connection, ident.id)),
-            Target::Addr(_) => None,
-        };
-        let (connection, peer) = match known {
-            Some(known) => known,
-            None => {
-                let (connection, peer) = self.dial(sync.with.addr()).await?;
-                self.adopt_dialled(connection.clone(), peer);
-                (connection, peer)
-            }
+        let (connection, peer) = match sync.with {
+            Target::Node(member) => (self.connection_to(member).await?, member.id),
+            Target::Addr(addr) => self.connect(addr).await?,
         };
         let text = |e: StreamFault| e.to_string();
         let (mut send, mut receive) = connection.open_bi().await.map_err(|e| e.to_string())?;
@@ -53,22 +44,14 @@ impl Links {
 
     /// Pings a member over a stream, dialling it if need be.
     pub(crate) async fn ping(&self, to: Ident, suspected: Option<u16>) -> Result<Pong, String> {
-        let known = self.table().up(&to.id, Instant::now());
-        let connection = match known {
-            Some(connection) => connection,
-            None => self.connect(to).await?,
-        };
+        let connection = self.connection_to(to).await?;
         ping_over(&connection, suspected).await.map_err(|e| e.to_string())
     }
 
     /// Asks a member how it sees the mesh.
     pub(crate) async fn inspect(&self, member: Ident) -> Result<View, String> {
         let asked = async {
-            let known = self.table().up(&member.id, Instant::now());
-            let connection = match known {
-                Some(connection) => connection,
-                None => self.connect(member).await?,
-            };
+            let connection = self.connection_to(member).await?;
             let asked = async {
                 let (mut send, mut receive) = connection.open_bi().await?;
                 stream::write_frame(&mut send, &GossipRequest::Inspect).await?;
@@ -79,10 +62,21 @@ impl Links {
         tokio::time::timeout(EXCHANGE_TIMEOUT, asked).await.unwrap_or_else(|_| Err("no answer in time".into()))
     }
 
-    async fn connect(&self, member: Ident) -> Result<quinn::Connection, String> {
-        let (connection, peer) = self.dial(member.addr).await?;
-        self.adopt_dialled(connection.clone(), peer);
+    /// The connection to a member that is there, or a new one.
+    async fn connection_to(&self, member: Ident) -> Result<quinn::Connection, String> {
+        let known = self.table().up(&member.id, Instant::now());
+        if let Some(connection) = known {
+            return Ok(connection);
+        }
+        let (connection, peer) = self.connect(member.addr).await?;
         if peer == member.id { Ok(connection) } else { Err("another node answers at its address".into()) }
+    }
+
+    /// A new connection, and who answered.
+    async fn connect(&self, addr: SocketAddr) -> Result<(quinn::Connection, NodeId), String> {
+        let (connection, peer) = self.dial(addr).await?;
+        self.adopt_dialled(connection.clone(), peer);
+        Ok((connection, peer))
     }
 
     /// Answers a stream that a peer opened.
@@ -144,16 +138,12 @@ impl Links {
         &self,
         receive: &mut quinn::RecvStream,
     ) -> Result<(T, usize), StreamFault> {
-        let mut header = [0; FRAME_HEADER_BYTES];
-        receive.read_exact(&mut header).await?;
-        let length = frame_length(header, MAX_GOSSIP_FRAME_BYTES)?;
+        let length = stream::read_length(receive, MAX_GOSSIP_FRAME_BYTES).await?;
         let _permit = match length > MAX_PUSH_BYTES {
             true => Some(self.0.large_frames.acquire().await),
             false => None,
         };
-        let mut body = vec![0; length];
-        receive.read_exact(&mut body).await?;
-        Ok((decode(&body)?, length))
+        Ok((stream::read_body(receive, length).await?, length))
     }
 }
 

@@ -38,7 +38,7 @@ pub enum DocumentError {
         /// The present one.
         from: u64,
     },
-    /// Its time is over. Only whoever publishes is told so: see [`Documents::admits`].
+    /// Its time is over. Only whoever publishes is told so; other nodes keep such a document, so that all have the same set.
     #[error("{kind} version {version} has expired")]
     Expired {
         /// Which document.

@@ -33,8 +33,12 @@ const CALLS_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// the state that firewalls keep of a UDP flow that goes both ways.
 const GOSSIP_IDLE: Duration = Duration::from_secs(120);
 const GOSSIP_KEEP_ALIVE: Duration = Duration::from_secs(45);
-/// Streams that one peer may have open towards this node.
-const MAX_STREAMS: u32 = 4096;
+/// Streams that a peer may have open towards this node, both ways and one way. quinn has a place for each of them, some 70
+/// bytes, from the first packet on: as many for gossip as for calls would be most of the memory of a node.
+const CALL_STREAMS: [u32; 2] = [4096, 64];
+const GOSSIP_STREAMS: [u32; 2] = [16, 0];
+/// The same towards whoever dials for calls or to join. Servers open none both ways (RFC 9114 §6.1).
+const ANSWERS_STREAMS: [u32; 2] = [0, 64];
 /// Window of one stream. A stuck reader may hold this much.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Window of a connection: larger than a stream's, so that one stuck reader does not stall its siblings.
@@ -66,7 +70,8 @@ impl MeshEndpoint {
         let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
         config.cid_generator(move || Box::new(OwnedBy(index)));
         let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
-        server.transport_config(Arc::new(transport(GOSSIP_IDLE, None)));
+        let streams = if index == CONTROL { GOSSIP_STREAMS } else { CALL_STREAMS };
+        server.transport_config(Arc::new(transport(streams, GOSSIP_IDLE, None)));
         let listening = quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))?;
         let dialling = quinn::Endpoint::new(
             EndpointConfig::default(),
@@ -95,7 +100,7 @@ impl MeshEndpoint {
         aim: u8,
     ) -> Result<quinn::Connecting, quinn::ConnectError> {
         let mut config = client_config(crypto, aim);
-        config.transport_config(Arc::new(transport(GOSSIP_IDLE, Some(GOSSIP_KEEP_ALIVE))));
+        config.transport_config(Arc::new(transport(GOSSIP_STREAMS, GOSSIP_IDLE, Some(GOSSIP_KEEP_ALIVE))));
         self.dialling.connect_with(config, addr, tls::SERVER_NAME)
     }
 
@@ -107,6 +112,12 @@ impl MeshEndpoint {
         let told = async { tokio::join!(self.listening.wait_idle(), self.dialling.wait_idle()) };
         let _ = tokio::time::timeout(Duration::from_millis(500), told).await;
     }
+}
+
+/// Gossip may have been aimed at a thread that takes calls, and gets no more streams there than elsewhere.
+pub(crate) fn limit_to_gossip(connection: &quinn::Connection) {
+    connection.set_max_concurrent_bi_streams(GOSSIP_STREAMS[0].into());
+    connection.set_max_concurrent_uni_streams(GOSSIP_STREAMS[1].into());
 }
 
 /// How many connections an endpoint takes.
@@ -143,7 +154,7 @@ pub(crate) fn joining_endpoint(addr: SocketAddr) -> io::Result<quinn::Endpoint> 
 
 pub(crate) fn client_config(crypto: Arc<QuicClientConfig>, aim: u8) -> quinn::ClientConfig {
     let mut config = quinn::ClientConfig::new(crypto);
-    config.transport_config(Arc::new(transport(CALLS_IDLE, Some(CALLS_KEEP_ALIVE))));
+    config.transport_config(Arc::new(transport(ANSWERS_STREAMS, CALLS_IDLE, Some(CALLS_KEEP_ALIVE))));
     config.initial_dst_cid_provider(Arc::new(move || OwnedBy(aim).generate_cid()));
     config
 }
@@ -160,11 +171,11 @@ pub(crate) fn load_or_create_reset_key(state: &StateDir) -> Result<[u8; 32], Sta
     Ok(key)
 }
 
-fn transport(idle: Duration, keep_alive: Option<Duration>) -> TransportConfig {
+fn transport(streams: [u32; 2], idle: Duration, keep_alive: Option<Duration>) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
-        .max_concurrent_bidi_streams(MAX_STREAMS.into())
-        .max_concurrent_uni_streams(64u32.into())
+        .max_concurrent_bidi_streams(streams[0].into())
+        .max_concurrent_uni_streams(streams[1].into())
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
         .receive_window(CONNECTION_WINDOW_BYTES.into())
         .send_window(u64::from(CONNECTION_WINDOW_BYTES))

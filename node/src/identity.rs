@@ -3,6 +3,7 @@
 pub(crate) mod admission;
 pub(crate) mod authority;
 pub(crate) mod certificate;
+mod chains;
 pub(crate) mod join;
 pub(crate) mod renewal;
 
@@ -24,7 +25,7 @@ use rustls::{
 use starling_gossip::{Credentials, DocumentError, RecordError};
 use starling_protocol::{MeshDocument, MeshName, Name, NodeId, NodeKind, NodeRecord, SignedDocument, SignedRecord};
 
-use self::certificate::MeshCertificate;
+use self::{certificate::MeshCertificate, chains::Chains};
 use crate::state::{StateDir, StateError};
 
 const KEY: &str = "identity/key.pem";
@@ -59,6 +60,8 @@ pub(crate) struct Identity {
     name: Name,
     id: NodeId,
     current: ArcSwap<Current>,
+    /// Those of others that were checked; the roots never change while the process lives.
+    chains: Chains,
 }
 
 /// The certificate in use.
@@ -121,6 +124,7 @@ impl Identity {
             name: current.leaf.name.clone(),
             id: current.leaf.id,
             current: ArcSwap::from_pointee(current),
+            chains: Chains::default(),
             root_ders,
             key,
         })
@@ -195,7 +199,7 @@ impl Identity {
         &self,
         chain: &[CertificateDer<'_>],
         grace: Duration,
-    ) -> Result<MeshCertificate, CertificateError> {
+    ) -> Result<Arc<MeshCertificate>, CertificateError> {
         let (leaf_der, issuers) =
             chain.split_first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
         let leaf = MeshCertificate::parse(leaf_der)?;
@@ -204,12 +208,20 @@ impl Identity {
             return Err(CertificateError::Expired);
         }
         // Within the grace the chain is judged at the certificate's own last moment.
-        let at = UnixTime::since_unix_epoch(Duration::from_secs(now.min(leaf.not_after)));
-        verify_chain(leaf_der, issuers, &self.roots, at, &self.provider)
+        let at = now.min(leaf.not_after);
+        if at >= leaf.not_before
+            && let Some(known) = self.chains.get(chain, at)
+        {
+            return Ok(known);
+        }
+        let time = UnixTime::since_unix_epoch(Duration::from_secs(at));
+        verify_chain(leaf_der, issuers, &self.roots, time, &self.provider)
             .map_err(|e| CertificateError::Chain(e.to_string()))?;
         if leaf.mesh != self.mesh {
             return Err(CertificateError::OtherMesh(leaf.mesh.to_string()));
         }
+        let leaf = Arc::new(leaf);
+        self.chains.put(chain, leaf.clone(), now);
         Ok(leaf)
     }
 }

@@ -50,7 +50,7 @@ impl Peer {
             .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
             .ok_or_else(|| CertificateError::Chain("the peer showed no certificate".into()))?;
         let leaf = identity.check_chain(&chain, Duration::ZERO)?;
-        Ok(Self { id: leaf.id, name: leaf.name, services: leaf.services, edge: leaf.edge })
+        Ok(Self { id: leaf.id, name: leaf.name.clone(), services: leaf.services.clone(), edge: leaf.edge })
     }
 }
 

@@ -2,8 +2,6 @@
 
 use std::time::Instant;
 
-/// Streams that a peer may have open at a time.
-pub(super) const STREAMS_AT_ONCE: u32 = 16;
 /// Datagrams and streams a second, and how many may come at once. A member of a mesh of a thousand nodes in the middle of
 /// a partition says a tenth of that.
 const DATAGRAMS_PER_SECOND: f64 = 500.0;

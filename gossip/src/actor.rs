@@ -15,7 +15,8 @@ use starling_protocol::{Delta, Items, Name, NodeId, Pong, SignedDocument, Summar
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    Announcement, Counters, Detail, DocumentError, DocumentView, ForgetError, Gossip, Ident, Outgoing, Snapshot, Target,
+    Announcement, Counters, Detail, DocumentError, DocumentView, ForgetError, Gossip, Ident, Outgoing, Snapshot,
+    Target, Via,
 };
 
 /// Commands that may wait for the actor. It handles each in microseconds; a full queue means a stalled process, and then
@@ -26,7 +27,7 @@ const MESSAGES: usize = 4096;
 
 enum Command {
     Datagram { from: NodeId, bytes: Bytes },
-    Items { from: NodeId, items: Items },
+    Items { from: NodeId, items: Items, via: Via },
     Summary { from: NodeId, summary: Summary, reply: oneshot::Sender<Delta> },
     Delta { from: NodeId, with: Target, delta: Delta, reply: oneshot::Sender<Items> },
     Ping { from: NodeId, suspected: Option<u16>, reply: oneshot::Sender<Pong> },
@@ -68,9 +69,9 @@ impl GossipHandle {
         }
     }
 
-    /// Hands over items that an authenticated peer has pushed.
-    pub async fn receive(&self, from: NodeId, items: Items) {
-        let _ = self.commands.send(Command::Items { from, items }).await;
+    /// Hands over items from an authenticated peer.
+    pub async fn receive(&self, from: NodeId, items: Items, via: Via) {
+        let _ = self.commands.send(Command::Items { from, items, via }).await;
     }
 
     /// Hands over a peer's summary; returns the answer, or `None` when the actor is gone.
@@ -205,7 +206,7 @@ fn handle(gossip: &mut Gossip, command: Command, outputs: &Outputs) {
     // Whoever asked may have gone away: an answer that nobody takes is no error.
     match command {
         Command::Datagram { from, bytes } => gossip.deliver(from, &bytes, now),
-        Command::Items { from, items } => gossip.receive(from, items, now),
+        Command::Items { from, items, via } => gossip.receive(from, items, via, now),
         Command::Summary { from, summary, reply } => drop(reply.send(gossip.answer(from, summary, now))),
         Command::Delta { from, with, delta, reply } => drop(reply.send(gossip.absorb(from, with, delta, now))),
         Command::Ping { from, suspected, reply } => drop(reply.send(gossip.answer_ping(from, suspected, now))),

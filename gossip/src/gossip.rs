@@ -3,7 +3,7 @@ mod housekeeping;
 mod intake;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,11 +13,11 @@ use bytes::{BufMut, BytesMut};
 use rand::{SeedableRng, rngs::StdRng};
 use starling_protocol::{
     Forgotten, Items, MAX_PUSH_BYTES, MemberHealth, MemberState, NodeId, NodeRecord, Phase, Pong, ROOT_HASH_BYTES,
-    SignedDocument,
+    SignedDocument, SignedRecord,
 };
 
 use crate::{
-    Announcement, Config, Counters, Credentials, Detail, ForgetError, Memory, Outgoing, Target,
+    Announcement, Config, Counters, Credentials, Detail, ForgetError, Memory, Outgoing, Target, Via,
     contacts::Contacts,
     documents::{DocumentError, DocumentView, Documents},
     membership::{Effect, Ident, Membership},
@@ -30,14 +30,14 @@ use crate::{
 const HOUSEKEEPING: Duration = Duration::from_millis(250);
 /// Pause between periodic full exchanges with a random member, at N = 2; grows with log2 N.
 const EXCHANGE: Duration = Duration::from_secs(30);
-/// How long after a change of the membership missing records are looked for.
-const UNSETTLED: Duration = Duration::from_secs(5);
 /// Most addresses of former members that are kept to find back into the mesh.
 const MAX_REMEMBERED: usize = 64;
 /// Members that a change of this node's own is pushed to, and that somebody else's is passed on to. What both miss, the
 /// root hash in the next packets brings up.
 const PUSH: usize = 64;
 const PASS_ON: usize = 6;
+/// News from one exchange that is passed on. More means that this node is the one who is behind.
+const MAX_RETOLD: usize = 16;
 /// Changes of others that come within this time are passed on together.
 const PASS_ON_PERIOD: Duration = Duration::from_millis(50);
 /// Pause between two exchanges with nodes that hold this one for dead.
@@ -69,8 +69,11 @@ pub struct Gossip {
     remembered: Vec<SocketAddr>,
     /// Who answered at an address that is not its own: a seed behind a name or another interface.
     aliases: HashMap<SocketAddr, NodeId>,
-    record_asked: HashMap<NodeId, Instant>,
+    /// Members whose record may be missing, and when they were last asked for it.
+    lacking: BTreeMap<NodeId, Option<Instant>>,
     to_pass_on: Items,
+    /// Whether it has the record of a node that is new here.
+    introducing: bool,
     next_pass_on: Instant,
     next_housekeeping: Instant,
     next_exchange: Instant,
@@ -78,8 +81,6 @@ pub struct Gossip {
     next_dispute: Instant,
     next_refresh: Instant,
     next_warning: Instant,
-    /// Until when members' records may be missing.
-    unsettled_until: Instant,
     next_publish: Instant,
     /// When this node's own set of records and documents last changed.
     settled_at: Instant,
@@ -120,8 +121,9 @@ impl Gossip {
             seeds: Vec::new(),
             remembered: memory.peers,
             aliases: HashMap::new(),
-            record_asked: HashMap::new(),
+            lacking: BTreeMap::new(),
             to_pass_on: Items::default(),
+            introducing: false,
             next_pass_on: now,
             next_housekeeping: now,
             next_exchange: now + EXCHANGE,
@@ -129,7 +131,6 @@ impl Gossip {
             next_dispute: now,
             next_refresh: now,
             next_warning: now,
-            unsettled_until: now,
             next_publish: now,
             settled_at: now,
             check_limit: config.suspicion[0],
@@ -176,14 +177,17 @@ impl Gossip {
         }
     }
 
-    /// Items pushed by an authenticated peer: verified, stored and passed on once if they are news.
-    pub fn receive(&mut self, from: NodeId, items: Items, now: Instant) {
+    /// Items from an authenticated peer: verified, stored and passed on once if they are news.
+    pub fn receive(&mut self, from: NodeId, items: Items, via: Via, now: Instant) {
         if self.left {
             return;
         }
         self.roster.heard(&from, None, now);
         let news = self.store(items, now);
-        if !news.is_empty() {
+        let by_sender = |signed: &Arc<SignedRecord>| signed.peek_edition().is_ok_and(|edition| edition.id == from);
+        if via == Via::Push || news.records.len() <= MAX_RETOLD {
+            // A node that has just come in has few links to push its record over, or none but this one.
+            self.introducing |= via == Via::Exchange && news.records.iter().any(by_sender);
             self.to_pass_on.append(news);
             self.pass_on(now);
         }
@@ -414,9 +418,9 @@ impl Gossip {
             return;
         }
         self.next_refresh = now + REFRESH_PERIOD;
-        self.membership.take_changed();
+        let touched = self.membership.take_touched();
         let (me, unix) = (self.membership.me().id, self.unix(now));
-        let changes = self.roster.update(self.membership.observed(), me, now, unix);
+        let changes = self.roster.update(&touched, self.membership.observed(&touched), me, now, unix);
         for (id, before) in &changes.turned {
             if let Some(peer) = self.roster.get(id) {
                 log_transition(*before, peer, self.records.get(id));
@@ -429,10 +433,10 @@ impl Gossip {
             self.roster.retain(|id| remembered.contains(id));
             self.records.retain(|id| remembered.contains(id));
         }
-        if changes.any {
-            self.changed = true;
-            self.unsettled_until = now + UNSETTLED;
+        for id in &changes.members {
+            self.lacking.entry(*id).or_default();
         }
+        self.changed |= !changes.members.is_empty() || changes.shrunk || touched.has(&me);
     }
 
     fn publish_own_record(&mut self, now: Instant) {
@@ -464,7 +468,9 @@ impl Gossip {
         if !self.to_pass_on.is_empty() && now >= self.next_pass_on {
             self.next_pass_on = now + PASS_ON_PERIOD;
             let items = self.to_pass_on.take_within(MAX_PUSH_BYTES / 2);
-            self.outgoing.push(Outgoing::Push { fanout: PASS_ON, items });
+            let fanout = if self.introducing { PUSH } else { PASS_ON };
+            self.introducing &= !self.to_pass_on.is_empty();
+            self.outgoing.push(Outgoing::Push { fanout, items });
         }
     }
 

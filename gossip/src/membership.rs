@@ -4,6 +4,7 @@
 //! and adds what foca lacks of Lifeguard (Dadgar, Phillips, Currey 2018) from outside.
 
 mod swim;
+mod touched;
 
 use std::{
     cmp::{Ordering, Reverse},
@@ -17,7 +18,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use starling_protocol::{MemberHealth, MemberState, NodeId, Pong};
 
 pub use self::swim::Ident;
-use self::swim::{Collected, REMEMBER_DOWN, foca_config, generations_in, member_of, state_of};
+use self::swim::{Collected, REMEMBER_DOWN, foca_config, member_of, members_in, state_of};
+pub(crate) use self::touched::Touched;
 use crate::{
     Config,
     awareness::Awareness,
@@ -70,6 +72,13 @@ pub(crate) struct Observed {
     pub(crate) accusers: Vec<NodeId>,
 }
 
+/// The probe that is under way, once others were asked to join in.
+#[derive(Debug)]
+struct Probe {
+    target: Ident,
+    asked: Vec<NodeId>,
+}
+
 /// A probe made for another node.
 #[derive(Debug)]
 struct Errand {
@@ -89,6 +98,7 @@ pub(crate) struct Membership {
     awareness: Awareness,
     accusations: Accusations,
     suspicions: Vec<Suspicion>,
+    probe: Option<Probe>,
     errands: Vec<Errand>,
     recovery: Recovery,
     /// Own incarnation. foca does not tell it, but every packet that it sends says it.
@@ -101,7 +111,7 @@ pub(crate) struct Membership {
     probing: bool,
     probe_failed: bool,
     leaving: bool,
-    changed: bool,
+    touched: Touched,
     urgent: bool,
     news: bool,
     next_spread: Option<Instant>,
@@ -149,6 +159,7 @@ impl Membership {
             awareness: Awareness::default(),
             accusations,
             suspicions: Vec::new(),
+            probe: None,
             errands: Vec::new(),
             recovery: Recovery::default(),
             incarnation: 0,
@@ -157,7 +168,7 @@ impl Membership {
             probing: false,
             probe_failed: false,
             leaving: false,
-            changed: false,
+            touched: Touched::default(),
             urgent: false,
             news: false,
             next_spread: None,
@@ -185,9 +196,9 @@ impl Membership {
         self.foca.iter_membership_state().filter(move |member| member.id().id != me).map(state_of)
     }
 
-    /// The same, with the accusers of suspects.
-    pub(crate) fn observed(&self) -> impl Iterator<Item = Observed> + '_ {
-        self.others().map(|state| {
+    /// Those of them that are among `touched`, with the accusers of suspects.
+    pub(crate) fn observed(&self, touched: &Touched) -> impl Iterator<Item = Observed> {
+        self.others().filter(|state| touched.has(&state.id)).map(|state| {
             let suspect = state.health == MemberHealth::Suspect;
             let against = || self.accusations.against(&Ident::from(&state), state.incarnation);
             let accusers = if suspect { against() } else { Vec::new() };
@@ -195,9 +206,9 @@ impl Membership {
         })
     }
 
-    /// Whether [`Membership::observed`] may have changed since the last [`Membership::take_changed`].
+    /// Whether [`Membership::take_touched`] would give anything.
     pub(crate) fn has_changed(&self) -> bool {
-        self.changed || self.accusations.has_changed()
+        !self.touched.is_empty() || self.accusations.has_changed()
     }
 
     /// Whether it has, in a way that calls must know of at once: somebody died.
@@ -205,10 +216,12 @@ impl Membership {
         self.urgent
     }
 
-    /// The roster is about to be brought up to date.
-    pub(crate) fn take_changed(&mut self) {
-        self.accusations.forget_changed();
-        (self.changed, self.urgent) = (false, false);
+    /// Members that may not be any more as they were observed before: the roster is about to be brought up to date.
+    pub(crate) fn take_touched(&mut self) -> Touched {
+        self.urgent = false;
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.add_all(self.accusations.take_changed());
+        touched
     }
 
     /// How much this node doubts its own judgement: 0 to 8.
@@ -263,12 +276,16 @@ impl Membership {
         }
         let has_updates = rest.len() >= 2 && rest[..2] != [0, 0];
         let ahead = |generation: u64| generation > unix.saturating_add(MAX_AHEAD_S);
-        if ahead(header.src.generation) || (has_updates && generations_in(&header, rest)?.iter().any(|g| ahead(*g))) {
+        let told = if has_updates { members_in(&header, rest)? } else { Vec::new() };
+        if ahead(header.src.generation) || told.iter().any(|member| ahead(member.generation)) {
             return Err("a generation of the future".into());
         }
-        let shown = (header.src.generation, header.src_incarnation);
-        // Most packets bring no news, and looking for some would cost more than the packet.
-        self.changed |= has_updates || known.is_none_or(|known| (known.generation, known.incarnation) != shown);
+        self.touched.add_all(told.iter().map(|member| member.id));
+        if known.is_none_or(|known| {
+            (known.generation, known.incarnation) != (header.src.generation, header.src_incarnation)
+        }) {
+            self.touched.add(from);
+        }
         self.accusations.set_horizon(unix.saturating_add(MAX_AHEAD_S));
         if let Message::IndirectAck { .. } = header.message {
             self.errands.retain(|errand| errand.target.id != from);
@@ -294,6 +311,7 @@ impl Membership {
             let (to, ack) = (header.src, Message::Ack(number));
             effects.push(Effect::Send { to, bytes: self.craft(to, ack, None, None), dial: false });
         }
+        self.end_probe_early(now);
         Ok(effects)
     }
 
@@ -315,7 +333,7 @@ impl Membership {
         // Old deaths are not told on: a packet does not say how old they are.
         let (old, fresh): (Vec<_>, Vec<_>) =
             members.iter().partition(|m| m.health == MemberHealth::Down && m.down_s > OLD_DEATH_S);
-        self.changed = true;
+        self.touched.add_all(members.iter().map(|member| member.id));
         self.step(now, |foca, rt| {
             foca.apply_many(fresh.into_iter().map(member_of), broadcast, &mut *rt)?;
             foca.apply_many(old.into_iter().map(member_of), false, rt)
@@ -442,8 +460,12 @@ impl Membership {
     }
 
     fn fire(&mut self, timer: Timer<Ident>, now: Instant) -> Vec<Effect> {
-        if matches!(timer, Timer::ChangeSuspectToDown { .. } | Timer::RemoveDown(_)) {
-            self.changed = true;
+        match &timer {
+            Timer::ChangeSuspectToDown { member_id: member, .. } | Timer::RemoveDown(member) => {
+                self.touched.add(member.id)
+            }
+            Timer::ProbeRandomMember(_) => self.probe = None,
+            _ => {}
         }
         self.step(now, |foca, rt| foca.handle_timer(timer, rt)).unwrap_or_else(|error| {
             tracing::debug!(error, "membership timer");
@@ -463,6 +485,23 @@ impl Membership {
         }
         self.down_since.values_mut().for_each(|since| *since += late);
         self.errands.clear();
+    }
+
+    /// Nobody who was asked to probe the target could reach it: the rest of the probe's time would bring nothing.
+    fn end_probe_early(&mut self, now: Instant) {
+        let Some(probe) = &self.probe else { return };
+        let incarnation = self.foca.iter_members().find(|member| *member.id() == probe.target).map(Member::incarnation);
+        let accusers =
+            incarnation.map_or_else(Vec::new, |incarnation| self.accusations.against(&probe.target, incarnation));
+        if probe.asked.iter().all(|asked| accusers.contains(asked)) {
+            self.probe = None;
+            let timers = std::mem::take(&mut self.timers).into_iter();
+            let due = |due: Due| match due.timer {
+                Timer::ProbeRandomMember(_) => Due { at: now.min(due.at), ..due },
+                _ => due,
+            };
+            self.timers = timers.map(|Reverse(timer)| Reverse(due(timer))).collect();
+        }
     }
 
     fn patience(&self) -> Patience {
@@ -528,7 +567,7 @@ impl Membership {
     /// (Lifeguard §IV-C: buddy system), and has it asked over a stream, where a lost packet does not count.
     fn suspect(&mut self, timer: Timer<Ident>, now: Instant) -> Vec<Effect> {
         let Timer::ChangeSuspectToDown { member_id: suspect, incarnation, .. } = timer else { return Vec::new() };
-        self.changed = true;
+        self.touched.add(suspect.id);
         self.probe_failed = true;
         let known = self.suspicions.iter_mut().find(|s| s.suspect == suspect && s.incarnation == incarnation);
         if let Some(known) = known {
@@ -618,11 +657,13 @@ impl Membership {
         self.foca = Foca::with_custom_broadcast(next, config, rng, PostcardCodec, self.accusations.clone());
         self.timers.clear();
         self.suspicions.clear();
+        self.probe = None;
         self.errands.clear();
         self.down_since.clear();
         self.incarnation = 0;
         self.probing = false;
-        (self.changed, self.urgent) = (true, true);
+        self.touched.add_everybody();
+        self.urgent = true;
         let mut effects = vec![Effect::Rejoined(next)];
         let living: Vec<_> = living.into_iter().map(|m| MemberState { health: MemberHealth::Alive, ..m }).collect();
         effects.extend(self.learn(&living, now, u64::MAX).unwrap_or_default());
@@ -721,12 +762,13 @@ impl Membership {
         if collected.defunct && !self.leaving && !self.recovery.is_lost() {
             self.recovery.lose(now);
             self.suspicions.clear();
-            (self.changed, self.urgent) = (true, true);
+            self.touched.add_everybody();
+            self.urgent = true;
             effects.push(Effect::Lost);
         }
-        self.changed |= collected.news;
+        self.news |= !collected.news.is_empty();
+        self.touched.add_all(collected.news);
         self.urgent |= collected.death;
-        self.news |= collected.news;
         effects.extend(self.spread(now));
         match result {
             Ok(()) => Ok(effects),
@@ -743,7 +785,7 @@ impl Membership {
             // Somebody suspected us, and we live: perhaps we are slow.
             self.incarnation = header.src_incarnation;
             self.awareness.worse();
-            self.changed = true;
+            self.touched.add(header.src.id);
         }
         let mut effects = Vec::new();
         match header.message {
@@ -753,6 +795,10 @@ impl Membership {
                     target: to,
                     due: now + self.awareness.stretch(self.config.probe_rtt),
                 });
+            }
+            Message::PingReq { target, .. } => {
+                let probe = self.probe.get_or_insert(Probe { target, asked: Vec::new() });
+                probe.asked.push(to.id);
             }
             Message::Ping(_) => {
                 let suspect = |member: &&Member<Ident>| *member.id() == to && member.state() == foca::State::Suspect;

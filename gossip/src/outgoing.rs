@@ -26,6 +26,15 @@ impl Target {
     }
 }
 
+/// How items have come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// Somebody thought that they would be news.
+    Push,
+    /// Two nodes compared what they have, and this one lacked them.
+    Exchange,
+}
+
 /// What the state machine wants done. It does no I/O itself.
 #[derive(Debug)]
 pub enum Outgoing {

@@ -1,13 +1,16 @@
 //! How this node sees each other member: what membership says, since when, and what was last heard of it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
 use starling_protocol::{Forgotten, MemberHealth, MemberState, NodeId};
 
-use crate::{Ident, membership::Observed};
+use crate::{
+    Ident,
+    membership::{Observed, Touched},
+};
 
 /// How long ago a member must have been heard to count as within reach.
 const OF_LATE: Duration = Duration::from_secs(10);
@@ -49,8 +52,8 @@ impl Peer {
 /// What came out of bringing the roster up to date.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Changes {
-    /// Whether anything did.
-    pub(crate) any: bool,
+    /// Members that changed in any way.
+    pub(crate) members: Vec<NodeId>,
     /// Members whose health as shown changed, or whose life did, with what was before.
     pub(crate) turned: Vec<(NodeId, MemberHealth)>,
     /// Members that came back under a new generation.
@@ -65,6 +68,8 @@ pub(crate) struct Changes {
 pub(crate) struct Roster {
     // Ordered, so that random choices among them repeat with the seed.
     peers: BTreeMap<NodeId, Peer>,
+    /// Those that are dead.
+    dead: BTreeSet<NodeId>,
     forgotten: BTreeMap<NodeId, Forgotten>,
 }
 
@@ -82,17 +87,29 @@ impl Roster {
         self.peers.values().filter(|peer| peer.is_live())
     }
 
+    /// How many these are.
+    pub(crate) fn live_count(&self) -> usize {
+        self.peers.len() - self.dead.len()
+    }
+
+    /// The others.
+    pub(crate) fn dead(&self) -> impl Iterator<Item = &Peer> {
+        self.dead.iter().filter_map(|id| self.peers.get(id))
+    }
+
     /// How good this node's case is against another's: whether it hears enough members at all, then how many it holds for
     /// alive. Higher is better.
     pub(crate) fn standing(&self, now: Instant) -> u32 {
         let heard = |peer: &&Peer| peer.heard.is_some_and(|at| now.saturating_duration_since(at) < OF_LATE);
-        let (heard, live) = (self.live().filter(heard).count().min(ENOUGH), self.live().count());
+        let (heard, live) = (self.live().filter(heard).take(ENOUGH).count(), self.live_count());
         (heard as u32) << 24 | (live as u32).min((1 << 24) - 1)
     }
 
-    /// Brings it up to what membership says.
+    /// Brings it up to what membership says of those members that were touched; one that it does not observe any more is
+    /// forgotten.
     pub(crate) fn update(
         &mut self,
+        touched: &Touched,
         observed: impl Iterator<Item = Observed>,
         me: NodeId,
         now: Instant,
@@ -102,6 +119,10 @@ impl Roster {
         let mut known = 0;
         for Observed { state, accusers } in observed {
             known += 1;
+            match state.health {
+                MemberHealth::Down => self.dead.insert(state.id),
+                _ => self.dead.remove(&state.id),
+            };
             let shared = accusers.contains(&me) || accusers.len() >= 2;
             let health = match state.health {
                 MemberHealth::Suspect if !shared => MemberHealth::Alive,
@@ -111,13 +132,13 @@ impl Roster {
                 let (heard, heard_dead, root) = (None, None, None);
                 let peer = Peer { state, health, accusers, since: unix, met: now, heard, heard_dead, root };
                 self.peers.insert(state.id, peer);
-                changes.any = true;
+                changes.members.push(state.id);
                 continue;
             };
             if peer.state == state && peer.health == health && peer.accusers == accusers {
                 continue;
             }
-            changes.any = true;
+            changes.members.push(state.id);
             let renewed = peer.state.generation != state.generation;
             if renewed {
                 peer.met = now;
@@ -135,14 +156,16 @@ impl Roster {
             }
             (peer.state, peer.health, peer.accusers) = (state, health, accusers);
         }
-        changes.shrunk = known != self.peers.len();
-        changes.any |= changes.shrunk;
+        let before =
+            touched.ids().map_or(self.peers.len(), |ids| ids.iter().filter(|id| self.peers.contains_key(id)).count());
+        changes.shrunk = known != before;
         changes
     }
 
     /// Drops members that `remembered` does not name.
     pub(crate) fn retain(&mut self, remembered: impl Fn(&NodeId) -> bool) {
         self.peers.retain(|id, _| remembered(id));
+        self.dead.retain(|id| remembered(id));
         self.forgotten.retain(|id, _| remembered(id));
     }
 

@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -148,8 +148,8 @@ impl Photographer {
     pub(crate) fn snapshot(&mut self, members: Vec<MemberView>, me: NodeId, zone: &str, now: Instant) -> Snapshot {
         let new_burst = self.last.is_none_or(|last| now.saturating_duration_since(last) > self.moment);
         self.last = Some(now);
-        let dead: HashMap<NodeId, bool> =
-            members.iter().map(|m| (m.id, m.health == MemberHealth::Down && !m.left)).collect();
+        let dead: HashSet<NodeId> =
+            members.iter().filter(|m| m.health == MemberHealth::Down && !m.left).map(|m| m.id).collect();
         let mut services: HashMap<Name, Vec<Arc<Instance>>> = HashMap::new();
         for member in &members {
             let Some(record) = &member.record else { continue };
@@ -190,7 +190,7 @@ impl Known {
         &mut self,
         service: &Name,
         instances: &mut Vec<Arc<Instance>>,
-        dead: &HashMap<NodeId, bool>,
+        dead: &HashSet<NodeId>,
         new_burst: bool,
         now: Instant,
     ) -> bool {
@@ -198,7 +198,7 @@ impl Known {
             self.before = std::mem::take(&mut self.latest);
         }
         self.latest = instances.clone();
-        let lost = self.before.iter().filter(|i| dead.get(&i.node).copied().unwrap_or(false));
+        let lost = self.before.iter().filter(|i| dead.contains(&i.node));
         let lost: Vec<_> = lost.filter(|i| !instances.iter().any(|live| live.node == i.node)).cloned().collect();
         let sudden = self.before.len() >= MIN_PANIC && lost.len() * 2 > self.before.len();
         let over = self.panic_since.is_some_and(|since| now.saturating_duration_since(since) >= PANIC_HOLD);

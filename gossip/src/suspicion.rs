@@ -2,7 +2,7 @@
 //! confirmations).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -52,7 +52,8 @@ struct Table {
     horizon: u64,
     /// Accusations of others that were passed on of late.
     passed_on: usize,
-    changed: bool,
+    /// Of whom there are new ones.
+    changed: BTreeSet<NodeId>,
 }
 
 #[derive(Debug)]
@@ -85,7 +86,7 @@ impl Accusations {
             return false;
         }
         accused.by.push(accusation.by);
-        table.changed = true;
+        table.changed.insert(accusation.suspect);
         true
     }
 
@@ -107,13 +108,14 @@ impl Accusations {
         table.passed_on <= MAX_PASSED_ON
     }
 
-    /// Whether any came since [`Accusations::forget_changed`].
+    /// Whether any came since [`Accusations::take_changed`].
     pub(crate) fn has_changed(&self) -> bool {
-        self.lock().changed
+        !self.lock().changed.is_empty()
     }
 
-    pub(crate) fn forget_changed(&self) {
-        self.lock().changed = false;
+    /// Of whom there are new ones since the last time.
+    pub(crate) fn take_changed(&self) -> BTreeSet<NodeId> {
+        std::mem::take(&mut self.lock().changed)
     }
 
     /// Forgets accusations against members that `stands` does not name.

@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use quinn::crypto::rustls::QuicClientConfig;
 use rand::RngExt;
 use starling_gossip::{Durable, GossipHandle, Ident, Outgoing};
 use starling_protocol::{CloseCode, GossipRequest, Items, NodeId, alpn};
@@ -26,7 +27,7 @@ use self::{
 };
 use crate::{
     Documents,
-    endpoint::{CONTROL, MeshEndpoint},
+    endpoint::{self, CONTROL, MeshEndpoint},
     identity::Identity,
     state::StateDir,
     stream,
@@ -56,6 +57,8 @@ pub(crate) struct Links(Arc<Shared>);
 struct Shared {
     identity: Arc<Identity>,
     endpoint: MeshEndpoint,
+    /// For all dials; it shows the certificate of the moment.
+    crypto: Arc<QuicClientConfig>,
     gossip: GossipHandle,
     documents: Documents,
     table: Mutex<Table>,
@@ -87,6 +90,7 @@ impl Links {
         documents: Documents,
     ) -> Self {
         Self(Arc::new(Shared {
+            crypto: tls::client_crypto(&identity, alpn::GOSSIP),
             identity,
             endpoint,
             gossip,
@@ -203,7 +207,7 @@ impl Links {
     }
 
     async fn dial(&self, addr: SocketAddr) -> Result<(quinn::Connection, NodeId), String> {
-        let crypto = tls::client_crypto(&self.0.identity, alpn::GOSSIP);
+        let crypto = self.0.crypto.clone();
         let connecting = self.0.endpoint.dial_gossip(addr, crypto, CONTROL).map_err(|e| e.to_string())?;
         let connection = tokio::time::timeout(EXCHANGE_TIMEOUT, connecting)
             .await
@@ -225,8 +229,7 @@ impl Links {
 
     /// Makes the connection the one to send over, or lets it go because a better one is there.
     fn adopt(&self, connection: &quinn::Connection, peer: NodeId, dialled_by: NodeId) {
-        connection.set_max_concurrent_bi_streams(flow::STREAMS_AT_ONCE.into());
-        connection.set_max_concurrent_uni_streams(0u32.into());
+        endpoint::limit_to_gossip(connection);
         let adopted = self.table().adopt(connection, peer, dialled_by, Instant::now());
         for bytes in adopted.held {
             let _ = connection.send_datagram(bytes);

@@ -9,7 +9,7 @@ use rand::RngExt;
 use starling_protocol::{Delta, Items, MemberHealth, MemberState, NodeId, Summary};
 
 use super::Gossip;
-use crate::{DocumentView, Ident, Outgoing, Sync, Target, roster::Peer};
+use crate::{DocumentView, Ident, Outgoing, Sync, Target, Via, roster::Peer};
 
 /// How long root hashes may differ before members compare what they have: a change needs a moment to get round.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -90,7 +90,7 @@ impl Gossip {
         self.membership.was_deaf(Duration::from_millis(delta.deaf_ms));
         let standing = self.roster.standing(now);
         self.learn_from(from, &delta.members, (standing, delta.standing), now);
-        self.receive(from, delta.items, now);
+        self.receive(from, delta.items, Via::Exchange, now);
         let mut budget = MAX_DELTA_BYTES;
         let documents = delta.wanted_documents.iter().filter_map(|kind| self.documents.get(kind));
         let documents = documents.map(|held| held.signed.clone());
@@ -144,7 +144,7 @@ impl Gossip {
 
     /// log2 of the mesh's size: how many rounds news takes, and by how much slower background work may be.
     pub(super) fn rounds(&self) -> f64 {
-        (self.roster.live().count() as f64 + 2.0).log2()
+        (self.roster.live_count() as f64 + 2.0).log2()
     }
 }
 

@@ -8,11 +8,15 @@ use std::{
 
 use rand::RngExt;
 
-use super::{EXCHANGE, Gossip, UNSETTLED};
+use super::{EXCHANGE, Gossip};
+use starling_protocol::NodeId;
+
 use crate::{Ident, Target, roster::Peer};
 
 /// How long a live member may lack its record before it is asked for one; a push usually is faster.
 const RECORD_GRACE: Duration = Duration::from_millis(400);
+/// Pause before the same member is asked again.
+const RECORD_RETRY: Duration = Duration::from_secs(2);
 /// Most members that are asked for their record in one round.
 const RECORDS_PER_ROUND: usize = 3;
 
@@ -23,10 +27,7 @@ impl Gossip {
         for addr in self.contacts.due(&wanted, now) {
             self.push_sync(Target::Addr(addr), now);
         }
-
-        if now < self.unsettled_until {
-            self.ask_for_records(now);
-        }
+        self.ask_for_records(now);
         if now >= self.next_exchange {
             self.next_exchange = now + EXCHANGE.mul_f64(self.rounds() * self.rng.random_range(0.8..1.2));
             self.exchange_with_anybody(now);
@@ -35,41 +36,45 @@ impl Gossip {
 
     /// Asks live members for the record of their present life if it has not come by itself.
     fn ask_for_records(&mut self, now: Instant) {
-        self.record_asked.retain(|_, at| now.saturating_duration_since(*at) < Duration::from_secs(2));
-        let lacking: Vec<Ident> = self
-            .roster
-            .live()
-            .filter(|p| now.saturating_duration_since(p.met) > RECORD_GRACE)
-            .filter(|p| self.records.get(&p.state.id).is_none_or(|r| r.generation < p.state.generation))
-            .filter(|p| !self.record_asked.contains_key(&p.state.id))
-            .map(Peer::ident)
-            .take(RECORDS_PER_ROUND)
+        let (roster, records) = (&self.roster, &self.records);
+        let lacks = |id: &NodeId| {
+            let peer = roster.get(id).filter(|peer| peer.is_live())?;
+            let there = records.get(id).is_some_and(|record| record.generation >= peer.state.generation);
+            (!there).then_some(peer)
+        };
+        self.lacking.retain(|id, _| lacks(id).is_some());
+        let may_ask = |peer: &Peer, asked: Option<Instant>| {
+            let since = |at| now.saturating_duration_since(at);
+            since(peer.met) > RECORD_GRACE && asked.is_none_or(|at| since(at) > RECORD_RETRY)
+        };
+        let due = self.lacking.iter_mut().filter_map(|(id, asked)| Some((lacks(id)?, asked)));
+        let due = due.filter(|(peer, asked)| may_ask(peer, **asked)).take(RECORDS_PER_ROUND);
+        let ask: Vec<Ident> = due
+            .map(|(peer, asked)| {
+                *asked = Some(now);
+                peer.ident()
+            })
             .collect();
-        for ident in lacking {
-            self.record_asked.insert(ident.id, now);
-            self.push_sync(Target::Node(ident), now);
-        }
-        // As long as any is missing.
-        if !self.record_asked.is_empty() {
-            self.unsettled_until = now + UNSETTLED;
-        }
+        ask.into_iter().for_each(|ident| self.push_sync(Target::Node(ident), now));
     }
 
     /// Seeds, former peers and the dead, as long as nobody alive answers at the address.
     fn addresses_to_call(&mut self) -> BTreeSet<SocketAddr> {
         let me = self.membership.me();
-        let dead = self.roster.all().filter(|p| !p.is_live() && !self.has_left(&p.state)).map(|p| p.state.addr);
+        let dead = self.roster.dead().filter(|p| !self.has_left(&p.state)).map(|p| p.state.addr);
         let mut wanted: BTreeSet<SocketAddr> = self.seeds.iter().copied().chain(dead).collect();
         // Former peers matter only while nobody is there: seeds and the dead cover a partition.
-        let lonely = self.roster.live().next().is_none();
+        let lonely = self.roster.live_count() == 0;
         wanted.extend(self.remembered.iter().filter(|_| lonely));
         let reached = |addr: &SocketAddr| {
             let alias = self.aliases.get(addr);
             alias.is_some_and(|id| *id == me.id || self.roster.get(id).is_some_and(Peer::is_live))
         };
         wanted.retain(|addr| *addr != me.addr && !reached(addr));
-        for peer in self.roster.live() {
-            wanted.remove(&peer.state.addr);
+        if !wanted.is_empty() {
+            for peer in self.roster.live().filter(|peer| wanted.remove(&peer.state.addr)) {
+                self.aliases.insert(peer.state.addr, peer.state.id);
+            }
         }
         self.aliases.retain(|addr, _| self.seeds.contains(addr));
         wanted

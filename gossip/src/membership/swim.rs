@@ -55,7 +55,8 @@ impl foca::Identity for Ident {
 pub(super) struct Collected {
     pub(super) packets: Vec<(Ident, Bytes)>,
     pub(super) timers: Vec<(Timer<Ident>, Duration)>,
-    pub(super) news: bool,
+    /// Members that are up, down or in another life now.
+    pub(super) news: Vec<NodeId>,
     pub(super) death: bool,
     pub(super) defunct: bool,
 }
@@ -63,8 +64,11 @@ pub(super) struct Collected {
 impl foca::Runtime<Ident> for Collected {
     fn notify(&mut self, notification: Notification<'_, Ident>) {
         match notification {
-            Notification::MemberUp(_) | Notification::Rename(..) => self.news = true,
-            Notification::MemberDown(_) => (self.news, self.death) = (true, true),
+            Notification::MemberUp(member) | Notification::Rename(_, member) => self.news.push(member.id),
+            Notification::MemberDown(member) => {
+                self.news.push(member.id);
+                self.death = true;
+            }
             Notification::Defunct => self.defunct = true,
             _ => {}
         }
@@ -111,14 +115,14 @@ pub(super) fn state_of(member: &Member<Ident>) -> MemberState {
     }
 }
 
-/// Generations of the members that a packet brings news of.
-pub(super) fn generations_in(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<u64>, String> {
+/// Members that a packet brings news of.
+pub(super) fn members_in(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<Ident>, String> {
     if matches!(header.message, Message::Broadcast | Message::Announce) {
         return Ok(Vec::new());
     }
     let count = rest.get_u16();
     (0..count)
-        .map(|_| PostcardCodec.decode_member(&mut rest).map(|member: Member<Ident>| member.id().generation))
+        .map(|_| PostcardCodec.decode_member(&mut rest).map(|member: Member<Ident>| *member.id()))
         .collect::<Result<_, _>>()
         .map_err(|e| e.to_string())
 }

@@ -10,7 +10,9 @@ use std::{
 
 use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use starling_gossip::{Announcement, Config, DocumentView, Gossip, Ident, Memory, Outgoing, Profile, Snapshot, Target};
+use starling_gossip::{
+    Announcement, Config, DocumentView, Gossip, Ident, Memory, Outgoing, Profile, Snapshot, Target, Via,
+};
 use starling_protocol::{
     Delta, DocumentHash, Items, MemberHealth, MeshDocument, Name, NodeId, NodeKind, Phase, Pong, Protocol,
     ServiceRecord, ServiceState, SignedDocument, Summary,
@@ -398,9 +400,8 @@ impl World {
         let mut replies = Vec::new();
         match message {
             Message::Datagram(bytes) => self.with(to, |gossip, _| gossip.deliver(sender, &bytes, now)),
-            Message::Push(items) | Message::Last(items) => {
-                self.with(to, |gossip, _| gossip.receive(sender, items, now));
-            }
+            Message::Push(items) => self.with(to, |gossip, _| gossip.receive(sender, items, Via::Push, now)),
+            Message::Last(items) => self.with(to, |gossip, _| gossip.receive(sender, items, Via::Exchange, now)),
             Message::Summary { summary, with } => self.with(to, |gossip, _| {
                 replies.push(Message::Delta { delta: gossip.answer(sender, summary, now), with });
             }),
@@ -639,7 +640,7 @@ impl World {
         let items = Items { records: records.into(), documents: vec![forged], forgotten: Vec::new() };
         self.forged += 1;
         self.with(node, |gossip, _| {
-            gossip.receive(sender, items, now);
+            gossip.receive(sender, items, Via::Push, now);
             gossip.deliver(sender, b"garbage that is no packet", now);
         });
     }

@@ -13,7 +13,7 @@ use foca::{Codec, Header, Member, Message, PostcardCodec};
 use serde::{Deserialize, Serialize};
 use starling_gossip::{
     Announcement, Config, Credentials, DocumentError, Gossip, Ident, Memory, Outgoing, Profile, RecordError, Snapshot,
-    Target,
+    Target, Via,
 };
 use starling_protocol::{
     Delta, Items, MAX_DOCUMENTS, MemberHealth, MemberState, MeshDocument, NodeId, NodeKind, NodeRecord, Phase, Pong,
@@ -255,7 +255,7 @@ impl Watched {
             }
             Step::Receive { from, items } => {
                 self.named += items.records.len();
-                self.gossip.receive(id(from), items, now);
+                self.gossip.receive(id(from), items, Via::Push, now);
             }
             Step::Ping { from, suspected } => {
                 let pong = self.gossip.answer_ping(id(from), suspected, now);

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed, time::Instant};
 
 use quinn::ReadExactError;
 use serde::de::DeserializeOwned;
-use starling_gossip::{Ident, Sync, Target};
+use starling_gossip::{Ident, Sync, Target, Via};
 use starling_protocol::{
     Delta, FrameError, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Pong, View, frame,
 };
@@ -100,13 +100,13 @@ impl Links {
     ) -> Result<(), StreamFault> {
         let gossip = &self.0.gossip;
         match self.read_request(&mut receive).await? {
-            GossipRequest::Push(items) => gossip.receive(peer, items).await,
+            GossipRequest::Push(items) => gossip.receive(peer, items, Via::Push).await,
             GossipRequest::Sync(summary) => {
                 let Some(delta) = gossip.answer(peer, summary).await else { return Ok(()) };
                 stream::write_frame(&mut send, &delta).await?;
                 let items: Items = self.read_frame(&mut receive).await?.0;
                 if !items.is_empty() {
-                    gossip.receive(peer, items).await;
+                    gossip.receive(peer, items, Via::Exchange).await;
                 }
             }
             GossipRequest::Ping { suspected } => {

@@ -328,8 +328,8 @@ impl Membership {
                 && (m.health != MemberHealth::Down || m.down_s < remembered)
         };
         let members: Vec<MemberState> = members.iter().filter(worth).copied().collect();
-        let members = self.within_limits(members);
-        let broadcast = self.count_news(&members) <= MAX_RETOLD;
+        let members = self.within_limits(self.news_of(members));
+        let broadcast = members.len() <= MAX_RETOLD;
         // Old deaths are not told on: a packet does not say how old they are.
         let (old, fresh): (Vec<_>, Vec<_>) =
             members.iter().partition(|m| m.health == MemberHealth::Down && m.down_s > OLD_DEATH_S);
@@ -357,17 +357,15 @@ impl Membership {
         members
     }
 
-    /// How many of those states are other than this node has them; counts no further than it matters.
-    fn count_news(&self, members: &[MemberState]) -> usize {
-        if members.len() <= MAX_RETOLD {
-            return members.len();
+    /// Those states that are other than this node has them. foca looks through all members for each that it is given, and
+    /// most of a full exchange is known.
+    fn news_of(&self, mut members: Vec<MemberState>) -> Vec<MemberState> {
+        if members.len() > MAX_RETOLD {
+            let key = |m: &MemberState| (m.addr, m.generation, m.incarnation, m.health);
+            let known: HashMap<NodeId, _> = self.others().map(|m| (m.id, key(&m))).collect();
+            members.retain(|m| known.get(&m.id).is_none_or(|known| *known != key(m)));
         }
-        let known: HashMap<NodeId, MemberState> = self.others().map(|m| (m.id, m)).collect();
-        let differs = |m: &&MemberState| {
-            let key = |m: &MemberState| (m.generation, m.incarnation, m.health);
-            known.get(&m.id).is_none_or(|known| key(known) != key(m))
-        };
-        members.iter().filter(differs).take(MAX_RETOLD + 1).count()
+        members
     }
 
     /// Somebody suspects this node at that incarnation: refutes it, and says how it is now.

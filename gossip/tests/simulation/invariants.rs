@@ -5,27 +5,25 @@ use std::{collections::HashMap, sync::Arc};
 use starling_gossip::{Outgoing, Snapshot};
 use starling_protocol::{MemberHealth, Name, NodeId, NodeRecord};
 
-use crate::world::Truth;
+use crate::{
+    view::{Seen, View},
+    world::{Truth, index_of},
+};
 
 /// What one observer has seen so far, to compare the next with.
 #[derive(Debug, Default)]
 pub(crate) struct Observer {
-    members: HashMap<NodeId, Seen>,
+    pub(crate) view: View,
+    /// Whether it has rejoined since: what it saw before is void. What it agreed to is not.
+    anew: bool,
     documents: HashMap<Name, u64>,
 }
 
 impl Observer {
-    /// The observer has rejoined: what it saw before is void. What it agreed to is not.
+    /// The observer has rejoined.
     pub(crate) fn begin_anew(&mut self) {
-        self.members.clear();
+        self.anew = true;
     }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Seen {
-    generation: u64,
-    incarnation: u16,
-    health: MemberHealth,
 }
 
 /// How often observers showed a member going down or coming up, by (observer, subject).
@@ -48,10 +46,12 @@ impl Invariants {
     pub(crate) fn snapshot(&mut self, who: usize, observer: &mut Observer, snapshot: &Snapshot, truth: &Truth) {
         self.checked += 1;
         assert!(snapshot.members.len() <= truth.introduced, "{who} sees {} members", snapshot.members.len());
+        let view = View::new(snapshot, truth.introduced);
+        let anew = std::mem::take(&mut observer.anew);
         for member in snapshot.members.iter().filter(|m| !m.is_self) {
-            let seen = Seen { generation: member.generation, incarnation: member.incarnation, health: member.health };
-            let before = observer.members.insert(member.id, seen);
-            let subject = truth.index[&member.id];
+            let subject = index_of(&member.id);
+            let seen = view.get(subject).expect("it is shown");
+            let before = observer.view.get(subject).filter(|_| !anew);
             if let Some(before) = before {
                 let order = |s: &Seen| (s.generation, s.incarnation);
                 // A death is told with the incarnation of the suspicion that led to it, which may be an old one.
@@ -88,6 +88,7 @@ impl Invariants {
                 assert!(same, "two records of {subject} with one number");
             }
         }
+        observer.view = view;
     }
 
     /// What a node wants done besides.

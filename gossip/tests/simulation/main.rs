@@ -5,7 +5,9 @@
 mod credentials;
 mod invariants;
 mod network;
+mod questions;
 mod scenarios;
+mod view;
 mod world;
 
 use std::time::Duration;

@@ -10,12 +10,10 @@ use std::{
 
 use bytes::Bytes;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use starling_gossip::{
-    Announcement, Config, DocumentView, Gossip, Ident, Memory, Outgoing, Profile, Snapshot, Target, Via,
-};
+use starling_gossip::{Announcement, Config, DocumentView, Gossip, Ident, Memory, Outgoing, Profile, Target, Via};
 use starling_protocol::{
-    Delta, DocumentHash, Items, MemberHealth, MeshDocument, Name, NodeId, NodeKind, Phase, Pong, Protocol,
-    ServiceRecord, ServiceState, SignedDocument, Summary,
+    Delta, DocumentHash, Items, MeshDocument, Name, NodeId, NodeKind, Phase, Pong, Protocol, ServiceRecord,
+    ServiceState, SignedDocument, Summary,
 };
 
 use crate::{
@@ -37,7 +35,6 @@ const MAX_AT_ONCE: u64 = 100_000;
 #[derive(Debug, Default)]
 pub(crate) struct Truth {
     pub(crate) introduced: usize,
-    pub(crate) index: HashMap<NodeId, usize>,
     pub(crate) generation: Vec<u64>,
     /// Nodes that were declared dead and are on their way back.
     lost: Vec<bool>,
@@ -119,20 +116,19 @@ impl Ord for Scheduled {
     }
 }
 
-struct Node {
-    gossip: Option<Box<Gossip>>,
+pub(crate) struct Node {
+    pub(crate) gossip: Option<Box<Gossip>>,
     /// Counts lives of the process, so that timers of a dead one do nothing.
     life: u64,
-    paused: bool,
+    pub(crate) paused: bool,
     waiting: Vec<(usize, Message)>,
     tick_at: Option<Duration>,
     generation: u64,
     peers: Vec<SocketAddr>,
     documents: BTreeMap<Name, DocumentView>,
     checks: HashSet<u64>,
-    observer: Observer,
-    snapshot: Arc<Snapshot>,
-    sent_bytes: u64,
+    pub(crate) observer: Observer,
+    pub(crate) sent_bytes: u64,
 }
 
 pub(crate) struct World {
@@ -140,7 +136,7 @@ pub(crate) struct World {
     pub(crate) now: Duration,
     events: BinaryHeap<Reverse<Scheduled>>,
     seq: u64,
-    nodes: Vec<Node>,
+    pub(crate) nodes: Vec<Node>,
     ids: Vec<NodeId>,
     pub(crate) network: Network,
     pub(crate) truth: Truth,
@@ -165,8 +161,8 @@ impl World {
         let mut ids = Vec::new();
         let mut truth = Truth { introduced: nodes, ..Truth::default() };
         for index in 0..nodes {
-            let id: [u8; 16] = rng.random();
-            truth.index.insert(NodeId(id), index);
+            let mut id: [u8; 16] = rng.random();
+            id[INDEX_AT..].copy_from_slice(&(index as u32).to_be_bytes());
             ids.push(NodeId(id));
             truth.generation.push(0);
             truth.lost.push(false);
@@ -182,7 +178,6 @@ impl World {
             documents: BTreeMap::new(),
             checks: HashSet::new(),
             observer: Observer::default(),
-            snapshot: Arc::new(Snapshot::default()),
             sent_bytes: 0,
         };
         Self {
@@ -237,110 +232,6 @@ impl World {
             }
         }
         None
-    }
-
-    /// Nodes that run and are not paused.
-    pub(crate) fn running(&self) -> Vec<usize> {
-        (0..self.nodes.len()).filter(|n| self.nodes[*n].gossip.is_some() && !self.nodes[*n].paused).collect()
-    }
-
-    /// Whether every running node sees exactly the running ones alive, in their present life, each with its record.
-    pub(crate) fn views_agree(&self) -> bool {
-        let running = self.running();
-        let is_running = |index: usize| running.binary_search(&index).is_ok();
-        let counts = |observer: &usize| {
-            let members = &self.nodes[*observer].snapshot.members;
-            members.iter().filter(|m| m.health == MemberHealth::Alive && !m.left).count() == running.len()
-        };
-        // The cheap question first: it is asked of a thousand nodes, and mostly answered by it.
-        running.iter().rev().all(counts)
-            && running.iter().all(|observer| {
-                let snapshot = &self.nodes[*observer].snapshot;
-                let alive = snapshot.members.iter().filter(|m| m.health != MemberHealth::Down && !m.left);
-                alive.clone().count() == running.len()
-                    && alive.clone().all(|m| {
-                        let index = self.truth.index[&m.id];
-                        let current = m.generation == self.truth.generation[index];
-                        let told = m.record.as_ref().is_some_and(|r| r.generation == m.generation);
-                        is_running(index) && current && told && m.health == MemberHealth::Alive
-                    })
-            })
-    }
-
-    /// Why views do not agree, in a few lines.
-    pub(crate) fn disagreement(&self) -> String {
-        let running = self.running();
-        let mut lines = Vec::new();
-        for observer in &running {
-            let gossip = self.nodes[*observer].gossip.as_ref().expect("it runs");
-            let snapshot = &self.nodes[*observer].snapshot;
-            let alive: Vec<usize> = snapshot
-                .members
-                .iter()
-                .filter(|m| m.health == MemberHealth::Alive && !m.left)
-                .map(|m| self.truth.index[&m.id])
-                .collect();
-            let missing: Vec<_> = running.iter().filter(|n| !alive.contains(n)).collect();
-            let ghosts: Vec<_> = alive.iter().filter(|n| !running.contains(n)).collect();
-            if !missing.is_empty() || !ghosts.is_empty() || gossip.is_lost() {
-                lines.push(format!("{observer}: missing {missing:?}, ghosts {ghosts:?}, lost {}", gossip.is_lost()));
-            }
-        }
-        lines.truncate(12);
-        let lost = running.iter().filter(|n| self.gossip(**n).is_lost());
-        lines.push(format!("lost: {:?}", lost.collect::<Vec<_>>()));
-        lines.join("\n")
-    }
-
-    /// Whether the observers show the subject as down, or left.
-    pub(crate) fn all_see_down(&self, subject: usize) -> bool {
-        self.running()
-            .into_iter()
-            .filter(|n| *n != subject)
-            .all(|n| self.view_of(n, subject).is_some_and(|(health, left)| health == MemberHealth::Down || left))
-    }
-
-    pub(crate) fn view_of(&self, observer: usize, subject: usize) -> Option<(MemberHealth, bool)> {
-        let view = self.nodes[observer].snapshot.members.iter().find(|m| self.truth.index[&m.id] == subject)?;
-        Some((view.health, view.left))
-    }
-
-    /// Whether all running nodes have the same records and documents.
-    pub(crate) fn roots_agree(&self) -> bool {
-        let roots: Vec<u64> = self.running().iter().map(|n| self.gossip(*n).root()).collect();
-        roots.windows(2).all(|pair| pair[0] == pair[1])
-    }
-
-    /// Share of running nodes that see the subject's service as the state says.
-    pub(crate) fn share_that_sees(&self, subject: usize, state: ServiceState) -> f64 {
-        let running = self.running();
-        let seeing = running.iter().filter(|n| {
-            let view = self.nodes[**n].snapshot.members.iter().find(|m| self.truth.index[&m.id] == subject);
-            view.and_then(|m| m.record.as_ref()).is_some_and(|r| r.services[0].state == state)
-        });
-        seeing.count() as f64 / running.len() as f64
-    }
-
-    /// Times that nodes were declared dead by the mesh, summed.
-    pub(crate) fn times_lost(&self) -> u64 {
-        self.running().iter().map(|n| self.gossip(*n).counters().lost).sum()
-    }
-
-    pub(crate) fn documents_refused(&self) -> u64 {
-        self.running().iter().map(|n| self.gossip(*n).counters().documents_refused).sum()
-    }
-
-    pub(crate) fn records_refused(&self) -> u64 {
-        self.running().iter().map(|n| self.gossip(*n).counters().records_refused).sum()
-    }
-
-    /// Bytes of all datagrams and stream messages that were sent, without headers.
-    pub(crate) fn sent_bytes(&self) -> u64 {
-        self.nodes.iter().map(|n| n.sent_bytes).sum()
-    }
-
-    fn gossip(&self, node: usize) -> &Gossip {
-        self.nodes[node].gossip.as_deref().expect("it runs")
     }
 
     fn advance(&mut self, to: Duration) {
@@ -459,7 +350,7 @@ impl World {
     fn send(&mut self, node: usize, out: Outgoing) {
         match out {
             Outgoing::Datagram { to, bytes, .. } => {
-                let to = self.truth.index[&to.id];
+                let to = index_of(&to.id);
                 self.nodes[node].sent_bytes += bytes.len() as u64;
                 for delay in self.network.datagram(node, to, &mut self.rng) {
                     let message = Message::Datagram(bytes.clone());
@@ -467,8 +358,8 @@ impl World {
                 }
             }
             Outgoing::Push { fanout, items } => {
-                let links = self.nodes[node].snapshot.members.iter().filter(|m| !m.is_self && m.is_live());
-                let mut links: Vec<usize> = links.map(|m| self.truth.index[&m.id]).collect();
+                let links = self.view(node).live().map(|(index, _)| index).filter(|to| *to != node);
+                let mut links: Vec<usize> = links.collect();
                 for _ in 0..fanout.min(links.len()) {
                     let to = links.swap_remove(self.rng.random_range(0..links.len()));
                     self.stream(node, to, Message::Push(items.clone()));
@@ -482,7 +373,7 @@ impl World {
             Outgoing::Check { suspect, incarnation, limit } => {
                 self.check += 1;
                 let check = self.check;
-                let to = self.truth.index[&suspect.id];
+                let to = index_of(&suspect.id);
                 self.nodes[node].checks.insert(check);
                 self.stream(node, to, Message::Ping { suspect, incarnation, check });
                 self.schedule(self.now + limit, Event::CheckOver { node, suspect, incarnation, check });
@@ -497,8 +388,7 @@ impl World {
             Outgoing::Document(view) => {
                 self.nodes[node].documents.insert(view.document.kind.clone(), view);
             }
-            Outgoing::Changed(snapshot) => self.nodes[node].snapshot = snapshot,
-            Outgoing::Renewed(_) | Outgoing::Gone(_) => {}
+            Outgoing::Changed(_) | Outgoing::Renewed(_) | Outgoing::Gone(_) => {}
         }
     }
 
@@ -644,6 +534,14 @@ impl World {
             gossip.deliver(sender, b"garbage that is no packet", now);
         });
     }
+}
+
+/// Where in a node's id its index is.
+const INDEX_AT: usize = 12;
+
+/// The node of that id.
+pub(crate) fn index_of(id: &NodeId) -> usize {
+    u32::from_be_bytes(id.0[INDEX_AT..].try_into().expect("four bytes")) as usize
 }
 
 fn document(version: u64, content: Vec<u8>) -> MeshDocument {

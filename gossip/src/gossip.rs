@@ -518,7 +518,7 @@ impl Gossip {
             self.remembered.clone_from(&live);
             self.outgoing.push(Outgoing::Peers(live));
         }
-        self.photographer.snapshot(members, me.id, &self.announcement.zone, now)
+        self.photographer.snapshot(members, &self.records, me.id, &self.announcement.zone, now)
     }
 
     fn unix(&self, now: Instant) -> u64 {

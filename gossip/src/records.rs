@@ -5,11 +5,17 @@ use std::{collections::BTreeMap, sync::Arc};
 use sha2::{Digest, Sha256};
 use starling_protocol::{NodeId, NodeRecord, RecordEdition, SignedRecord};
 
-/// A record that was verified: what it says, and the bytes to pass on.
+use crate::Instance;
+
+/// A record that was verified.
 #[derive(Debug)]
-pub(crate) struct Stored {
-    pub(crate) record: Arc<NodeRecord>,
-    pub(crate) signed: Arc<SignedRecord>,
+struct Stored {
+    /// What it says.
+    record: Arc<NodeRecord>,
+    /// The bytes to pass on.
+    signed: Arc<SignedRecord>,
+    /// What can be called by it, made once for all snapshots.
+    instances: Box<[Arc<Instance>]>,
 }
 
 /// Store of records by node. Bounded by the mesh's admission: only a node with a certificate can have one.
@@ -28,9 +34,15 @@ impl Records {
         self.by_node.get(id).map(|stored| &stored.signed)
     }
 
+    /// Services of the node that can be called if it is alive and its record says `up`.
+    pub(crate) fn instances(&self, id: &NodeId) -> &[Arc<Instance>] {
+        self.by_node.get(id).map_or(&[], |stored| &stored.instances)
+    }
+
     pub(crate) fn put(&mut self, record: Arc<NodeRecord>, signed: Arc<SignedRecord>) {
         self.root ^= hash_of(&edition_of(&record));
-        let stored = Stored { record, signed };
+        let instances = Instance::all_of(&record).collect();
+        let stored = Stored { record, signed, instances };
         if let Some(old) = self.by_node.insert(stored.record.id, stored) {
             self.root ^= hash_of(&edition_of(&old.record));
         }

@@ -7,7 +7,10 @@ use std::{
 
 use starling_protocol::{MemberHealth, Name, NodeId, NodeRecord, Phase, Protocol, ServiceState};
 
-use crate::{Ident, records::hash_of};
+use crate::{
+    Ident,
+    records::{Records, hash_of},
+};
 
 /// Most instances of one version of a service that a node calls. Each node has its own lot of them, always the same, so
 /// that connections stay few and load is spread all the same.
@@ -104,6 +107,8 @@ pub struct Instance {
     pub generation: u64,
     /// The node's name.
     pub node_name: Name,
+    /// The service.
+    pub service: Name,
     /// The node's mesh address.
     pub addr: SocketAddr,
     /// The node's zone.
@@ -114,6 +119,26 @@ pub struct Instance {
     pub protocol: Protocol,
     /// Share of calls; 100 is normal.
     pub weight: u16,
+}
+
+impl Instance {
+    /// Those that a record offers.
+    pub(crate) fn all_of(record: &NodeRecord) -> impl Iterator<Item = Arc<Self>> {
+        let offered = record.services.iter().filter(|s| s.state == ServiceState::Up && s.weight > 0);
+        offered.map(|service| {
+            Arc::new(Self {
+                node: record.id,
+                generation: record.generation,
+                node_name: record.name.clone(),
+                service: service.name.clone(),
+                addr: record.addr,
+                zone: record.zone.clone(),
+                version: service.version.clone(),
+                protocol: service.protocol,
+                weight: service.weight,
+            })
+        })
+    }
 }
 
 /// Makes snapshots. Remembers which instances there were, to notice when too many vanish at once.
@@ -145,7 +170,14 @@ impl Photographer {
     }
 
     /// The mesh now. `me` and `zone` are this node's.
-    pub(crate) fn snapshot(&mut self, members: Vec<MemberView>, me: NodeId, zone: &str, now: Instant) -> Snapshot {
+    pub(crate) fn snapshot(
+        &mut self,
+        members: Vec<MemberView>,
+        records: &Records,
+        me: NodeId,
+        zone: &str,
+        now: Instant,
+    ) -> Snapshot {
         let new_burst = self.last.is_none_or(|last| now.saturating_duration_since(last) > self.moment);
         self.last = Some(now);
         let dead: HashSet<NodeId> =
@@ -153,21 +185,20 @@ impl Photographer {
         let mut services: HashMap<Name, Vec<Arc<Instance>>> = HashMap::new();
         for member in &members {
             let Some(record) = &member.record else { continue };
+            // A service stays known when its last instance is gone: "nobody serves it now" is not "no such service".
             for service in &record.services {
-                // A service stays known when its last instance is gone: "nobody serves it now" is not "no such service".
-                let instances = services.entry(service.name.clone()).or_default();
-                if member.takes_calls() && service.state == ServiceState::Up && service.weight > 0 {
-                    instances.push(Arc::new(Instance {
-                        node: member.id,
-                        generation: record.generation,
-                        node_name: record.name.clone(),
-                        addr: member.addr,
-                        zone: record.zone.clone(),
-                        version: service.version.clone(),
-                        protocol: service.protocol,
-                        weight: service.weight,
-                    }));
+                if !services.contains_key(&service.name) {
+                    services.insert(service.name.clone(), Vec::new());
                 }
+            }
+            let callable = if member.takes_calls() { records.instances(&member.id) } else { &[] };
+            for instance in callable {
+                // In a new life it may have a new address, and its new record be still on its way.
+                let instance = match instance.addr == member.addr {
+                    true => instance.clone(),
+                    false => Arc::new(Instance { addr: member.addr, ..Instance::clone(instance) }),
+                };
+                services.get_mut(&instance.service).expect("its record names it").push(instance);
             }
         }
         self.services.retain(|name, _| services.contains_key(name));
@@ -242,7 +273,7 @@ fn subset(instances: Vec<Arc<Instance>>, me: NodeId, zone: &str) -> Vec<Arc<Inst
 
 #[cfg(test)]
 mod tests {
-    use starling_protocol::{NodeKind, ServiceRecord};
+    use starling_protocol::{NodeKind, ServiceRecord, SignedRecord};
 
     use super::*;
 
@@ -290,9 +321,30 @@ mod tests {
         snapshot.instances(&"orders".parse().unwrap()).unwrap().len()
     }
 
+    fn records_of(members: &[MemberView]) -> Records {
+        let mut records = Records::default();
+        for record in members.iter().filter_map(|member| member.record.clone()) {
+            let signed = SignedRecord { body: Vec::new(), signature: Vec::new(), chain: Vec::new() };
+            records.put(record, Arc::new(signed));
+        }
+        records
+    }
+
     fn shoot(photographer: &mut Photographer, down: u16, now: Instant) -> Snapshot {
         let members = (0..4).map(|n| member(n, if n < down { MemberHealth::Down } else { MemberHealth::Alive }));
-        photographer.snapshot(members.collect(), NodeId([9; 16]), "", now)
+        let members: Vec<_> = members.collect();
+        let records = records_of(&members);
+        photographer.snapshot(members, &records, NodeId([9; 16]), "", now)
+    }
+
+    #[test]
+    fn a_new_life_is_called_at_its_new_address() {
+        let mut members = vec![member(0, MemberHealth::Alive)];
+        let records = records_of(&members);
+        let moved = ([127, 0, 0, 1], 9).into();
+        members[0].addr = moved;
+        let snapshot = Photographer::new(MOMENT).snapshot(members, &records, NodeId([9; 16]), "", Instant::now());
+        assert_eq!(snapshot.instances(&"orders".parse().unwrap()).unwrap()[0].addr, moved);
     }
 
     #[test]
@@ -328,7 +380,9 @@ mod tests {
     fn large_services_are_shared_out_evenly_and_stably() {
         let members: Vec<_> = (0..400).map(|n| member(n, MemberHealth::Alive)).collect();
         let lot = |me: u8, members: Vec<MemberView>, zone: &str| {
-            let snapshot = Photographer::new(MOMENT).snapshot(members, NodeId([me; 16]), zone, Instant::now());
+            let records = records_of(&members);
+            let mut photographer = Photographer::new(MOMENT);
+            let snapshot = photographer.snapshot(members, &records, NodeId([me; 16]), zone, Instant::now());
             snapshot.instances(&"orders".parse().unwrap()).unwrap().to_vec()
         };
         let mine = lot(1, members.clone(), "");

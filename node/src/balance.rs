@@ -203,6 +203,7 @@ mod tests {
         let instance = Instance {
             node: NodeId([n; 16]),
             generation: 1,
+            service: "orders".parse().unwrap(),
             node_name: format!("n{n}").parse().unwrap(),
             addr: ([127, 0, 0, n], 7400).into(),
             zone: zone.into(),

@@ -117,6 +117,47 @@ fn whom_nobody_else_accuses_is_not_given_up_while_others_are_heard() {
 }
 
 #[test]
+fn a_probe_ends_when_everybody_who_was_asked_has_failed_too() {
+    for failed in [1, 2] {
+        let mut now = Instant::now();
+        let mut a = new(1);
+        let others = [2, 3, 4].map(|n| state(n, 0, MemberHealth::Alive));
+        a.learn(&others, now, 1).unwrap();
+        let mut asked = Vec::new();
+        while asked.is_empty() {
+            let mut packets = Vec::new();
+            run(&mut a, &mut now, 10, |effect| {
+                if let Effect::Send { to, bytes, .. } = effect {
+                    packets.push((to, PostcardCodec.decode_header(&bytes[..]).unwrap()));
+                }
+            });
+            for (to, header) in packets {
+                let header: Header<Ident> = header;
+                match header.message {
+                    Message::PingReq { .. } => asked.push(to),
+                    // Nodes 3 and 4 answer.
+                    Message::Ping(number) if to != ident(2) => {
+                        let ack = new(to.id.0[0]).craft(ident(1), Message::Ack(number), None, None);
+                        a.packet(to.id, None, &ack, now, 1).unwrap();
+                    }
+                    _ => {}
+                }
+            }
+        }
+        assert_eq!(asked.len(), 2);
+        for by in &asked[..failed] {
+            let (suspect, by_id) = (ident(2), by.id);
+            let nack = Accusation { suspect: suspect.id, generation: 1, incarnation: 0, by: by_id, raised: false };
+            let nack = new(by_id.0[0]).craft(ident(1), Message::Broadcast, None, Some(&nack.encode()));
+            a.packet(by_id, None, &nack, now, 1).unwrap();
+        }
+        run(&mut a, &mut now, 1, |_| ());
+        let expected = if failed == 2 { MemberHealth::Suspect } else { MemberHealth::Alive };
+        assert_eq!(health_of(&a, 2), Some(expected), "{failed} of 2 have failed");
+    }
+}
+
+#[test]
 fn a_node_that_was_stalled_does_not_blame_others() {
     let mut now = Instant::now();
     let (mut a, _) = suspecting(&mut now);

@@ -152,7 +152,6 @@ fn a_few_faulty_nodes_disturb_nobody_else() {
 }
 
 #[test]
-#[ignore = "on demand: takes minutes, also when optimised"]
 fn a_thousand_nodes_for_two_minutes() {
     let mut world = mesh(1000, 9);
     let start = world.now;

@@ -20,7 +20,7 @@ use crate::{
     Announcement, Config, Counters, Credentials, Detail, ForgetError, Memory, Outgoing, Target, Via,
     contacts::Contacts,
     documents::{DocumentError, DocumentView, Documents},
-    membership::{Effect, Ident, Membership},
+    membership::{Effect, Ident, MAX_RETOLD, Membership},
     records::Records,
     roster::{Peer, Roster},
     snapshot::{MemberView, Photographer, Snapshot},
@@ -36,8 +36,6 @@ const MAX_REMEMBERED: usize = 64;
 /// root hash in the next packets brings up.
 const PUSH: usize = 64;
 const PASS_ON: usize = 6;
-/// News from one exchange that is passed on. More means that this node is the one who is behind.
-const MAX_RETOLD: usize = 16;
 /// Changes of others that come within this time are passed on together.
 const PASS_ON_PERIOD: Duration = Duration::from_millis(50);
 /// Pause between two exchanges with nodes that hold this one for dead.

@@ -40,7 +40,7 @@ const PRUNE_PERIOD: Duration = Duration::from_secs(5);
 const MAX_MEMBERS: usize = 16_384;
 /// News from one exchange that is told on. More means that this node is the one who is behind: what it learns is known to
 /// the rest, and telling it all again would drown what is new.
-const MAX_RETOLD: usize = 16;
+pub(crate) const MAX_RETOLD: usize = 16;
 /// A death that is older than this is known to whoever should know it.
 const OLD_DEATH_S: u32 = 300;
 /// Members that a node greets when it comes back.

@@ -7,10 +7,9 @@ use std::{
 };
 
 use rand::RngExt;
-
-use super::{EXCHANGE, Gossip};
 use starling_protocol::NodeId;
 
+use super::{EXCHANGE, Gossip};
 use crate::{Ident, Target, roster::Peer};
 
 /// How long a live member may lack its record before it is asked for one; a push usually is faster.

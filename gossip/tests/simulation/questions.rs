@@ -20,7 +20,7 @@ impl World {
                 running.iter().all(|subject| {
                     self.view(*observer).get(*subject).is_some_and(|seen| {
                         let current = seen.generation == self.truth.generation[*subject];
-                        current && seen.told && seen.is_live() && seen.health == MemberHealth::Alive
+                        current && seen.told && seen.is_alive()
                     })
                 })
             })
@@ -32,7 +32,7 @@ impl World {
         let mut lines = Vec::new();
         for observer in &running {
             let is_lost = self.gossip(*observer).is_lost();
-            let alive = self.view(*observer).live().filter(|(_, seen)| seen.health == MemberHealth::Alive);
+            let alive = self.view(*observer).live().filter(|(_, seen)| seen.is_alive());
             let alive: Vec<usize> = alive.map(|(index, _)| index).collect();
             let missing: Vec<_> = running.iter().filter(|n| !alive.contains(n)).take(20).collect();
             let ghosts: Vec<_> = alive.iter().filter(|n| !running.contains(n)).take(20).collect();

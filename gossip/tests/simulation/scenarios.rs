@@ -243,7 +243,7 @@ fn table() {
 #[test]
 #[ignore = "on demand: needs gigabytes and minutes; STARLING_SIM_NODES says how many"]
 fn many_nodes() {
-    let nodes = std::env::var("STARLING_SIM_NODES").ok().and_then(|n| n.parse().ok()).unwrap_or(10_000);
+    let nodes = std::env::var("STARLING_SIM_NODES").ok().and_then(|n| n.parse().ok()).unwrap_or(5000);
     let mut world = mesh(nodes, 12);
     let start = world.now;
     world.plan(start + 5 * S, Action::Kill(nodes / 2));

@@ -1,4 +1,4 @@
-//! How a node shows the mesh, in a few bytes a member: a snapshot of each of ten thousand nodes would not fit into memory.
+//! How a node shows the mesh, in a few bytes a member: snapshots of thousands of nodes would not fit into memory.
 
 use starling_gossip::{MemberView, Snapshot};
 use starling_protocol::{MemberHealth, ServiceState};
@@ -34,6 +34,11 @@ impl Seen {
     pub(crate) fn is_live(&self) -> bool {
         self.health != MemberHealth::Down && !self.left
     }
+
+    /// In the mesh, and not even suspected.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.health == MemberHealth::Alive && !self.left
+    }
 }
 
 /// Everybody whom the node showed last, by index.
@@ -51,7 +56,7 @@ impl View {
         for member in &snapshot.members {
             members[index_of(&member.id)] = Some(Seen::new(member));
         }
-        let alive = members.iter().flatten().filter(|m| m.health == MemberHealth::Alive && !m.left).count();
+        let alive = members.iter().flatten().filter(|seen| seen.is_alive()).count();
         Self { members, alive }
     }
 

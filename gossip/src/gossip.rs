@@ -181,14 +181,17 @@ impl Gossip {
             return;
         }
         self.roster.heard(&from, None, now);
-        let news = self.store(items, now);
-        let by_sender = |signed: &Arc<SignedRecord>| signed.peek_edition().is_ok_and(|edition| edition.id == from);
-        if via == Via::Push || news.records.len() <= MAX_RETOLD {
+        let mut news = self.store(items, now);
+        if via == Via::Exchange {
+            if news.records.len() > MAX_RETOLD {
+                news.records.clear();
+            }
             // A node that has just come in has few links to push its record over, or none but this one.
-            self.introducing |= via == Via::Exchange && news.records.iter().any(by_sender);
-            self.to_pass_on.append(news);
-            self.pass_on(now);
+            let by_sender = |signed: &Arc<SignedRecord>| signed.peek_edition().is_ok_and(|edition| edition.id == from);
+            self.introducing |= news.records.iter().any(by_sender);
         }
+        self.to_pass_on.append(news);
+        self.pass_on(now);
         self.refresh(now);
     }
 

@@ -380,11 +380,11 @@ impl Gossip {
         let root = self.root();
         for effect in effects {
             match effect {
-                Effect::Send { to, bytes, dial } => {
+                Effect::Send { to, bytes, reach } => {
                     let mut datagram = BytesMut::with_capacity(ROOT_HASH_BYTES + bytes.len());
                     datagram.put_u64(root);
                     datagram.put(bytes);
-                    self.outgoing.push(Outgoing::Datagram { to, bytes: datagram.freeze(), dial });
+                    self.outgoing.push(Outgoing::Datagram { to, bytes: datagram.freeze(), reach });
                 }
                 Effect::Check { suspect, incarnation } => {
                     let limit = self.check_limit;

@@ -27,5 +27,5 @@ pub use config::{Announcement, Config, Credentials, Memory, Profile, RecordError
 pub use documents::{DocumentError, DocumentView};
 pub use gossip::Gossip;
 pub use membership::Ident;
-pub use outgoing::{Counters, Detail, ForgetError, Outgoing, Sync, Target, Via};
+pub use outgoing::{Counters, Detail, ForgetError, Outgoing, Reach, Sync, Target, Via};
 pub use snapshot::{Instance, MemberView, SUBSET, Snapshot};

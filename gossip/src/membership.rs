@@ -21,7 +21,7 @@ pub use self::swim::Ident;
 use self::swim::{Collected, REMEMBER_DOWN, foca_config, member_of, members_in, state_of};
 pub(crate) use self::touched::Touched;
 use crate::{
-    Config,
+    Config, Reach,
     awareness::Awareness,
     recovery::Recovery,
     suspicion::{Accusation, Accusations, Patience, Suspicion},
@@ -51,9 +51,8 @@ const MAX_ERRANDS: usize = 256;
 /// What a step of the driver wants done.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// A packet to send. Only some are worth a handshake if there is no connection: a probe must not fail for want of one,
-    /// rumours get round without.
-    Send { to: Ident, bytes: Bytes, dial: bool },
+    /// A packet to send.
+    Send { to: Ident, bytes: Bytes, reach: Reach },
     /// Ask the suspect itself over a stream; tell the outcome to [`Membership::learn`] or [`Membership::check_failed`].
     Check { suspect: Ident, incarnation: u16 },
     /// Compare states with that node: it holds us for dead, or we it, and one of the two is wrong.
@@ -103,8 +102,6 @@ pub(crate) struct Membership {
     recovery: Recovery,
     /// Own incarnation. foca does not tell it, but every packet that it sends says it.
     incarnation: u16,
-    /// When anybody last sent anything.
-    heard_at: Option<Instant>,
     /// Since when members have been dead.
     down_since: HashMap<NodeId, Instant>,
     /// Whether a probe was made before the one that comes next, and whether it failed.
@@ -163,7 +160,6 @@ impl Membership {
             errands: Vec::new(),
             recovery: Recovery::default(),
             incarnation: 0,
-            heard_at: None,
             down_since: HashMap::new(),
             probing: false,
             probe_failed: false,
@@ -290,8 +286,7 @@ impl Membership {
         if let Message::IndirectAck { .. } = header.message {
             self.errands.retain(|errand| errand.target.id != from);
         }
-        self.heard_at = Some(now);
-        self.recovery.heard(&header.src);
+        self.recovery.heard(&header.src, now);
         if header.message == Message::TurnUndead {
             if self.recovery.is_lost() {
                 // It says what we know. foca would answer the like to a sender that it holds for dead, who would answer the
@@ -303,13 +298,16 @@ impl Membership {
                 return Ok(vec![Effect::Exchange(header.src)]);
             }
         }
+        let overheard = header.message == Message::Gossip && header.dst != self.me();
+        let readdressed = overheard.then(|| self.readdress(header.clone(), rest));
+        let packet = readdressed.as_deref().unwrap_or(packet);
         let mut effects = self.step(now, |foca, rt| foca.handle_data(packet, rt))?;
         if let Message::Ping(number) = header.message
             && self.recovery.is_lost()
         {
             // foca falls silent when it is declared dead; but two who are on their way back need each other's answers.
             let (to, ack) = (header.src, Message::Ack(number));
-            effects.push(Effect::Send { to, bytes: self.craft(to, ack, None, None), dial: false });
+            effects.push(Effect::Send { to, bytes: self.craft(to, ack, None, None), reach: Reach::Linked });
         }
         self.end_probe_early(now);
         Ok(effects)
@@ -535,7 +533,7 @@ impl Membership {
         self.suspicions = wait;
         // Others are there and heard, and none of them says what this node says: then it is this node that is mistaken, and
         // whoever else has a link as bad must not be believed either.
-        let in_touch = self.heard_at.is_some_and(|at| now.saturating_duration_since(at) < patience.max);
+        let in_touch = self.recovery.heard_at().is_some_and(|at| now.saturating_duration_since(at) < patience.max);
         let mut effects = Vec::new();
         for mut suspicion in due {
             let contradicted = in_touch && patience.witnesses > 0 && self.confirmations(&suspicion) == 0;
@@ -592,13 +590,13 @@ impl Membership {
 
     /// A ping of the driver's own: foca takes no notice of the answer but for the sign of life in it.
     fn ping(&self, to: Ident) -> Effect {
-        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), dial: true }
+        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), reach: Reach::Dial }
     }
 
     /// A ping that tells its receiver that it is suspected.
     fn tell_suspect(&self, to: Ident, incarnation: u16) -> Effect {
         let update = Member::new(to, incarnation, foca::State::Suspect);
-        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), Some(update), None), dial: true }
+        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), Some(update), None), reach: Reach::Dial }
     }
 
     /// Probes that were made for others and brought nothing: whoever asked should know that this node was reached, and
@@ -618,7 +616,7 @@ impl Membership {
                     raised: false,
                 };
                 let bytes = self.craft(errand.origin, Message::Broadcast, None, Some(&nack.encode()));
-                Some(Effect::Send { to: errand.origin, bytes, dial: false })
+                Some(Effect::Send { to: errand.origin, bytes, reach: Reach::Linked })
             })
             .collect()
     }
@@ -700,6 +698,15 @@ impl Membership {
         let down: HashSet<NodeId> =
             self.others().filter(|m| m.health == MemberHealth::Down).map(|member| member.id).collect();
         self.down_since.retain(|id, _| down.contains(id));
+    }
+
+    /// A rumour is for whoever hears it; foca takes only what names this node.
+    fn readdress(&self, header: Header<Ident>, rest: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(rest.len() + 128);
+        let header = Header { dst: self.me(), ..header };
+        PostcardCodec.encode_header(&header, &mut bytes).expect("a vector grows");
+        bytes.extend_from_slice(rest);
+        bytes
     }
 
     /// A packet in foca's format (foca `payload.rs`): header, counted updates, length-prefixed broadcasts.
@@ -805,8 +812,8 @@ impl Membership {
             }
             _ => {}
         }
-        let dial = !matches!(header.message, Message::Gossip | Message::Broadcast);
-        effects.push(Effect::Send { to, bytes, dial });
+        let reach = if header.message == Message::Gossip { Reach::Anybody } else { Reach::Dial };
+        effects.push(Effect::Send { to, bytes, reach });
         effects
     }
 

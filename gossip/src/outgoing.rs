@@ -26,6 +26,17 @@ impl Target {
     }
 }
 
+/// Which connection a packet is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// A new one, if there is none: a probe must not fail for want of it.
+    Dial,
+    /// One that is there.
+    Linked,
+    /// One that is there to anybody, if there is none to its receiver: a rumour is for whoever hears it.
+    Anybody,
+}
+
 /// How items have come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Via {
@@ -44,8 +55,8 @@ pub enum Outgoing {
         to: Ident,
         /// The packet, at most 1150 bytes.
         bytes: Bytes,
-        /// Whether it is worth a handshake if there is no connection.
-        dial: bool,
+        /// What if there is no connection.
+        reach: Reach,
     },
     /// Send items over that many live connections, taken at random.
     Push {

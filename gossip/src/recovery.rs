@@ -27,10 +27,18 @@ const FORGIVEN: Duration = Duration::from_secs(600);
 /// Being heard for this long without hearing is a link that works one way.
 const DEAF: Duration = Duration::from_secs(3);
 
+/// Hearing nobody for this long may be why a node was given up, if it learns of that within that time afterwards.
+const SILENCE: Duration = Duration::from_secs(3);
+const LEARNS_WITHIN: Duration = Duration::from_secs(10);
+
 /// What a node remembers of being given up.
 #[derive(Debug, Default)]
 pub(crate) struct Recovery {
     lost: Option<Lost>,
+    /// When anybody last sent anything.
+    heard_at: Option<Instant>,
+    /// The last time when that was long ago: its start and its end.
+    silence: Option<(Instant, Instant)>,
     back_since: Option<Instant>,
     flaps: u32,
 }
@@ -55,7 +63,9 @@ impl Recovery {
         if self.lost.is_some() {
             return;
         }
-        let stayed = self.back_since.map(|back| now.saturating_duration_since(back));
+        let cut_off = self.silence.filter(|(_, end)| now.saturating_duration_since(*end) < LEARNS_WITHIN);
+        let gone = cut_off.map_or(now, |(start, _)| start);
+        let stayed = self.back_since.map(|back| gone.saturating_duration_since(back));
         if stayed.is_some_and(|stayed| stayed > FORGIVEN) {
             self.flaps = 0;
         }
@@ -90,8 +100,17 @@ impl Recovery {
         self.lost.as_ref().map(|lost| lost.next_ping)
     }
 
+    /// When anybody last sent anything.
+    pub(crate) fn heard_at(&self) -> Option<Instant> {
+        self.heard_at
+    }
+
     /// Something came from `from`: an answer if it was asked.
-    pub(crate) fn heard(&mut self, from: &Ident) {
+    pub(crate) fn heard(&mut self, from: &Ident, now: Instant) {
+        let before = self.heard_at.replace(now);
+        if let Some(start) = before.filter(|at| now.saturating_duration_since(*at) > SILENCE) {
+            self.silence = Some((start, now));
+        }
         if let Some(lost) = &mut self.lost
             && let Some(at) = lost.waiting.iter().position(|(_, asked)| asked.id == from.id)
         {
@@ -103,6 +122,11 @@ impl Recovery {
     /// Whether somebody is to be pinged now; then tell [`Recovery::asked`] whom. `patience` is how long an answer may take.
     pub(crate) fn ping_is_due(&mut self, now: Instant, patience: Duration) -> bool {
         let Some(lost) = self.lost.as_mut().filter(|lost| lost.next_ping <= now) else { return false };
+        if now.saturating_duration_since(lost.next_ping) > SILENCE {
+            // This process did not run: that is no time in which its link was good.
+            lost.answers.clear();
+            lost.good_since = None;
+        }
         lost.next_ping = now + PING_PERIOD;
         while lost.waiting.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > patience) {
             lost.waiting.pop_front();
@@ -178,7 +202,7 @@ mod tests {
             if recovery.ping_is_due(*now, PATIENCE) {
                 recovery.asked(peer(), *now);
                 if answers(step) {
-                    recovery.heard(&peer());
+                    recovery.heard(&peer(), *now);
                 }
             }
             if recovery.try_return(*now) {
@@ -215,6 +239,10 @@ mod tests {
             } else {
                 run(&mut recovery, &mut now, 10, |_| true).unwrap();
                 now += Duration::from_secs(5);
+                recovery.heard(&peer(), now);
+                // It is cut off, and learns only long afterwards that this was noticed.
+                now += 2 * RELAPSE;
+                recovery.heard(&peer(), now);
                 recovery.lose(now);
             }
             assert!(run(&mut recovery, &mut now, 60, |_| true).unwrap() >= HOLD, "deaf: {deaf}");

@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 use quinn::crypto::rustls::QuicClientConfig;
 use rand::RngExt;
-use starling_gossip::{Durable, GossipHandle, Ident, Outgoing};
+use starling_gossip::{Durable, GossipHandle, Ident, Outgoing, Reach};
 use starling_protocol::{CloseCode, GossipRequest, Items, NodeId, alpn};
 use tokio::sync::{Semaphore, mpsc, watch};
 
@@ -40,6 +40,9 @@ pub(crate) use self::table::LinkView;
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection that is replaced stays open for so long: the peer may still be sending on it.
 const OVERLAP: Duration = Duration::from_secs(2);
+/// A connection to a member that was given up stays open for so long, to hear it: only who heard it can tell it later that
+/// it was its link that worked one way.
+const LINGER: Duration = Duration::from_secs(60);
 /// How long a connection to a member's former life has to show that it works all the same.
 const RENEWED_TIMEOUT: Duration = Duration::from_secs(1);
 /// Addresses that are remembered as not answering.
@@ -133,7 +136,7 @@ impl Links {
     fn handle(&self, next: Outgoing) {
         let links = self.clone();
         match next {
-            Outgoing::Datagram { to, bytes, dial } => self.send(to, bytes, dial),
+            Outgoing::Datagram { to, bytes, reach } => self.send(to, bytes, reach),
             Outgoing::Push { fanout, items } => self.push(fanout, items),
             Outgoing::Sync(sync) => drop(tokio::spawn(async move { links.sync(sync).await })),
             Outgoing::Check { suspect, incarnation, limit } => drop(tokio::spawn(async move {
@@ -144,7 +147,7 @@ impl Links {
             Outgoing::Renewed(id) => self.verify_renewed(id),
             Outgoing::Gone(id) => {
                 if let Some(connection) = self.table().remove(&id) {
-                    connection.close((CloseCode::Stale as u32).into(), b"given up");
+                    tokio::spawn(retire(connection, LINGER, CloseCode::Stale));
                 }
             }
             // Published or kept by the actor itself.
@@ -176,8 +179,8 @@ impl Links {
         lock(&self.0.table)
     }
 
-    fn send(&self, to: Ident, bytes: Bytes, dial: bool) {
-        let step = self.table().send(to.id, &bytes, dial, Instant::now());
+    fn send(&self, to: Ident, bytes: Bytes, reach: Reach) {
+        let step = self.table().send(to.id, &bytes, reach, Instant::now());
         match step {
             Step::Over(connection) => {
                 if let Err(error) = connection.send_datagram(bytes) {
@@ -235,10 +238,7 @@ impl Links {
             let _ = connection.send_datagram(bytes);
         }
         for loser in adopted.losers {
-            tokio::spawn(async move {
-                tokio::time::sleep(OVERLAP).await;
-                loser.close((CloseCode::Duplicate as u32).into(), b"duplicate");
-            });
+            tokio::spawn(retire(loser, OVERLAP, CloseCode::Duplicate));
         }
     }
 
@@ -358,6 +358,13 @@ impl Drop for Turn {
                 served.remove(&self.peer);
             }
         }
+    }
+}
+
+/// Closes a connection that nothing is sent over any more, after a while in which it is still listened to.
+async fn retire(connection: quinn::Connection, after: Duration, code: CloseCode) {
+    if tokio::time::timeout(after, connection.closed()).await.is_err() {
+        connection.close((code as u32).into(), b"retired");
     }
 }
 

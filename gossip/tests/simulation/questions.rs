@@ -34,7 +34,8 @@ impl World {
             let is_lost = self.gossip(*observer).is_lost();
             let alive = self.view(*observer).live().filter(|(_, seen)| seen.is_alive());
             let alive: Vec<usize> = alive.map(|(index, _)| index).collect();
-            let missing: Vec<_> = running.iter().filter(|n| !alive.contains(n)).take(20).collect();
+            let missing = running.iter().filter(|n| !alive.contains(n)).take(5);
+            let missing: Vec<_> = missing.map(|n| (n, self.view(*observer).get(*n))).collect();
             let ghosts: Vec<_> = alive.iter().filter(|n| !running.contains(n)).take(20).collect();
             if !missing.is_empty() || !ghosts.is_empty() || is_lost {
                 lines.push(format!("{observer}: missing {missing:?}, ghosts {ghosts:?}, lost {is_lost}"));

@@ -76,7 +76,8 @@ pub(crate) fn change(nodes: usize, seed: u64) -> Duration {
 /// Most transitions that a healthy node shows of a healthy one, and of a faulty one.
 pub(crate) fn faulty_few(nodes: usize, seed: u64, one_way: fn(usize) -> Fault) -> (u32, u32) {
     let mut world = mesh(nodes, seed);
-    let start = world.now + 5 * S;
+    // By then every pair has probed each other, and has a connection.
+    let start = world.now + 60 * S;
     let faulty = [7, 11];
     world.plan(start, Action::Begin(Fault::Lossy(faulty[0], 0.8)));
     for turn in 0..3 {
@@ -121,6 +122,12 @@ fn a_killed_node_is_known_within_three_seconds() {
 }
 
 #[test]
+fn a_death_gets_round_also_where_few_have_a_connection_yet() {
+    let times = detection(300, 1, 3);
+    assert!(times.iter().all(|time| *time <= 6 * S), "{times:?}");
+}
+
+#[test]
 fn ten_per_cent_of_loss_costs_nobody_the_membership() {
     assert_eq!(loss(100, 4, 60 * S), (0, 0));
 }
@@ -149,6 +156,24 @@ fn a_few_faulty_nodes_disturb_nobody_else() {
         assert_eq!(healthy, 0, "seed {seed}: healthy nodes seem to come and go");
         assert!(faulty <= 2, "seed {seed}: the faulty come and go {faulty} times");
     }
+}
+
+#[test]
+fn a_node_that_keeps_vanishing_is_kept_out() {
+    let mut world = mesh(30, 13);
+    let start = world.now;
+    for turn in 0..5 {
+        world.plan(start + 40 * S * turn, Action::Pause(11));
+        world.plan(start + 40 * S * turn + 20 * S, Action::Resume(11));
+    }
+    world.run_until(start);
+    world.invariants.transitions.0.clear();
+    world.run_until(start + 200 * S);
+    let shown = world.invariants.transitions.0.iter().filter(|((_, subject), _)| *subject == 11);
+    let most = shown.map(|(_, count)| *count).max();
+    // It went, came, went again, and is not let in before it has been there for longer.
+    assert_eq!(most, Some(3));
+    settles(&mut world, 120 * S, "it comes back");
 }
 
 #[test]

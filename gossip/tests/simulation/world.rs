@@ -9,8 +9,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
-use starling_gossip::{Announcement, Config, DocumentView, Gossip, Ident, Memory, Outgoing, Profile, Target, Via};
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IteratorRandom};
+use starling_gossip::{
+    Announcement, Config, DocumentView, Gossip, Ident, Memory, Outgoing, Profile, Reach, Target, Via,
+};
 use starling_protocol::{
     Delta, DocumentHash, Items, MeshDocument, Name, NodeId, NodeKind, Phase, Pong, Protocol, ServiceRecord,
     ServiceState, SignedDocument, Summary,
@@ -19,6 +21,7 @@ use starling_protocol::{
 use crate::{
     credentials::{Interned, SimulatedKey, sign_document},
     invariants::{Invariants, Observer},
+    links::Links,
     network::{Fault, Network},
 };
 
@@ -30,6 +33,10 @@ const EXCUSE: Duration = Duration::from_secs(20);
 
 /// Nodes that serve something: in the very large meshes, what each node remembers of services would fill the memory.
 const MAX_SERVING: usize = 1000;
+/// A packet that has waited so long for a handshake is not sent.
+const STALE: Duration = Duration::from_millis(150);
+/// A connection to a member that has died stays open for so long, only to hear from it.
+const LINGER: Duration = Duration::from_secs(60);
 /// Events at one moment that are too many to be true: a node asks again and again to be woken at once.
 const MAX_AT_ONCE: u64 = 100_000;
 
@@ -72,6 +79,7 @@ enum Event {
     Tick(usize, u64),
     Arrive { from: usize, to: usize, message: Message },
     CheckOver { node: usize, suspect: Ident, incarnation: u16, check: u64 },
+    Close { node: usize, peer: usize, number: u64 },
     Do(Action),
 }
 
@@ -141,6 +149,7 @@ pub(crate) struct World {
     pub(crate) nodes: Vec<Node>,
     ids: Vec<NodeId>,
     pub(crate) network: Network,
+    links: Links,
     pub(crate) truth: Truth,
     pub(crate) invariants: Invariants,
     rng: StdRng,
@@ -190,6 +199,7 @@ impl World {
             nodes: (0..nodes).map(|_| node()).collect(),
             ids,
             network: Network::new(),
+            links: Links::new(nodes),
             truth,
             invariants: Invariants::default(),
             rng,
@@ -282,6 +292,7 @@ impl World {
                     self.with(node, |gossip, _| gossip.checked(suspect, incarnation, None, now));
                 }
             }
+            Event::Close { node, peer, number } => self.links.close(node, peer, number),
             Event::Do(action) => self.act(action),
         }
     }
@@ -351,17 +362,17 @@ impl World {
 
     fn send(&mut self, node: usize, out: Outgoing) {
         match out {
-            Outgoing::Datagram { to, bytes, .. } => {
-                let to = index_of(&to.id);
+            Outgoing::Datagram { to, bytes, reach } => {
+                let Some(to) = self.receiver(node, index_of(&to.id), reach) else { return };
+                let Some(waited) = self.link(node, to).filter(|waited| *waited < STALE) else { return };
                 self.nodes[node].sent_bytes += bytes.len() as u64;
                 for delay in self.network.datagram(node, to, &mut self.rng) {
                     let message = Message::Datagram(bytes.clone());
-                    self.schedule(self.now + delay, Event::Arrive { from: node, to, message });
+                    self.schedule(self.now + waited + delay, Event::Arrive { from: node, to, message });
                 }
             }
             Outgoing::Push { fanout, items } => {
-                let links = self.view(node).live().map(|(index, _)| index).filter(|to| *to != node);
-                let mut links: Vec<usize> = links.collect();
+                let mut links: Vec<usize> = self.links.of(node).collect();
                 for _ in 0..fanout.min(links.len()) {
                     let to = links.swap_remove(self.rng.random_range(0..links.len()));
                     self.stream(node, to, Message::Push(items.clone()));
@@ -390,18 +401,48 @@ impl World {
             Outgoing::Document(view) => {
                 self.nodes[node].documents.insert(view.document.kind.clone(), view);
             }
-            Outgoing::Changed(_) | Outgoing::Renewed(_) | Outgoing::Gone(_) => {}
+            Outgoing::Gone(id) => {
+                let gone = index_of(&id);
+                if let Some(number) = self.links.let_go(node, gone) {
+                    self.schedule(self.now + LINGER, Event::Close { node, peer: gone, number });
+                }
+            }
+            Outgoing::Changed(_) | Outgoing::Renewed(_) => {}
+        }
+    }
+
+    /// Who gets a packet.
+    fn receiver(&mut self, node: usize, to: usize, reach: Reach) -> Option<usize> {
+        match reach {
+            Reach::Dial => Some(to),
+            _ if self.links.has(node, to) => Some(to),
+            Reach::Linked => None,
+            Reach::Anybody => self.links.of(node).choose(&mut self.rng),
         }
     }
 
     fn stream(&mut self, from: usize, to: usize, message: Message) {
         self.nodes[from].sent_bytes += size_of_message(&message);
-        if self.nodes[to].gossip.is_none() || to == from {
-            return;
-        }
+        let Some(waited) = self.link(from, to) else { return };
         if let Some(delay) = self.network.stream(from, to, &mut self.rng) {
-            self.schedule(self.now + delay, Event::Arrive { from, to, message });
+            self.schedule(self.now + waited + delay, Event::Arrive { from, to, message });
         }
+    }
+
+    /// How long a message has to wait for a connection, which is made if there is none; `None` if there is nobody.
+    fn link(&mut self, from: usize, to: usize) -> Option<Duration> {
+        if self.nodes[to].gossip.is_none() || to == from {
+            return None;
+        }
+        if self.links.has(from, to) {
+            return Some(Duration::ZERO);
+        }
+        if self.nodes[to].paused {
+            return None;
+        }
+        let handshake = self.network.stream(from, to, &mut self.rng)? + self.network.stream(to, from, &mut self.rng)?;
+        self.links.open(from, to);
+        Some(handshake)
     }
 
     fn id_of(&self, node: usize) -> NodeId {
@@ -496,6 +537,7 @@ impl World {
         let credentials = Box::new(SimulatedKey(self.interned.clone()));
         let mut gossip = Gossip::new(me, announcement(node), credentials, memory, &config, (self.instant(), unix));
         gossip.set_seeds((0..3.min(self.nodes.len())).map(addr).collect());
+        self.links.reset(node);
         let place = &mut self.nodes[node];
         place.generation = generation;
         place.life += 1;

@@ -6,6 +6,8 @@ use std::{
 };
 
 use bytes::Bytes;
+use rand::seq::IteratorRandom;
+use starling_gossip::Reach;
 use starling_protocol::NodeId;
 
 /// A packet older than this when the handshake is done is stale: a probe's round trip.
@@ -82,10 +84,13 @@ impl Table {
         }
     }
 
-    /// Decides about a packet, and holds it if its link is being dialled.
-    pub(super) fn send(&mut self, to: NodeId, bytes: &Bytes, dial: bool, now: Instant) -> Step {
+    /// Decides about a packet, and holds it if its link is being dialled and it is for this peer alone.
+    pub(super) fn send(&mut self, to: NodeId, bytes: &Bytes, reach: Reach, now: Instant) -> Step {
         if let Some(connection) = self.up(&to, now) {
             return Step::Over(connection);
+        }
+        if reach == Reach::Anybody {
+            return self.connections().choose(&mut rand::rng()).map_or(Step::Nothing, |(_, c)| Step::Over(c.clone()));
         }
         let pause = match self.links.get_mut(&to) {
             Some(Link::Dialling { held, .. }) => {
@@ -95,7 +100,7 @@ impl Table {
                 return Step::Nothing;
             }
             Some(Link::Resting { until, .. }) if now < *until => return Step::Nothing,
-            _ if !dial => return Step::Nothing,
+            _ if reach != Reach::Dial => return Step::Nothing,
             Some(Link::Resting { pause, .. }) => *pause,
             _ => REST_MIN,
         };
@@ -174,11 +179,14 @@ impl Table {
     }
 
     pub(super) fn live(&self) -> Vec<(NodeId, quinn::Connection)> {
-        let up = self.links.iter().filter_map(|(id, link)| match link {
-            Link::Up { connection, .. } if connection.close_reason().is_none() => Some((*id, connection.clone())),
+        self.connections().map(|(id, connection)| (*id, connection.clone())).collect()
+    }
+
+    fn connections(&self) -> impl Iterator<Item = (&NodeId, &quinn::Connection)> {
+        self.links.iter().filter_map(|(id, link)| match link {
+            Link::Up { connection, .. } if connection.close_reason().is_none() => Some((id, connection)),
             _ => None,
-        });
-        up.collect()
+        })
     }
 
     /// Changes are pushed over that link.
@@ -212,7 +220,7 @@ mod tests {
     const PEER: NodeId = NodeId([1; 16]);
 
     fn dials(table: &mut Table, now: Instant) -> bool {
-        matches!(table.send(PEER, &Bytes::from_static(b"ping"), true, now), Step::Dial)
+        matches!(table.send(PEER, &Bytes::from_static(b"ping"), Reach::Dial, now), Step::Dial)
     }
 
     #[test]

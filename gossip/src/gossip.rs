@@ -67,8 +67,8 @@ pub struct Gossip {
     remembered: Vec<SocketAddr>,
     /// Who answered at an address that is not its own: a seed behind a name or another interface.
     aliases: HashMap<SocketAddr, NodeId>,
-    /// Members whose record may be missing, and when they were last asked for it.
-    lacking: BTreeMap<NodeId, Option<Instant>>,
+    /// Members whose record may be missing.
+    lacking: BTreeMap<NodeId, Lack>,
     to_pass_on: Items,
     /// Whether it has the record of a node that is new here.
     introducing: bool,
@@ -90,6 +90,14 @@ pub struct Gossip {
     rng: StdRng,
     /// Pairs the two clocks: `Instant` for timers, unix seconds for people.
     epoch: (Instant, u64),
+}
+
+/// A record that has not come.
+#[derive(Debug, Clone, Copy)]
+struct Lack {
+    since: Instant,
+    /// When the member was last asked for it.
+    asked: Option<Instant>,
 }
 
 impl Gossip {
@@ -156,8 +164,8 @@ impl Gossip {
         let unix = self.unix(now);
         let outcome = match datagram.split_first_chunk::<ROOT_HASH_BYTES>() {
             Some((root, packet)) => {
-                let known = self.roster.get(&from).map(|peer| &peer.state);
-                let effects = self.membership.packet(from, known, packet, now, unix);
+                let known = self.roster.get(&from).map(|peer| peer.state);
+                let effects = self.membership.packet(from, known.as_ref(), packet, now, unix);
                 effects.map(|effects| (u64::from_be_bytes(*root), effects))
             }
             None => Err("too short".into()),
@@ -360,10 +368,10 @@ impl Gossip {
 
     /// What is known of each member at this moment.
     pub fn details(&self, now: Instant) -> Vec<Detail> {
-        let detail = |peer: &Peer| Detail {
-            id: peer.state.id,
-            heard: peer.heard.map(|at| now.saturating_duration_since(at)),
-            root: peer.root,
+        let detail = |peer: Peer| {
+            let (id, heard) = (peer.state.id, self.roster.heard_of(&peer.state.id));
+            let ago = heard.map(|heard| now.saturating_duration_since(heard.at));
+            Detail { id, heard: ago, root: heard.and_then(|heard| heard.root) }
         };
         self.roster.all().map(detail).collect()
     }
@@ -421,10 +429,10 @@ impl Gossip {
         self.next_refresh = now + REFRESH_PERIOD;
         let touched = self.membership.take_touched();
         let (me, unix) = (self.membership.me().id, self.unix(now));
-        let changes = self.roster.update(&touched, self.membership.observed(&touched), me, now, unix);
+        let changes = self.roster.update(&touched, self.membership.observed(&touched), me, unix);
         for (id, before) in &changes.turned {
             if let Some(peer) = self.roster.get(id) {
-                log_transition(*before, peer, self.records.get(id));
+                log_transition(*before, &peer, self.records.get(id));
             }
         }
         self.outgoing.extend(changes.renewed.iter().copied().map(Outgoing::Renewed));
@@ -435,7 +443,7 @@ impl Gossip {
             self.records.retain(|id| remembered.contains(id));
         }
         for id in &changes.members {
-            self.lacking.entry(*id).or_default();
+            self.lacking.entry(*id).or_insert(Lack { since: now, asked: None });
         }
         self.changed |= !changes.members.is_empty() || changes.shrunk || touched.has(&me);
     }
@@ -490,7 +498,7 @@ impl Gossip {
                 generation: peer.state.generation,
                 incarnation: peer.state.incarnation,
                 health: peer.health,
-                suspected_by: peer.accusers.clone(),
+                suspected_by: self.roster.accusers(&peer.state.id).to_vec(),
                 left: self.has_left(&peer.state),
                 since: peer.since,
                 is_self: false,

@@ -3,6 +3,8 @@
 //! foca decides who is suspect and who is down, and writes the packets. This driver decides *when*: it owns the timers,
 //! and adds what foca lacks of Lifeguard (Dadgar, Phillips, Currey 2018) from outside.
 
+mod comeback;
+mod judgement;
 mod swim;
 mod touched;
 
@@ -24,7 +26,7 @@ use crate::{
     Config, Reach,
     awareness::Awareness,
     recovery::Recovery,
-    suspicion::{Accusation, Accusations, Patience, Suspicion},
+    suspicion::{Accusations, Suspicion},
 };
 
 /// How far a generation, which is made from a clock, may be ahead of this node's clock, in seconds. Without a limit, one
@@ -43,8 +45,6 @@ const MAX_MEMBERS: usize = 16_384;
 pub(crate) const MAX_RETOLD: usize = 16;
 /// A death that is older than this is known to whoever should know it.
 const OLD_DEATH_S: u32 = 300;
-/// Members that a node greets when it comes back.
-const HELLOS: usize = 8;
 /// Probes for others that are watched at a time.
 const MAX_ERRANDS: usize = 256;
 
@@ -374,15 +374,6 @@ impl Membership {
         (Pong { generation: self.me().generation, incarnation: self.incarnation }, effects)
     }
 
-    /// A node that this node holds for dead holds this one for dead, and has the better case.
-    pub(crate) fn concede(&mut self, now: Instant) -> Vec<Effect> {
-        if self.recovery.is_lost() {
-            return Vec::new();
-        }
-        let me = MemberState { health: MemberHealth::Down, ..self.own_state() };
-        self.learn(&[me], now, me.generation).unwrap_or_default()
-    }
-
     /// Whether this node holds that life for dead.
     pub(crate) fn holds_dead(&self, ident: &Ident) -> bool {
         self.foca.iter_membership_state().any(|member| {
@@ -390,20 +381,6 @@ impl Membership {
                 && member.id().generation >= ident.generation
                 && member.state() == foca::State::Down
         })
-    }
-
-    /// The suspect has not answered over a stream either.
-    pub(crate) fn check_failed(&mut self, suspect: &Ident, incarnation: u16, now: Instant) {
-        for suspicion in &mut self.suspicions {
-            if suspicion.suspect == *suspect && suspicion.incarnation == incarnation {
-                suspicion.unanswered = Some(now);
-            }
-        }
-    }
-
-    /// A member heard this node for that long while this node, which it believed dead, did not hear it.
-    pub(crate) fn was_deaf(&mut self, deaf: Duration) {
-        self.recovery.was_deaf(deaf);
     }
 
     /// Says good-bye; nothing may be asked of the membership afterwards but [`Membership::gossip`].
@@ -483,208 +460,9 @@ impl Membership {
         self.errands.clear();
     }
 
-    /// Nobody who was asked to probe the target could reach it: the rest of the probe's time would bring nothing.
-    fn end_probe_early(&mut self, now: Instant) {
-        let Some(probe) = &self.probe else { return };
-        let incarnation = self.foca.iter_members().find(|member| *member.id() == probe.target).map(Member::incarnation);
-        let accusers =
-            incarnation.map_or_else(Vec::new, |incarnation| self.accusations.against(&probe.target, incarnation));
-        if probe.asked.iter().all(|asked| accusers.contains(asked)) {
-            self.probe = None;
-            let timers = std::mem::take(&mut self.timers).into_iter();
-            let due = |due: Due| match due.timer {
-                Timer::ProbeRandomMember(_) => Due { at: now.min(due.at), ..due },
-                _ => due,
-            };
-            self.timers = timers.map(|Reverse(timer)| Reverse(due(timer))).collect();
-        }
-    }
-
-    fn patience(&self) -> Patience {
-        let others = self.foca.num_members();
-        let growth = ((others as f64 + 1.0).log2() / 6.0).max(1.0);
-        let [min, max] = self.config.suspicion.map(|time| time.mul_f64(growth));
-        Patience { min, max, witnesses: others.saturating_sub(1) }
-    }
-
-    /// When a suspicion is to be looked at: when the suspect's time is up, and the stream has given no answer.
-    fn verdict_at(&self, suspicion: &Suspicion, patience: Patience) -> Instant {
-        if suspicion.unanswered.is_none() {
-            return suspicion.asked + patience.max;
-        }
-        suspicion.deadline(self.confirmations(suspicion), patience)
-    }
-
-    /// How many others could not reach the suspect either.
-    fn confirmations(&self, suspicion: &Suspicion) -> usize {
-        let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation);
-        let me = self.me().id;
-        accusers.iter().filter(|by| **by != me).count()
-    }
-
-    /// foca 2.0 tells a member that it is dead when a suspicion's timer fires, also when the suspicion was refuted in
-    /// time, and so forces a healthy node to rejoin. A timer whose suspicion no longer stands is not delivered.
-    fn judge_suspects(&mut self, now: Instant) -> Vec<Effect> {
-        let patience = self.patience();
-        let (due, wait) = std::mem::take(&mut self.suspicions)
-            .into_iter()
-            .filter(|suspicion| self.stands(suspicion))
-            .partition::<Vec<_>, _>(|suspicion| self.verdict_at(suspicion, patience) <= now);
-        self.suspicions = wait;
-        // Others are there and heard, and none of them says what this node says: then it is this node that is mistaken, and
-        // whoever else has a link as bad must not be believed either.
-        let in_touch = self.recovery.heard_at().is_some_and(|at| now.saturating_duration_since(at) < patience.max);
-        let mut effects = Vec::new();
-        for mut suspicion in due {
-            let contradicted = in_touch && patience.witnesses > 0 && self.confirmations(&suspicion) == 0;
-            // Its silence is old: the fault may have been here, and be over.
-            let stale = suspicion.unanswered.is_some_and(|at| now.saturating_duration_since(at) > patience.min);
-            if contradicted || stale {
-                (suspicion.asked, suspicion.unanswered) = (now, None);
-                let Suspicion { suspect, incarnation, .. } = suspicion;
-                effects.push(Effect::Check { suspect, incarnation });
-                self.suspicions.push(suspicion);
-            } else {
-                effects.extend(self.fire(suspicion.timer, now));
-            }
-        }
-        effects
-    }
-
-    fn stands(&self, suspicion: &Suspicion) -> bool {
-        self.foca.iter_membership_state().any(|member| {
-            *member.id() == suspicion.suspect
-                && member.state() == foca::State::Suspect
-                && member.incarnation() == suspicion.incarnation
-        })
-    }
-
-    /// A probe of ours has failed. Says so to everybody and, at once, to the suspect, which can refute before it is too late
-    /// (Lifeguard §IV-C: buddy system), and has it asked over a stream, where a lost packet does not count.
-    fn suspect(&mut self, timer: Timer<Ident>, now: Instant) -> Vec<Effect> {
-        let Timer::ChangeSuspectToDown { member_id: suspect, incarnation, .. } = timer else { return Vec::new() };
-        self.touched.add(suspect.id);
-        self.probe_failed = true;
-        let known = self.suspicions.iter_mut().find(|s| s.suspect == suspect && s.incarnation == incarnation);
-        if let Some(known) = known {
-            known.timer = timer;
-            return Vec::new();
-        }
-        let me = self.me().id;
-        let witnesses = self.accusations.against(&suspect, incarnation);
-        if witnesses.iter().all(|by| *by == me) {
-            // Nobody who was asked to probe it says that it failed: those may be unreachable from here, too.
-            self.awareness.worse();
-        }
-        for by in witnesses.into_iter().chain([me]) {
-            let (suspect, generation) = (suspect.id, suspect.generation);
-            let accusation = Accusation { suspect, generation, incarnation, by, raised: true };
-            if let Err(error) = self.foca.add_broadcast(&accusation.encode()) {
-                tracing::debug!(?error, "an accusation is not spread");
-            }
-        }
-        self.suspicions.push(Suspicion { suspect, incarnation, timer, since: now, asked: now, unanswered: None });
-        self.news = true;
-        vec![Effect::Check { suspect, incarnation }, self.tell_suspect(suspect, incarnation)]
-    }
-
     /// A ping of the driver's own: foca takes no notice of the answer but for the sign of life in it.
     fn ping(&self, to: Ident) -> Effect {
         Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), reach: Reach::Dial }
-    }
-
-    /// A ping that tells its receiver that it is suspected.
-    fn tell_suspect(&self, to: Ident, incarnation: u16) -> Effect {
-        let update = Member::new(to, incarnation, foca::State::Suspect);
-        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), Some(update), None), reach: Reach::Dial }
-    }
-
-    /// Probes that were made for others and brought nothing: whoever asked should know that this node was reached, and
-    /// could not reach the target either (Lifeguard §IV-A: nack).
-    fn end_errands(&mut self, now: Instant) -> Vec<Effect> {
-        let (due, wait) = std::mem::take(&mut self.errands).into_iter().partition::<Vec<_>, _>(|e| e.due <= now);
-        self.errands = wait;
-        let me = self.me().id;
-        due.into_iter()
-            .filter_map(|errand| {
-                let target = self.foca.iter_members().find(|member| *member.id() == errand.target)?;
-                let nack = Accusation {
-                    suspect: errand.target.id,
-                    generation: errand.target.generation,
-                    incarnation: target.incarnation(),
-                    by: me,
-                    raised: false,
-                };
-                let bytes = self.craft(errand.origin, Message::Broadcast, None, Some(&nack.encode()));
-                Some(Effect::Send { to: errand.origin, bytes, reach: Reach::Linked })
-            })
-            .collect()
-    }
-
-    fn recover(&mut self, now: Instant) -> Vec<Effect> {
-        if !self.recovery.is_lost() {
-            return Vec::new();
-        }
-        let mut effects = Vec::new();
-        if self.recovery.ping_is_due(now, self.config.probe_rtt * 2)
-            && let Some(to) = self.acquaintance()
-        {
-            self.recovery.asked(to, now);
-            effects.push(self.ping(to));
-        }
-        if self.recovery.try_return(now) {
-            effects.extend(self.rejoin(now));
-        }
-        effects
-    }
-
-    /// Comes back in a new life, and with a clean slate: whom this node held for dead while it was cut off itself may be
-    /// alive, and those who know will tell.
-    fn rejoin(&mut self, now: Instant) -> Vec<Effect> {
-        let me = self.me();
-        // Above whatever is said about this node, or the mesh would hold the new life for an old one.
-        let said = self.foca.iter_membership_state().filter(|m| m.id().id == me.id).map(|m| m.id().generation);
-        let highest = said.chain([me.generation]).max().unwrap_or(me.generation);
-        let next = Ident { generation: highest.saturating_add(1), ..me };
-        let (living, dead): (Vec<_>, Vec<_>) = self.others().partition(|m| m.health != MemberHealth::Down);
-        let rng = StdRng::seed_from_u64(self.rng.random());
-        let config = foca_config(&self.config, self.sized_for);
-        self.accusations.retain(|_| false);
-        self.foca = Foca::with_custom_broadcast(next, config, rng, PostcardCodec, self.accusations.clone());
-        self.timers.clear();
-        self.suspicions.clear();
-        self.probe = None;
-        self.errands.clear();
-        self.down_since.clear();
-        self.incarnation = 0;
-        self.probing = false;
-        self.touched.add_everybody();
-        self.urgent = true;
-        let mut effects = vec![Effect::Rejoined(next)];
-        let living: Vec<_> = living.into_iter().map(|m| MemberState { health: MemberHealth::Alive, ..m }).collect();
-        effects.extend(self.learn(&living, now, u64::MAX).unwrap_or_default());
-        // News of this life must reach those, too, that are on the other side of what was a partition.
-        for known in [&living, &dead] {
-            for _ in 0..HELLOS.min(known.len()) {
-                let to = Ident::from(&known[self.rng.random_range(0..known.len())]);
-                effects.push(self.ping(to));
-            }
-        }
-        effects.extend(dead.iter().take(2).map(|m| Effect::Exchange(m.into())));
-        effects
-    }
-
-    /// Somebody to talk to: one who is thought alive, or else anybody.
-    fn acquaintance(&mut self) -> Option<Ident> {
-        let me = self.me().id;
-        let active = self.foca.num_members();
-        if active > 0 {
-            let pick = self.rng.random_range(0..active);
-            return self.foca.iter_members().nth(pick).map(|member| *member.id());
-        }
-        let all = self.foca.iter_membership_state().len();
-        let pick = if all > 0 { self.rng.random_range(0..all) } else { 0 };
-        self.foca.iter_membership_state().nth(pick).map(|member| *member.id()).filter(|ident| ident.id != me)
     }
 
     fn prune(&mut self) {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -20,23 +21,14 @@ const ENOUGH: usize = 8;
 const MAX_FORGOTTEN: usize = 1024;
 
 /// A member other than this node.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Peer {
     /// As membership has it.
     pub(crate) state: MemberState,
     /// As it is shown: a suspicion counts when this node shares it, or two others do.
     pub(crate) health: MemberHealth,
-    pub(crate) accusers: Vec<NodeId>,
     /// Since when `health` is what it is, unix seconds.
     pub(crate) since: u64,
-    /// Since when this life of it is known.
-    pub(crate) met: Instant,
-    /// When it last sent anything.
-    pub(crate) heard: Option<Instant>,
-    /// Since when it has been sending while it is thought dead.
-    pub(crate) heard_dead: Option<Instant>,
-    /// Root hash that it last told.
-    pub(crate) root: Option<u64>,
 }
 
 impl Peer {
@@ -46,6 +38,42 @@ impl Peer {
 
     pub(crate) fn is_live(&self) -> bool {
         self.state.health != MemberHealth::Down
+    }
+}
+
+/// What this node has heard of a member itself.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heard {
+    /// When it last sent anything.
+    pub(crate) at: Instant,
+    /// Since when it has been sending while it is thought dead.
+    pub(crate) dead_since: Option<Instant>,
+    /// Root hash that it last told.
+    pub(crate) root: Option<u64>,
+}
+
+/// What is kept of each member. Small: there can be thousands of them.
+#[derive(Debug, PartialEq, Eq)]
+struct Entry {
+    addr: SocketAddr,
+    generation: u64,
+    incarnation: u16,
+    believed: MemberHealth,
+    shown: MemberHealth,
+    /// Unix seconds; enough until 2106.
+    since: u32,
+}
+
+impl Entry {
+    fn new(state: &MemberState, shown: MemberHealth, since: u32) -> Self {
+        let MemberState { addr, generation, incarnation, health, .. } = *state;
+        Self { addr, generation, incarnation, believed: health, shown, since }
+    }
+
+    fn peer(&self, id: NodeId) -> Peer {
+        let Self { addr, generation, incarnation, believed: health, .. } = *self;
+        let state = MemberState { id, addr, generation, incarnation, health, down_s: 0 };
+        Peer { state, health: self.shown, since: self.since.into() }
     }
 }
 
@@ -67,42 +95,56 @@ pub(crate) struct Changes {
 #[derive(Debug, Default)]
 pub(crate) struct Roster {
     // Ordered, so that random choices among them repeat with the seed.
-    peers: BTreeMap<NodeId, Peer>,
+    members: BTreeMap<NodeId, Entry>,
     /// Those that are dead.
     dead: BTreeSet<NodeId>,
+    /// Who could not reach the suspects.
+    accusers: BTreeMap<NodeId, Vec<NodeId>>,
+    heard: BTreeMap<NodeId, Heard>,
     forgotten: BTreeMap<NodeId, Forgotten>,
 }
 
 impl Roster {
-    pub(crate) fn get(&self, id: &NodeId) -> Option<&Peer> {
-        self.peers.get(id)
+    pub(crate) fn get(&self, id: &NodeId) -> Option<Peer> {
+        self.members.get(id).map(|entry| entry.peer(*id))
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Peer> {
-        self.peers.values()
+    pub(crate) fn all(&self) -> impl Iterator<Item = Peer> {
+        self.members.iter().map(|(id, entry)| entry.peer(*id))
     }
 
     /// Those that membership does not hold for dead.
-    pub(crate) fn live(&self) -> impl Iterator<Item = &Peer> {
-        self.peers.values().filter(|peer| peer.is_live())
+    pub(crate) fn live(&self) -> impl Iterator<Item = Peer> {
+        self.all().filter(Peer::is_live)
     }
 
     /// How many these are.
     pub(crate) fn live_count(&self) -> usize {
-        self.peers.len() - self.dead.len()
+        self.members.len() - self.dead.len()
     }
 
     /// The others.
-    pub(crate) fn dead(&self) -> impl Iterator<Item = &Peer> {
-        self.dead.iter().filter_map(|id| self.peers.get(id))
+    pub(crate) fn dead(&self) -> impl Iterator<Item = Peer> {
+        self.dead.iter().filter_map(|id| self.get(id))
+    }
+
+    /// Who could not reach that member, if it is suspect.
+    pub(crate) fn accusers(&self, id: &NodeId) -> &[NodeId] {
+        self.accusers.get(id).map_or(&[], Vec::as_slice)
+    }
+
+    /// What this node has heard of that member itself; `None` if nothing.
+    pub(crate) fn heard_of(&self, id: &NodeId) -> Option<&Heard> {
+        self.heard.get(id)
     }
 
     /// How good this node's case is against another's: whether it hears enough members at all, then how many it holds for
     /// alive. Higher is better.
     pub(crate) fn standing(&self, now: Instant) -> u32 {
-        let heard = |peer: &&Peer| peer.heard.is_some_and(|at| now.saturating_duration_since(at) < OF_LATE);
-        let (heard, live) = (self.live().filter(heard).take(ENOUGH).count(), self.live_count());
-        (heard as u32) << 24 | (live as u32).min((1 << 24) - 1)
+        let of_late = |(_, heard): &(&NodeId, &Heard)| now.saturating_duration_since(heard.at) < OF_LATE;
+        let live = |(id, _): &(&NodeId, &Heard)| !self.dead.contains(id);
+        let heard = self.heard.iter().filter(of_late).filter(live).take(ENOUGH).count();
+        (heard as u32) << 24 | (self.live_count() as u32).min((1 << 24) - 1)
     }
 
     /// Brings it up to what membership says of those members that were touched; one that it does not observe any more is
@@ -112,71 +154,80 @@ impl Roster {
         touched: &Touched,
         observed: impl Iterator<Item = Observed>,
         me: NodeId,
-        now: Instant,
         unix: u64,
     ) -> Changes {
         let mut changes = Changes::default();
         let mut known = 0;
+        let since = u32::try_from(unix).unwrap_or(u32::MAX);
+        let before = touched
+            .ids()
+            .map_or(self.members.len(), |ids| ids.iter().filter(|id| self.members.contains_key(id)).count());
         for Observed { state, accusers } in observed {
-            known += 1;
+            let id = state.id;
             match state.health {
-                MemberHealth::Down => self.dead.insert(state.id),
-                _ => self.dead.remove(&state.id),
+                MemberHealth::Down => self.dead.insert(id),
+                _ => self.dead.remove(&id),
             };
             let shared = accusers.contains(&me) || accusers.len() >= 2;
             let health = match state.health {
                 MemberHealth::Suspect if !shared => MemberHealth::Alive,
                 health => health,
             };
-            let Some(peer) = self.peers.get_mut(&state.id) else {
-                let (heard, heard_dead, root) = (None, None, None);
-                let peer = Peer { state, health, accusers, since: unix, met: now, heard, heard_dead, root };
-                self.peers.insert(state.id, peer);
-                changes.members.push(state.id);
+            let accused = match accusers.is_empty() {
+                true => self.accusers.remove(&id).is_some(),
+                false => self.accusers.insert(id, accusers.clone()) != Some(accusers),
+            };
+            let Some(entry) = self.members.get_mut(&id) else {
+                self.members.insert(id, Entry::new(&state, health, since));
+                changes.members.push(id);
                 continue;
             };
-            if peer.state == state && peer.health == health && peer.accusers == accusers {
+            known += 1;
+            let is = Entry::new(&state, health, entry.since);
+            if *entry == is && !accused {
                 continue;
             }
-            changes.members.push(state.id);
-            let renewed = peer.state.generation != state.generation;
-            if renewed {
-                peer.met = now;
-                changes.renewed.push(state.id);
+            changes.members.push(id);
+            let was = std::mem::replace(entry, is);
+            if was.generation != state.generation {
+                changes.renewed.push(id);
             }
-            if renewed || peer.health != health {
-                changes.turned.push((state.id, peer.health));
-                peer.since = unix;
+            if was.generation != state.generation || was.shown != health {
+                changes.turned.push((id, was.shown));
+                entry.since = since;
             }
-            if health == MemberHealth::Down && peer.health != MemberHealth::Down {
-                changes.died.push(state.id);
+            if health == MemberHealth::Down && was.shown != MemberHealth::Down {
+                changes.died.push(id);
             }
-            if health != MemberHealth::Down {
-                peer.heard_dead = None;
+            if health != MemberHealth::Down
+                && let Some(heard) = self.heard.get_mut(&id)
+            {
+                heard.dead_since = None;
             }
-            (peer.state, peer.health, peer.accusers) = (state, health, accusers);
         }
-        let before =
-            touched.ids().map_or(self.peers.len(), |ids| ids.iter().filter(|id| self.peers.contains_key(id)).count());
         changes.shrunk = known != before;
         changes
     }
 
     /// Drops members that `remembered` does not name.
     pub(crate) fn retain(&mut self, remembered: impl Fn(&NodeId) -> bool) {
-        self.peers.retain(|id, _| remembered(id));
+        self.members.retain(|id, _| remembered(id));
         self.dead.retain(|id| remembered(id));
+        self.accusers.retain(|id, _| remembered(id));
+        self.heard.retain(|id, _| remembered(id));
         self.forgotten.retain(|id, _| remembered(id));
     }
 
     /// Something came from that member.
     pub(crate) fn heard(&mut self, from: &NodeId, root: Option<u64>, now: Instant) {
-        if let Some(peer) = self.peers.get_mut(from) {
-            peer.heard = Some(now);
-            peer.root = root.or(peer.root);
-            if !peer.is_live() {
-                peer.heard_dead.get_or_insert(now);
-            }
+        if !self.members.contains_key(from) {
+            return;
+        }
+        let heard = self.heard.entry(*from).or_insert(Heard { at: now, dead_since: None, root });
+        heard.at = now;
+        heard.root = root.or(heard.root);
+        if self.dead.contains(from) {
+            heard.dead_since.get_or_insert(now);
         }
     }
 

@@ -9,7 +9,7 @@ use rand::RngExt;
 use starling_protocol::{Delta, Items, MemberHealth, MemberState, NodeId, Summary};
 
 use super::Gossip;
-use crate::{DocumentView, Ident, Outgoing, Sync, Target, Via, roster::Peer};
+use crate::{DocumentView, Ident, Outgoing, Sync, Target, Via};
 
 /// How long root hashes may differ before members compare what they have: a change needs a moment to get round.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -35,7 +35,7 @@ impl Gossip {
         if self.left {
             return Delta::default();
         }
-        let deaf = self.roster.get(&from).filter(|peer| !peer.is_live()).and_then(|peer| peer.heard_dead);
+        let deaf = self.roster.heard_of(&from).and_then(|heard| heard.dead_since);
         let deaf_ms = deaf.map_or(0, |since| now.saturating_duration_since(since).as_millis() as u64);
         self.roster.heard(&from, None, now);
         // Taken now: what follows must be judged as the other side will judge it.
@@ -129,7 +129,7 @@ impl Gossip {
     }
 
     pub(super) fn exchange_with_anybody(&mut self, now: Instant) {
-        let live: Vec<Ident> = self.roster.live().map(Peer::ident).collect();
+        let live: Vec<Ident> = self.roster.live().map(|peer| peer.ident()).collect();
         if !live.is_empty() {
             let with = live[self.rng.random_range(0..live.len())];
             self.push_sync(Target::Node(with), now);

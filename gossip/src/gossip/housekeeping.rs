@@ -9,8 +9,8 @@ use std::{
 use rand::RngExt;
 use starling_protocol::NodeId;
 
-use super::{EXCHANGE, Gossip};
-use crate::{Ident, Target, roster::Peer};
+use super::{EXCHANGE, Gossip, Lack};
+use crate::{Ident, Target};
 
 /// How long a live member may lack its record before it is asked for one; a push usually is faster.
 const RECORD_GRACE: Duration = Duration::from_millis(400);
@@ -42,15 +42,15 @@ impl Gossip {
             (!there).then_some(peer)
         };
         self.lacking.retain(|id, _| lacks(id).is_some());
-        let may_ask = |peer: &Peer, asked: Option<Instant>| {
+        let may_ask = |lack: &Lack| {
             let since = |at| now.saturating_duration_since(at);
-            since(peer.met) > RECORD_GRACE && asked.is_none_or(|at| since(at) > RECORD_RETRY)
+            since(lack.since) > RECORD_GRACE && lack.asked.is_none_or(|at| since(at) > RECORD_RETRY)
         };
-        let due = self.lacking.iter_mut().filter_map(|(id, asked)| Some((lacks(id)?, asked)));
-        let due = due.filter(|(peer, asked)| may_ask(peer, **asked)).take(RECORDS_PER_ROUND);
+        let due = self.lacking.iter_mut().filter(|(_, lack)| may_ask(lack));
+        let due = due.filter_map(|(id, lack)| Some((lacks(id)?, lack))).take(RECORDS_PER_ROUND);
         let ask: Vec<Ident> = due
-            .map(|(peer, asked)| {
-                *asked = Some(now);
+            .map(|(peer, lack)| {
+                lack.asked = Some(now);
                 peer.ident()
             })
             .collect();
@@ -67,7 +67,7 @@ impl Gossip {
         wanted.extend(self.remembered.iter().filter(|_| lonely));
         let reached = |addr: &SocketAddr| {
             let alias = self.aliases.get(addr);
-            alias.is_some_and(|id| *id == me.id || self.roster.get(id).is_some_and(Peer::is_live))
+            alias.is_some_and(|id| *id == me.id || self.roster.get(id).is_some_and(|peer| peer.is_live()))
         };
         wanted.retain(|addr| *addr != me.addr && !reached(addr));
         if !wanted.is_empty() {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::Profile;
+use crate::{Profile, suspicion::Accusation};
 fn ident(n: u8) -> Ident {
     Ident { id: NodeId([n; 16]), addr: ([127, 0, 0, n], 7400).into(), generation: 1 }
 }

@@ -1,0 +1,155 @@
+//! Who is suspect, and when a suspect is given up: what the driver adds to foca of Lifeguard.
+
+use std::{cmp::Reverse, time::Instant};
+
+use foca::{Member, Message, Timer};
+
+use super::{Due, Effect, Ident, Membership};
+use crate::{
+    Reach,
+    suspicion::{Accusation, Patience, Suspicion},
+};
+
+impl Membership {
+    /// The suspect has not answered over a stream either.
+    pub(crate) fn check_failed(&mut self, suspect: &Ident, incarnation: u16, now: Instant) {
+        for suspicion in &mut self.suspicions {
+            if suspicion.suspect == *suspect && suspicion.incarnation == incarnation {
+                suspicion.unanswered = Some(now);
+            }
+        }
+    }
+
+    pub(super) fn patience(&self) -> Patience {
+        let others = self.foca.num_members();
+        let growth = ((others as f64 + 1.0).log2() / 6.0).max(1.0);
+        let [min, max] = self.config.suspicion.map(|time| time.mul_f64(growth));
+        Patience { min, max, witnesses: others.saturating_sub(1) }
+    }
+
+    /// When a suspicion is to be looked at: when the suspect's time is up, and the stream has given no answer.
+    pub(super) fn verdict_at(&self, suspicion: &Suspicion, patience: Patience) -> Instant {
+        if suspicion.unanswered.is_none() {
+            return suspicion.asked + patience.max;
+        }
+        suspicion.deadline(self.confirmations(suspicion), patience)
+    }
+
+    /// How many others could not reach the suspect either.
+    pub(super) fn confirmations(&self, suspicion: &Suspicion) -> usize {
+        let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation);
+        let me = self.me().id;
+        accusers.iter().filter(|by| **by != me).count()
+    }
+
+    /// foca 2.0 tells a member that it is dead when a suspicion's timer fires, also when the suspicion was refuted in
+    /// time, and so forces a healthy node to rejoin. A timer whose suspicion no longer stands is not delivered.
+    pub(super) fn judge_suspects(&mut self, now: Instant) -> Vec<Effect> {
+        let patience = self.patience();
+        let (due, wait) = std::mem::take(&mut self.suspicions)
+            .into_iter()
+            .filter(|suspicion| self.stands(suspicion))
+            .partition::<Vec<_>, _>(|suspicion| self.verdict_at(suspicion, patience) <= now);
+        self.suspicions = wait;
+        // Others are there and heard, and none of them says what this node says: then it is this node that is mistaken, and
+        // whoever else has a link as bad must not be believed either.
+        let in_touch = self.recovery.heard_at().is_some_and(|at| now.saturating_duration_since(at) < patience.max);
+        let mut effects = Vec::new();
+        for mut suspicion in due {
+            let contradicted = in_touch && patience.witnesses > 0 && self.confirmations(&suspicion) == 0;
+            // Its silence is old: the fault may have been here, and be over.
+            let stale = suspicion.unanswered.is_some_and(|at| now.saturating_duration_since(at) > patience.min);
+            if contradicted || stale {
+                (suspicion.asked, suspicion.unanswered) = (now, None);
+                let Suspicion { suspect, incarnation, .. } = suspicion;
+                effects.push(Effect::Check { suspect, incarnation });
+                self.suspicions.push(suspicion);
+            } else {
+                effects.extend(self.fire(suspicion.timer, now));
+            }
+        }
+        effects
+    }
+
+    pub(super) fn stands(&self, suspicion: &Suspicion) -> bool {
+        self.foca.iter_membership_state().any(|member| {
+            *member.id() == suspicion.suspect
+                && member.state() == foca::State::Suspect
+                && member.incarnation() == suspicion.incarnation
+        })
+    }
+
+    /// A probe of ours has failed. Says so to everybody and, at once, to the suspect, which can refute before it is too late
+    /// (Lifeguard §IV-C: buddy system), and has it asked over a stream, where a lost packet does not count.
+    pub(super) fn suspect(&mut self, timer: Timer<Ident>, now: Instant) -> Vec<Effect> {
+        let Timer::ChangeSuspectToDown { member_id: suspect, incarnation, .. } = timer else { return Vec::new() };
+        self.touched.add(suspect.id);
+        self.probe_failed = true;
+        let known = self.suspicions.iter_mut().find(|s| s.suspect == suspect && s.incarnation == incarnation);
+        if let Some(known) = known {
+            known.timer = timer;
+            return Vec::new();
+        }
+        let me = self.me().id;
+        let witnesses = self.accusations.against(&suspect, incarnation);
+        if witnesses.iter().all(|by| *by == me) {
+            // Nobody who was asked to probe it says that it failed: those may be unreachable from here, too.
+            self.awareness.worse();
+        }
+        for by in witnesses.into_iter().chain([me]) {
+            let (suspect, generation) = (suspect.id, suspect.generation);
+            let accusation = Accusation { suspect, generation, incarnation, by, raised: true };
+            if let Err(error) = self.foca.add_broadcast(&accusation.encode()) {
+                tracing::debug!(?error, "an accusation is not spread");
+            }
+        }
+        self.suspicions.push(Suspicion { suspect, incarnation, timer, since: now, asked: now, unanswered: None });
+        self.news = true;
+        vec![Effect::Check { suspect, incarnation }, self.tell_suspect(suspect, incarnation)]
+    }
+
+    /// A ping that tells its receiver that it is suspected.
+    pub(super) fn tell_suspect(&self, to: Ident, incarnation: u16) -> Effect {
+        let update = Member::new(to, incarnation, foca::State::Suspect);
+        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), Some(update), None), reach: Reach::Dial }
+    }
+
+    /// Nobody who was asked to probe the target could reach it: the rest of the probe's time would bring nothing.
+    pub(super) fn end_probe_early(&mut self, now: Instant) {
+        let Some(probe) = &self.probe else { return };
+        let incarnation = self.foca.iter_members().find(|member| *member.id() == probe.target).map(Member::incarnation);
+        let accusers =
+            incarnation.map_or_else(Vec::new, |incarnation| self.accusations.against(&probe.target, incarnation));
+        if probe.asked.iter().all(|asked| accusers.contains(asked)) {
+            self.probe = None;
+            let timers = std::mem::take(&mut self.timers).into_iter();
+            let due = |due: Due| match due.timer {
+                Timer::ProbeRandomMember(_) => Due { at: now.min(due.at), ..due },
+                _ => due,
+            };
+            self.timers = timers.map(|Reverse(timer)| Reverse(due(timer))).collect();
+        }
+    }
+
+    /// Probes that were made for others and brought nothing: whoever asked should know that this node was reached, and
+    /// could not reach the target either (Lifeguard §IV-A: nack).
+    pub(super) fn end_errands(&mut self, now: Instant) -> Vec<Effect> {
+        let (due, wait) = std::mem::take(&mut self.errands).into_iter().partition::<Vec<_>, _>(|e| e.due <= now);
+        self.errands = wait;
+        let me = self.me().id;
+        due.into_iter()
+            .filter_map(|errand| {
+                let target = self.foca.iter_members().find(|member| *member.id() == errand.target)?;
+                let nack = Accusation {
+                    suspect: errand.target.id,
+                    generation: errand.target.generation,
+                    incarnation: target.incarnation(),
+                    by: me,
+                    raised: false,
+                };
+                let bytes = self.craft(errand.origin, Message::Broadcast, None, Some(&nack.encode()));
+                Some(Effect::Send { to: errand.origin, bytes, reach: Reach::Linked })
+            })
+            .collect()
+    }
+}

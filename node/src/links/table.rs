@@ -223,6 +223,57 @@ mod tests {
         matches!(table.send(PEER, &Bytes::from_static(b"ping"), Reach::Dial, now), Step::Dial)
     }
 
+    fn id(n: usize) -> NodeId {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&n.to_be_bytes());
+        NodeId(id)
+    }
+
+    /// A connection, and what keeps it up: its other end, and the endpoint of both.
+    async fn connection() -> (quinn::Connection, impl Sized) {
+        let key = rcgen::generate_simple_self_signed(["here".to_owned()]).unwrap();
+        let certificate = key.cert.der().clone();
+        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+        let server = quinn::ServerConfig::with_single_cert(vec![certificate.clone()], private).unwrap();
+        let endpoint = quinn::Endpoint::server(server, ([127, 0, 0, 1], 0).into()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(certificate).unwrap();
+        let client = quinn::ClientConfig::with_root_certificates(roots.into()).unwrap();
+        let dialling = endpoint.connect_with(client, endpoint.local_addr().unwrap(), "here").unwrap();
+        let accepting = async { endpoint.accept().await.unwrap().await.unwrap() };
+        let (dialled, accepted) = tokio::join!(dialling, accepting);
+        (dialled.unwrap(), (accepted, endpoint))
+    }
+
+    #[tokio::test]
+    async fn above_the_cap_the_longest_unused_goes_and_links_of_pushes_stay() {
+        let (connection, _there) = connection().await;
+        let (mut table, start) = (Table::default(), Instant::now());
+        let at = |n: usize| start + Duration::from_secs(n as u64);
+        for n in 0..MAX_LINKS {
+            assert!(table.adopt(&connection, id(n), id(n), at(n)).losers.is_empty());
+        }
+        table.used_for_push(&id(0));
+        assert!(table.up(&id(1), at(MAX_LINKS)).is_some());
+        // The oldest carries pushes, the next was used just now: the one after it goes.
+        assert_eq!(table.adopt(&connection, id(MAX_LINKS), PEER, at(MAX_LINKS)).losers.len(), 1);
+        let there = |table: &Table, n| table.links.contains_key(&id(n));
+        assert_eq!([0, 1, 2, 3].map(|n| there(&table, n)), [true, true, false, true]);
+    }
+
+    #[tokio::test]
+    async fn a_rumour_goes_to_whoever_is_there_and_nothing_else_does() {
+        let (connection, _there) = connection().await;
+        let (mut table, now) = (Table::default(), Instant::now());
+        let step = |table: &mut Table, reach| table.send(PEER, &Bytes::from_static(b"packet"), reach, now);
+        assert!(matches!(step(&mut table, Reach::Anybody), Step::Nothing), "there is nobody");
+        table.adopt(&connection, id(7), id(7), now);
+        assert!(matches!(step(&mut table, Reach::Anybody), Step::Over(_)));
+        assert!(matches!(step(&mut table, Reach::Linked), Step::Nothing));
+        assert!(matches!(step(&mut table, Reach::Dial), Step::Dial));
+        assert!(matches!(step(&mut table, Reach::Anybody), Step::Over(_)), "it does not wait for the dial");
+    }
+
     #[test]
     fn a_dead_peer_is_dialled_less_and_less_but_for_ever() {
         let (mut table, start) = (Table::default(), Instant::now());

@@ -497,7 +497,7 @@ impl Gossip {
                 addr: peer.state.addr,
                 generation: peer.state.generation,
                 incarnation: peer.state.incarnation,
-                health: peer.health,
+                health: peer.shown,
                 suspected_by: self.roster.accusers(&peer.state.id).to_vec(),
                 left: self.has_left(&peer.state),
                 since: peer.since,
@@ -541,6 +541,6 @@ fn log_transition(before: MemberHealth, peer: &Peer, record: Option<&Arc<NodeRec
         node = name,
         addr = %peer.state.addr,
         generation = peer.state.generation,
-        "member {before:?} -> {:?}", peer.health
+        "member {before:?} -> {:?}", peer.shown
     );
 }

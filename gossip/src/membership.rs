@@ -20,7 +20,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use starling_protocol::{MemberHealth, MemberState, NodeId, Pong};
 
 pub use self::swim::Ident;
-use self::swim::{Collected, REMEMBER_DOWN, foca_config, member_of, members_in, state_of};
+use self::swim::{Collected, REMEMBER_DOWN, foca_config, member_of, members_in, readdressed, state_of};
 pub(crate) use self::touched::Touched;
 use crate::{
     Config, Reach,
@@ -299,7 +299,7 @@ impl Membership {
             }
         }
         let overheard = header.message == Message::Gossip && header.dst != self.me();
-        let readdressed = overheard.then(|| self.readdress(header.clone(), rest));
+        let readdressed = overheard.then(|| readdressed(header.clone(), rest, self.me())).transpose()?;
         let packet = readdressed.as_deref().unwrap_or(packet);
         let mut effects = self.step(now, |foca, rt| foca.handle_data(packet, rt))?;
         if let Message::Ping(number) = header.message
@@ -307,7 +307,7 @@ impl Membership {
         {
             // foca falls silent when it is declared dead; but two who are on their way back need each other's answers.
             let (to, ack) = (header.src, Message::Ack(number));
-            effects.push(Effect::Send { to, bytes: self.craft(to, ack, None, None), reach: Reach::Linked });
+            effects.push(Effect::Send { to, bytes: self.craft(to, ack, None, None), reach: Reach::Dial });
         }
         self.end_probe_early(now);
         Ok(effects)
@@ -476,15 +476,6 @@ impl Membership {
         let down: HashSet<NodeId> =
             self.others().filter(|m| m.health == MemberHealth::Down).map(|member| member.id).collect();
         self.down_since.retain(|id, _| down.contains(id));
-    }
-
-    /// A rumour is for whoever hears it; foca takes only what names this node.
-    fn readdress(&self, header: Header<Ident>, rest: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(rest.len() + 128);
-        let header = Header { dst: self.me(), ..header };
-        PostcardCodec.encode_header(&header, &mut bytes).expect("a vector grows");
-        bytes.extend_from_slice(rest);
-        bytes
     }
 
     /// A packet in foca's format (foca `payload.rs`): header, counted updates, length-prefixed broadcasts.

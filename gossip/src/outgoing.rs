@@ -31,7 +31,7 @@ impl Target {
 pub enum Reach {
     /// A new one, if there is none: a probe must not fail for want of it.
     Dial,
-    /// One that is there.
+    /// One that is there, or on its way.
     Linked,
     /// One that is there to anybody, if there is none to its receiver: a rumour is for whoever hears it.
     Anybody,
@@ -79,7 +79,8 @@ pub enum Outgoing {
     },
     /// A member came back under a new generation: a connection to its former life may be dead.
     Renewed(NodeId),
-    /// A member died or left: its connection is of no use.
+    /// A member died or left: nothing is to be sent over its connection, but it is to be heard for a while longer. Only who
+    /// heard it while it heard nobody can tell it afterwards.
     Gone(NodeId),
     /// Store the generation before anything else is sent.
     Generation(u64),

@@ -30,17 +30,25 @@ const DEAF: Duration = Duration::from_secs(3);
 /// Hearing nobody for this long may be why a node was given up, if it learns of that within that time afterwards.
 const SILENCE: Duration = Duration::from_secs(3);
 const LEARNS_WITHIN: Duration = Duration::from_secs(10);
+/// Pings that are this late mean that the process did not run.
+const STOPPED: Duration = Duration::from_secs(1);
 
 /// What a node remembers of being given up.
 #[derive(Debug, Default)]
 pub(crate) struct Recovery {
     lost: Option<Lost>,
-    /// When anybody last sent anything.
+    /// When anybody last sent a packet.
     heard_at: Option<Instant>,
-    /// The last time when that was long ago: its start and its end.
-    silence: Option<(Instant, Instant)>,
+    /// The last time in which nobody did.
+    silence: Option<Silence>,
     back_since: Option<Instant>,
     flaps: u32,
+}
+
+#[derive(Debug)]
+struct Silence {
+    start: Instant,
+    end: Instant,
 }
 
 #[derive(Debug)]
@@ -63,8 +71,7 @@ impl Recovery {
         if self.lost.is_some() {
             return;
         }
-        let cut_off = self.silence.filter(|(_, end)| now.saturating_duration_since(*end) < LEARNS_WITHIN);
-        let gone = cut_off.map_or(now, |(start, _)| start);
+        let gone = self.cut_off_since(now).unwrap_or(now);
         let stayed = self.back_since.map(|back| gone.saturating_duration_since(back));
         if stayed.is_some_and(|stayed| stayed > FORGIVEN) {
             self.flaps = 0;
@@ -79,6 +86,14 @@ impl Recovery {
         if stayed.is_some_and(|stayed| stayed < RELAPSE) {
             self.caught_flapping();
         }
+    }
+
+    /// Since when this node was cut off, if it was until of late. It may hear of it over a stream, before any packet comes.
+    fn cut_off_since(&self, now: Instant) -> Option<Instant> {
+        let since = |at| now.saturating_duration_since(at);
+        let still = self.heard_at.filter(|at| since(*at) > SILENCE);
+        let ended = self.silence.as_ref().filter(|silence| since(silence.end) < LEARNS_WITHIN);
+        still.or(ended.map(|silence| silence.start))
     }
 
     /// A member has heard this node for `deaf` while this node did not hear it.
@@ -100,16 +115,16 @@ impl Recovery {
         self.lost.as_ref().map(|lost| lost.next_ping)
     }
 
-    /// When anybody last sent anything.
+    /// When anybody last sent a packet.
     pub(crate) fn heard_at(&self) -> Option<Instant> {
         self.heard_at
     }
 
-    /// Something came from `from`: an answer if it was asked.
+    /// A packet came from `from`: an answer if it was asked.
     pub(crate) fn heard(&mut self, from: &Ident, now: Instant) {
         let before = self.heard_at.replace(now);
         if let Some(start) = before.filter(|at| now.saturating_duration_since(*at) > SILENCE) {
-            self.silence = Some((start, now));
+            self.silence = Some(Silence { start, end: now });
         }
         if let Some(lost) = &mut self.lost
             && let Some(at) = lost.waiting.iter().position(|(_, asked)| asked.id == from.id)
@@ -122,7 +137,7 @@ impl Recovery {
     /// Whether somebody is to be pinged now; then tell [`Recovery::asked`] whom. `patience` is how long an answer may take.
     pub(crate) fn ping_is_due(&mut self, now: Instant, patience: Duration) -> bool {
         let Some(lost) = self.lost.as_mut().filter(|lost| lost.next_ping <= now) else { return false };
-        if now.saturating_duration_since(lost.next_ping) > SILENCE {
+        if now.saturating_duration_since(lost.next_ping) > STOPPED {
             // This process did not run: that is no time in which its link was good.
             lost.answers.clear();
             lost.good_since = None;
@@ -231,7 +246,7 @@ mod tests {
 
     #[test]
     fn who_relapses_or_was_deaf_must_hold() {
-        for deaf in [false, true] {
+        for (deaf, heard_first) in [(false, false), (false, true), (true, false)] {
             let (mut recovery, mut now) = (Recovery::default(), Instant::now());
             recovery.lose(now);
             if deaf {
@@ -242,7 +257,9 @@ mod tests {
                 recovery.heard(&peer(), now);
                 // It is cut off, and learns only long afterwards that this was noticed.
                 now += 2 * RELAPSE;
-                recovery.heard(&peer(), now);
+                if heard_first {
+                    recovery.heard(&peer(), now);
+                }
                 recovery.lose(now);
             }
             assert!(run(&mut recovery, &mut now, 60, |_| true).unwrap() >= HOLD, "deaf: {deaf}");

@@ -25,9 +25,9 @@ const MAX_FORGOTTEN: usize = 1024;
 pub(crate) struct Peer {
     /// As membership has it.
     pub(crate) state: MemberState,
-    /// As it is shown: a suspicion counts when this node shares it, or two others do.
-    pub(crate) health: MemberHealth,
-    /// Since when `health` is what it is, unix seconds.
+    /// Its health as it is shown: a suspicion counts when this node shares it, or two others do.
+    pub(crate) shown: MemberHealth,
+    /// Since when that is so, unix seconds.
     pub(crate) since: u64,
 }
 
@@ -73,7 +73,7 @@ impl Entry {
     fn peer(&self, id: NodeId) -> Peer {
         let Self { addr, generation, incarnation, believed: health, .. } = *self;
         let state = MemberState { id, addr, generation, incarnation, health, down_s: 0 };
-        Peer { state, health: self.shown, since: self.since.into() }
+        Peer { state, shown: self.shown, since: self.since.into() }
     }
 }
 
@@ -169,21 +169,23 @@ impl Roster {
                 _ => self.dead.remove(&id),
             };
             let shared = accusers.contains(&me) || accusers.len() >= 2;
-            let health = match state.health {
+            let shown = match state.health {
                 MemberHealth::Suspect if !shared => MemberHealth::Alive,
                 health => health,
             };
-            let accused = match accusers.is_empty() {
-                true => self.accusers.remove(&id).is_some(),
-                false => self.accusers.insert(id, accusers.clone()) != Some(accusers),
-            };
+            let accused = *self.accusers(&id) != *accusers;
+            if accused && accusers.is_empty() {
+                self.accusers.remove(&id);
+            } else if accused {
+                self.accusers.insert(id, accusers);
+            }
             let Some(entry) = self.members.get_mut(&id) else {
-                self.members.insert(id, Entry::new(&state, health, since));
+                self.members.insert(id, Entry::new(&state, shown, since));
                 changes.members.push(id);
                 continue;
             };
             known += 1;
-            let is = Entry::new(&state, health, entry.since);
+            let is = Entry::new(&state, shown, entry.since);
             if *entry == is && !accused {
                 continue;
             }
@@ -192,14 +194,14 @@ impl Roster {
             if was.generation != state.generation {
                 changes.renewed.push(id);
             }
-            if was.generation != state.generation || was.shown != health {
+            if was.generation != state.generation || was.shown != shown {
                 changes.turned.push((id, was.shown));
                 entry.since = since;
             }
-            if health == MemberHealth::Down && was.shown != MemberHealth::Down {
+            if shown == MemberHealth::Down && was.shown != MemberHealth::Down {
                 changes.died.push(id);
             }
-            if health != MemberHealth::Down
+            if shown != MemberHealth::Down
                 && let Some(heard) = self.heard.get_mut(&id)
             {
                 heard.dead_since = None;
@@ -251,5 +253,57 @@ impl Roster {
     /// All that were struck off, for other nodes.
     pub(crate) fn all_forgotten(&self) -> Vec<Forgotten> {
         self.forgotten.values().copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ME: NodeId = NodeId([0; 16]);
+
+    fn observed(n: u8, generation: u64, health: MemberHealth, accusers: &[u8]) -> Observed {
+        let (id, addr) = (NodeId([n; 16]), ([127, 0, 0, n], 7400).into());
+        let state = MemberState { id, addr, generation, incarnation: 0, health, down_s: 0 };
+        Observed { state, accusers: accusers.iter().map(|by| NodeId([*by; 16])).collect() }
+    }
+
+    fn update(roster: &mut Roster, observed: Vec<Observed>, gone: &[u8]) -> Changes {
+        let mut touched = Touched::default();
+        touched.add_all(observed.iter().map(|o| o.state.id));
+        touched.add_all(gone.iter().map(|n| NodeId([*n; 16])));
+        roster.update(&touched, observed.into_iter(), ME, 7)
+    }
+
+    #[test]
+    fn a_change_is_told_once_and_a_forgotten_member_leaves_nothing_behind() {
+        use MemberHealth::{Alive, Down, Suspect};
+        let (mut roster, now, id) = (Roster::default(), Instant::now(), NodeId([1; 16]));
+        roster.heard(&id, None, now);
+        assert!(roster.heard_of(&id).is_none(), "a stranger");
+        let born = update(&mut roster, vec![observed(1, 1, Alive, &[]), observed(2, 1, Alive, &[])], &[]);
+        assert_eq!(born, Changes { members: vec![id, NodeId([2; 16])], ..Changes::default() });
+        assert_eq!(update(&mut roster, vec![observed(1, 1, Alive, &[])], &[]), Changes::default());
+
+        // One accuser is not shown, and two are.
+        for (accusers, shown) in [(&[3][..], Alive), (&[3, 4], Suspect)] {
+            let changes = update(&mut roster, vec![observed(1, 1, Suspect, accusers)], &[]);
+            let turned = if shown == Suspect { vec![(id, Alive)] } else { Vec::new() };
+            assert_eq!(changes, Changes { members: vec![id], turned, ..Changes::default() });
+            assert_eq!((roster.get(&id).unwrap().shown, roster.accusers(&id).len()), (shown, accusers.len()));
+        }
+        let changes = update(&mut roster, vec![observed(1, 1, Down, &[])], &[]);
+        assert_eq!((changes.died, roster.accusers(&id).len(), roster.live_count()), (vec![id], 0, 1));
+        roster.heard(&id, Some(9), now);
+        assert_eq!(roster.heard_of(&id).map(|h| (h.dead_since, h.root)), Some((Some(now), Some(9))));
+        let changes = update(&mut roster, vec![observed(1, 2, Alive, &[])], &[]);
+        assert_eq!((changes.renewed, changes.turned), (vec![id], vec![(id, Down)]));
+        assert_eq!((roster.heard_of(&id).unwrap().dead_since, roster.dead().count()), (None, 0));
+
+        update(&mut roster, vec![observed(1, 2, Suspect, &[3])], &[]);
+        assert!(update(&mut roster, Vec::new(), &[1]).shrunk);
+        roster.retain(|other| *other != id);
+        assert!(roster.get(&id).is_none() && roster.heard_of(&id).is_none() && roster.accusers(&id).is_empty());
+        assert_eq!(roster.live_count(), 1);
     }
 }

@@ -47,8 +47,8 @@ const LINGER: Duration = Duration::from_secs(60);
 const RENEWED_TIMEOUT: Duration = Duration::from_secs(1);
 /// Addresses that are remembered as not answering.
 const MAX_UNREACHABLE: usize = 256;
-/// Connections of one peer that are served at a time: the one in use, one dialled by each side at once, and one that a new
-/// life of the peer has dialled before its old ones are found dead.
+/// Connections of one peer that are served at a time: the one in use, one dialled by each side at once, and one of a former
+/// life of the peer, which is not found dead yet, or was given up and is still listened to.
 const MAX_CONNECTIONS_OF_PEER: usize = 4;
 /// Large frames that are read at a time, from all peers: bounds the memory that they can take.
 const LARGE_FRAMES: usize = 4;
@@ -146,7 +146,7 @@ impl Links {
             })),
             Outgoing::Renewed(id) => self.verify_renewed(id),
             Outgoing::Gone(id) => {
-                if let Some(connection) = self.table().remove(&id) {
+                if let Some(connection) = self.table().give_up(&id) {
                     tokio::spawn(retire(connection, LINGER, CloseCode::Stale));
                 }
             }
@@ -157,8 +157,10 @@ impl Links {
 
     /// Takes a connection that a peer has dialled.
     pub(crate) async fn accept(self, connection: quinn::Connection, peer: Peer) {
-        self.adopt(&connection, peer.id, peer.id);
-        self.serve(connection, peer.id).await;
+        if let Some(turn) = self.take_turn(peer.id, &connection) {
+            self.adopt(&connection, peer.id, peer.id);
+            self.serve(connection, turn).await;
+        }
     }
 
     /// Why addresses do not answer, by address.
@@ -225,9 +227,11 @@ impl Links {
     }
 
     fn adopt_dialled(&self, connection: quinn::Connection, peer: NodeId) {
-        self.adopt(&connection, peer, self.0.identity.id());
-        let links = self.clone();
-        tokio::spawn(async move { links.serve(connection, peer).await });
+        if let Some(turn) = self.take_turn(peer, &connection) {
+            self.adopt(&connection, peer, self.0.identity.id());
+            let links = self.clone();
+            tokio::spawn(async move { links.serve(connection, turn).await });
+        }
     }
 
     /// Makes the connection the one to send over, or lets it go because a better one is there.
@@ -244,10 +248,8 @@ impl Links {
 
     /// Reads what the peer sends, until the connection ends. A peer that sends too much is not listened to for the rest of
     /// the second; the others do not notice.
-    async fn serve(&self, connection: quinn::Connection, peer: NodeId) {
-        let Some(turn) = self.take_turn(peer) else {
-            return connection.close((CloseCode::Duplicate as u32).into(), b"too many connections");
-        };
+    async fn serve(&self, connection: quinn::Connection, turn: Turn) {
+        let peer = turn.peer;
         loop {
             tokio::select! {
                 datagram = connection.read_datagram() => match datagram {
@@ -269,13 +271,14 @@ impl Links {
         self.table().ended(&peer, &connection);
     }
 
-    /// Counts the connections of a peer that are served, so that it cannot say more by opening more.
-    fn take_turn(&self, peer: NodeId) -> Option<Turn> {
+    /// Counts the connections of a peer that are served, so that it cannot say more by opening more; closes one too many.
+    fn take_turn(&self, peer: NodeId, connection: &quinn::Connection) -> Option<Turn> {
         let mut served = lock(&self.0.served);
         let new = || (0, Arc::new(Mutex::new(Flow::new(Instant::now()))));
         let (count, flow) = served.entry(peer).or_insert_with(new);
         if *count >= MAX_CONNECTIONS_OF_PEER {
             self.0.counters.flood.fetch_add(1, Relaxed);
+            connection.close((CloseCode::Duplicate as u32).into(), b"too many connections");
             return None;
         }
         *count += 1;
@@ -361,7 +364,7 @@ impl Drop for Turn {
     }
 }
 
-/// Closes a connection that nothing is sent over any more, after a while in which it is still listened to.
+/// Closes a connection that is out of use, after a while in which it is still listened to.
 async fn retire(connection: quinn::Connection, after: Duration, code: CloseCode) {
     if tokio::time::timeout(after, connection.closed()).await.is_err() {
         connection.close((code as u32).into(), b"retired");

@@ -13,6 +13,6 @@ pub enum CloseCode {
     Protocol = 3,
     /// This node is going away.
     Leaving = 4,
-    /// The peer restarted: this connection belongs to its former life.
+    /// The peer restarted, or was given up: this connection belongs to its former life.
     Stale = 5,
 }

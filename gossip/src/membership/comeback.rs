@@ -45,7 +45,7 @@ impl Membership {
 
     /// Comes back in a new life, and with a clean slate: whom this node held for dead while it was cut off itself may be
     /// alive, and those who know will tell.
-    pub(super) fn rejoin(&mut self, now: Instant) -> Vec<Effect> {
+    fn rejoin(&mut self, now: Instant) -> Vec<Effect> {
         let me = self.me();
         // Above whatever is said about this node, or the mesh would hold the new life for an old one.
         let said = self.foca.iter_membership_state().filter(|m| m.id().id == me.id).map(|m| m.id().generation);
@@ -80,7 +80,7 @@ impl Membership {
     }
 
     /// Somebody to talk to: one who is thought alive, or else anybody.
-    pub(super) fn acquaintance(&mut self) -> Option<Ident> {
+    fn acquaintance(&mut self) -> Option<Ident> {
         let me = self.me().id;
         let active = self.foca.num_members();
         if active > 0 {

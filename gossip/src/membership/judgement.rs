@@ -36,7 +36,7 @@ impl Membership {
     }
 
     /// How many others could not reach the suspect either.
-    pub(super) fn confirmations(&self, suspicion: &Suspicion) -> usize {
+    fn confirmations(&self, suspicion: &Suspicion) -> usize {
         let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation);
         let me = self.me().id;
         accusers.iter().filter(|by| **by != me).count()
@@ -64,14 +64,24 @@ impl Membership {
                 let Suspicion { suspect, incarnation, .. } = suspicion;
                 effects.push(Effect::Check { suspect, incarnation });
                 self.suspicions.push(suspicion);
-            } else {
+            } else if in_touch {
                 effects.extend(self.fire(suspicion.timer, now));
+            } else {
+                effects.extend(self.give_up_quietly(&suspicion, now));
             }
         }
         effects
     }
 
-    pub(super) fn stands(&self, suspicion: &Suspicion) -> bool {
+    /// What a node concludes that hears nobody is for itself alone: it may be deaf, and others still hear it. Neither they nor
+    /// the suspect are told.
+    fn give_up_quietly(&mut self, suspicion: &Suspicion, now: Instant) -> Vec<Effect> {
+        self.touched.add(suspicion.suspect.id);
+        let dead = Member::new(suspicion.suspect, suspicion.incarnation, foca::State::Down);
+        self.step(now, |foca, rt| foca.apply_many([dead].into_iter(), false, rt)).unwrap_or_default()
+    }
+
+    fn stands(&self, suspicion: &Suspicion) -> bool {
         self.foca.iter_membership_state().any(|member| {
             *member.id() == suspicion.suspect
                 && member.state() == foca::State::Suspect

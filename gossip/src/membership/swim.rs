@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, BufMut, Bytes};
 use foca::{Codec, Header, Member, Message, Notification, PeriodicParams, PostcardCodec, Timer};
 use serde::{Deserialize, Serialize};
 use starling_protocol::{MemberHealth, MemberState, NodeId};
@@ -15,7 +15,9 @@ use crate::Config;
 
 /// Largest SWIM packet, in bytes. With the root hash in front it fits the 1162 bytes of a datagram that every QUIC path
 /// carries (1200 bytes, RFC 9000 §14, less headers), so no packet depends on what a path offers beyond that.
-const MAX_PACKET_BYTES: usize = 1142;
+pub(super) const MAX_PACKET_BYTES: usize = 1142;
+/// Most bytes of a member's identity.
+const IDENT_BYTES: usize = 16 + 19 + 10;
 /// How long a dead member is remembered, so that old news cannot bring it back. Counted from when the first node declared
 /// it dead, or members would go on reminding each other of it for ever.
 pub(super) const REMEMBER_DOWN: Duration = Duration::from_secs(24 * 3600);
@@ -125,6 +127,39 @@ pub(super) fn members_in(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<
         .map(|_| PostcardCodec.decode_member(&mut rest).map(|member: Member<Ident>| *member.id()))
         .collect::<Result<_, _>>()
         .map_err(|e| e.to_string())
+}
+
+/// A rumour that was meant for another node: foca takes only what names this one. What does not fit any more because this
+/// node's address is longer is left out, from the end.
+pub(super) fn readdressed(header: Header<Ident>, rest: &[u8], me: Ident) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::with_capacity(MAX_PACKET_BYTES + IDENT_BYTES);
+    PostcardCodec.encode_header(&Header { dst: me, ..header }, &mut bytes).map_err(|e| e.to_string())?;
+    let room = MAX_PACKET_BYTES.saturating_sub(bytes.len());
+    if rest.len() <= room {
+        bytes.extend_from_slice(rest);
+        return Ok(bytes);
+    }
+    let mut left = rest;
+    let count = left.try_get_u16().map_err(|e| e.to_string())?;
+    let (mut fit, mut end) = (0, 2);
+    while fit < count {
+        let _: Member<Ident> = PostcardCodec.decode_member(&mut left).map_err(|e| e.to_string())?;
+        if rest.len() - left.len() > room {
+            break;
+        }
+        (fit, end) = (fit + 1, rest.len() - left.len());
+    }
+    while fit == count && left.len() > 2 {
+        let length = usize::from(left.get_u16());
+        left = left.get(length..).ok_or("a broadcast is cut short")?;
+        if rest.len() - left.len() > room {
+            break;
+        }
+        end = rest.len() - left.len();
+    }
+    bytes.put_u16(fit);
+    bytes.extend_from_slice(&rest[2..end]);
+    Ok(bytes)
 }
 
 /// foca's settings for a mesh of that size.

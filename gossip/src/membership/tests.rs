@@ -1,5 +1,8 @@
-use super::*;
+use bytes::Buf;
+
+use super::{swim::MAX_PACKET_BYTES, *};
 use crate::{Profile, suspicion::Accusation};
+
 fn ident(n: u8) -> Ident {
     Ident { id: NodeId([n; 16]), addr: ([127, 0, 0, n], 7400).into(), generation: 1 }
 }
@@ -117,6 +120,36 @@ fn whom_nobody_else_accuses_is_not_given_up_while_others_are_heard() {
 }
 
 #[test]
+fn who_hears_nobody_keeps_its_verdicts_to_itself() {
+    let mut now = Instant::now();
+    let mut a = new(1);
+    let others = [2, 3, 4];
+    a.learn(&others.map(|n| state(n, 0, MemberHealth::Alive)), now, 1).unwrap();
+    let mut packets = Vec::new();
+    for _ in 0..60 {
+        let mut checks = Vec::new();
+        run(&mut a, &mut now, 1000, |effect| match effect {
+            Effect::Send { bytes, .. } => packets.push(bytes),
+            Effect::Check { suspect, incarnation } => checks.push((suspect, incarnation)),
+            _ => {}
+        });
+        checks.into_iter().for_each(|(suspect, incarnation)| a.check_failed(&suspect, incarnation, now));
+    }
+    assert_eq!(others.map(|n| health_of(&a, n)), [Some(MemberHealth::Down); 3]);
+    assert!(packets.len() > 50, "{} packets", packets.len());
+    for packet in packets {
+        let mut rest = &packet[..];
+        let header: Header<Ident> = PostcardCodec.decode_header(&mut rest).unwrap();
+        assert_ne!(header.message, Message::TurnUndead);
+        let updates = if header.message == Message::Broadcast { 0 } else { rest.get_u16() };
+        for _ in 0..updates {
+            let member: Member<Ident> = PostcardCodec.decode_member(&mut rest).unwrap();
+            assert_ne!(member.state(), foca::State::Down);
+        }
+    }
+}
+
+#[test]
 fn a_probe_ends_when_everybody_who_was_asked_has_failed_too() {
     for failed in [1, 2] {
         let mut now = Instant::now();
@@ -223,4 +256,57 @@ fn garbage_strangers_and_the_future_are_refused() {
     assert_eq!(a.others().count(), 0);
     a.packet(ident(2).id, None, &b.craft(ident(1), Message::Ping(1), None, None), now, 1).unwrap();
     assert_eq!(a.others().count(), 1);
+}
+
+#[test]
+fn a_rumour_is_for_whoever_hears_it_and_nothing_else_is() {
+    let now = Instant::now();
+    let (mut a, b) = (new(1), new(2));
+    for (n, message) in [(4, Message::Ping(1)), (5, Message::Ack(1)), (6, Message::Gossip)] {
+        let news = Member::new(ident(n), 0, foca::State::Alive);
+        a.packet(ident(2).id, None, &b.craft(ident(3), message, Some(news), None), now, 1).unwrap();
+    }
+    assert_eq!([4, 5, 6].map(|n| health_of(&a, n).is_some()), [false, false, true]);
+    a.packet(ident(2).id, None, &b.craft(ident(3), Message::TurnUndead, None, None), now, 1).unwrap();
+    assert!(!a.is_lost(), "it was said to another");
+}
+
+/// A rumour for node 3 about so many members, filled up with accusations; and how many those are.
+fn rumour(members: u8) -> (Vec<u8>, u8) {
+    let header = Header { src: ident(2), src_incarnation: 0, dst: ident(3), message: Message::Gossip };
+    let mut packet = Vec::new();
+    PostcardCodec.encode_header(&header, &mut packet).unwrap();
+    packet.put_u16(members.into());
+    for n in 0..members {
+        let member = Member::new(ident(10 + n), 0, foca::State::Alive);
+        PostcardCodec.encode_member(&member, &mut packet).unwrap();
+    }
+    for n in 0.. {
+        let (suspect, by) = (ident(10 + n).id, ident(2).id);
+        let accusation = Accusation { suspect, generation: 1, incarnation: 0, by, raised: true }.encode();
+        if packet.len() + 2 + accusation.len() > MAX_PACKET_BYTES {
+            return (packet, n);
+        }
+        packet.put_u16(accusation.len() as u16);
+        packet.put_slice(&accusation);
+    }
+    unreachable!("a packet is full some time")
+}
+
+#[test]
+fn a_full_rumour_is_heard_also_by_a_node_with_a_longer_address() {
+    let now = Instant::now();
+    let addr = (std::net::Ipv6Addr::LOCALHOST, 65_000).into();
+    let mut overlong = 0;
+    for members in 0..42 {
+        let mut a = Membership::new(Ident { addr, ..ident(1) }, &Config::new(Profile::Lan));
+        let (packet, accusations) = rumour(members);
+        overlong += usize::from(packet.len() + 12 > MAX_PACKET_BYTES);
+        a.packet(ident(2).id, None, &packet, now, 1).unwrap();
+        let known = (0..members).filter(|n| health_of(&a, 10 + n).is_some()).count();
+        let accused = (0..accusations).filter(|n| !a.accusations.against(&ident(10 + n), 0).is_empty()).count();
+        let told = usize::from(members + accusations);
+        assert!(known + accused >= told - 1, "{known} members and {accused} accusations of {told}");
+    }
+    assert!(overlong > 5, "{overlong}");
 }

@@ -82,6 +82,10 @@ impl World {
         self.running().iter().map(|n| self.gossip(*n).counters().documents_refused).sum()
     }
 
+    pub(crate) fn packets_refused(&self) -> u64 {
+        self.running().iter().map(|n| self.gossip(*n).counters().packets_refused).sum()
+    }
+
     pub(crate) fn records_refused(&self) -> u64 {
         self.running().iter().map(|n| self.gossip(*n).counters().records_refused).sum()
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IteratorRandom};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use starling_gossip::{DocumentView, Gossip, Ident, Outgoing, Profile, Reach, Target, Via};
 use starling_protocol::{Delta, Items, Name, NodeId, Pong, Summary};
 
@@ -18,7 +18,7 @@ pub(crate) use self::actions::Action;
 use crate::{
     credentials::Interned,
     invariants::{Invariants, Observer},
-    links::Links,
+    links::{Links, Way},
     network::Network,
 };
 
@@ -28,6 +28,8 @@ const EPOCH: u64 = 1_800_000_000;
 const STALE: Duration = Duration::from_millis(150);
 /// A connection to a member that has died stays open for so long, only to hear from it.
 const LINGER: Duration = Duration::from_secs(60);
+/// How long a connection to a former life of a member has to show that it works all the same.
+const RENEWED_TIMEOUT: Duration = Duration::from_secs(1);
 /// Events at one moment that are too many to be true: a node asks again and again to be woken at once.
 const MAX_AT_ONCE: u64 = 100_000;
 
@@ -333,15 +335,7 @@ impl World {
 
     fn send(&mut self, node: usize, out: Outgoing) {
         match out {
-            Outgoing::Datagram { to, bytes, reach } => {
-                let Some(to) = self.receiver(node, index_of(&to.id), reach) else { return };
-                let Some(waited) = self.link(node, to).filter(|waited| *waited < STALE) else { return };
-                self.nodes[node].sent_bytes += bytes.len() as u64;
-                for delay in self.network.datagram(node, to, &mut self.rng) {
-                    let message = Message::Datagram(bytes.clone());
-                    self.schedule(self.now + waited + delay, Event::Arrive { from: node, to, message });
-                }
-            }
+            Outgoing::Datagram { to, bytes, reach } => self.packet(node, index_of(&to.id), bytes, reach),
             Outgoing::Push { fanout, items } => {
                 let mut links: Vec<usize> = self.links.of(node).collect();
                 for _ in 0..fanout.min(links.len()) {
@@ -374,46 +368,76 @@ impl World {
             }
             Outgoing::Gone(id) => {
                 let gone = index_of(&id);
-                if let Some(number) = self.links.let_go(node, gone) {
+                if let Some(number) = self.links.give_up(node, gone) {
                     self.schedule(self.now + LINGER, Event::Close { node, peer: gone, number });
                 }
             }
-            Outgoing::Changed(_) | Outgoing::Renewed(_) => {}
+            Outgoing::Renewed(id) => {
+                let renewed = index_of(&id);
+                if let Some(number) = self.links.orphan(node, renewed) {
+                    self.schedule(self.now + RENEWED_TIMEOUT, Event::Close { node, peer: renewed, number });
+                }
+            }
+            Outgoing::Changed(_) => {}
         }
     }
 
-    /// Who gets a packet.
-    fn receiver(&mut self, node: usize, to: usize, reach: Reach) -> Option<usize> {
-        match reach {
-            Reach::Dial => Some(to),
-            _ if self.links.has(node, to) => Some(to),
-            Reach::Linked => None,
-            Reach::Anybody => self.links.of(node).choose(&mut self.rng),
+    /// Sends a SWIM packet to whom it is for, or, if it may, to somebody else.
+    fn packet(&mut self, node: usize, to: usize, bytes: Bytes, reach: Reach) {
+        let to = match reach {
+            Reach::Anybody if !self.links.has(node, to) => self.links.stray(node, self.now, &mut self.rng),
+            _ => Some(to),
+        };
+        let Some(to) = to else { return };
+        let dials = reach == Reach::Dial && self.links.may_dial(node, to, self.now);
+        if !dials && !self.links.has(node, to) {
+            return;
+        }
+        let Some(waited) = self.connect(node, to) else {
+            if dials {
+                self.links.dial_failed(node, to, self.now);
+            }
+            return;
+        };
+        let acknowledged = !self.network.datagram(to, node, &mut self.rng).is_empty();
+        if waited >= STALE || !self.links.may_send(node, to, bytes.len(), acknowledged) {
+            return;
+        }
+        self.nodes[node].sent_bytes += bytes.len() as u64;
+        for delay in self.network.datagram(node, to, &mut self.rng) {
+            let message = Message::Datagram(bytes.clone());
+            self.schedule(self.now + waited + delay, Event::Arrive { from: node, to, message });
         }
     }
 
     fn stream(&mut self, from: usize, to: usize, message: Message) {
         self.nodes[from].sent_bytes += size_of_message(&message);
-        let Some(waited) = self.link(from, to) else { return };
+        let Some(waited) = self.connect(from, to) else { return };
         if let Some(delay) = self.network.stream(from, to, &mut self.rng) {
             self.schedule(self.now + waited + delay, Event::Arrive { from, to, message });
         }
     }
 
-    /// How long a message has to wait for a connection, which is made if there is none; `None` if there is nobody.
-    fn link(&mut self, from: usize, to: usize) -> Option<Duration> {
-        if self.nodes[to].gossip.is_none() || to == from {
-            return None;
+    /// How long a message has to wait for a connection, which is made if there is none; `None` if it is lost.
+    fn connect(&mut self, from: usize, to: usize) -> Option<Duration> {
+        let there = self.nodes[to].gossip.is_some() && !self.nodes[to].paused;
+        match self.links.way(from, to) {
+            Way::Open => Some(Duration::ZERO),
+            Way::Orphan => None,
+            Way::Dead => {
+                if there && self.network.stream(from, to, &mut self.rng).is_some() {
+                    self.links.is_reset(from, to);
+                }
+                None
+            }
+            Way::None if there && from != to => {
+                let there = self.network.stream(from, to, &mut self.rng)?;
+                let back = self.network.stream(to, from, &mut self.rng)?;
+                self.links.open(from, to);
+                Some(there + back)
+            }
+            Way::None => None,
         }
-        if self.links.has(from, to) {
-            return Some(Duration::ZERO);
-        }
-        if self.nodes[to].paused {
-            return None;
-        }
-        let handshake = self.network.stream(from, to, &mut self.rng)? + self.network.stream(to, from, &mut self.rng)?;
-        self.links.open(from, to);
-        Some(handshake)
     }
 
     fn id_of(&self, node: usize) -> NodeId {

@@ -88,11 +88,11 @@ pub enum Step {
         /// The message, any updates and broadcasts.
         rest: Vec<u8>,
     },
-    /// A packet that is right in all its parts.
+    /// A packet that is right in all its parts, but perhaps for its receiver.
     Tell {
         /// The sender.
         from: Told,
-        /// Which of SWIM's messages.
+        /// Which of SWIM's messages; from 128 on it is meant for whom it is about.
         message: u8,
         /// Whom the message is about, if about anybody.
         about: Told,
@@ -224,12 +224,13 @@ impl Watched {
                 self.gossip.deliver(id(from), &bytes, now);
             }
             Step::Packet { from, rest } => {
-                let mut bytes = self.head(from, None);
+                let mut bytes = self.head(from, self.gossip.me(), None);
                 bytes.extend(rest);
                 self.step(Step::Datagram { from: from.who, bytes });
             }
             Step::Tell { from, message, about, updates } => {
-                let mut bytes = self.head(from, Some(self.message(message, about)));
+                let dst = if message < 128 { self.gossip.me() } else { self.ident(about) };
+                let mut bytes = self.head(from, dst, Some(self.message(message, about)));
                 bytes.extend((updates.len() as u16).to_be_bytes());
                 for told in updates {
                     let state = match told.health {
@@ -362,13 +363,12 @@ impl Watched {
         MemberState { id, addr, generation, incarnation: told.incarnation, health: told.health, down_s: 0 }
     }
 
-    /// Root hash and header of a packet to this node; without a message, whatever follows is one.
-    fn head(&self, from: Told, message: Option<Message<Ident>>) -> Vec<u8> {
+    /// Root hash and header of a packet; without a message, whatever follows is one.
+    fn head(&self, from: Told, dst: Ident, message: Option<Message<Ident>>) -> Vec<u8> {
         let mut bytes = vec![0; ROOT_HASH_BYTES];
         let raw = message.is_none();
         let message = message.unwrap_or(Message::Gossip);
-        let header =
-            Header { src: self.ident(from), src_incarnation: from.incarnation, dst: self.gossip.me(), message };
+        let header = Header { src: self.ident(from), src_incarnation: from.incarnation, dst, message };
         PostcardCodec.encode_header(&header, &mut bytes).expect("a vector grows");
         if raw {
             bytes.pop();

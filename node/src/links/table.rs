@@ -16,6 +16,8 @@ const STALE: Duration = Duration::from_millis(150);
 const MAX_HELD: usize = 8;
 /// Most links. Above, those that were used for probes alone go first, the longest unused before others.
 const MAX_LINKS: usize = 1024;
+/// Pause between two rumours over one connection that were meant for somebody else.
+const STRAY_PERIOD: Duration = Duration::from_millis(200);
 /// Pauses after dials that failed.
 const REST_MIN: Duration = Duration::from_millis(250);
 const REST_MAX: Duration = Duration::from_secs(5);
@@ -35,6 +37,8 @@ pub(super) enum Link {
         used: Instant,
         /// Whether changes are pushed over it, and not only probes sent.
         eager: bool,
+        /// When a rumour last went over it that was meant for somebody else.
+        strayed: Option<Instant>,
     },
     /// Not to be dialled for a while: dead peers must not cost the living anything.
     Resting { until: Instant, pause: Duration },
@@ -66,6 +70,8 @@ pub(super) struct Adopted {
 #[derive(Default)]
 pub(super) struct Table {
     links: HashMap<NodeId, Link>,
+    /// Connections to members that were given up, which are still heard.
+    given_up: HashMap<NodeId, quinn::Connection>,
 }
 
 impl Table {
@@ -90,7 +96,7 @@ impl Table {
             return Step::Over(connection);
         }
         if reach == Reach::Anybody {
-            return self.connections().choose(&mut rand::rng()).map_or(Step::Nothing, |(_, c)| Step::Over(c.clone()));
+            return self.stray(now).map_or(Step::Nothing, Step::Over);
         }
         let pause = match self.links.get_mut(&to) {
             Some(Link::Dialling { held, .. }) => {
@@ -106,6 +112,21 @@ impl Table {
         };
         self.links.insert(to, Link::Dialling { held: vec![(now, bytes.clone())], pause });
         Step::Dial
+    }
+
+    /// A connection for a rumour whose receiver has none. Each gets few of them: in a mesh that has just started, all that
+    /// most nodes have is one to a seed.
+    fn stray(&mut self, now: Instant) -> Option<quinn::Connection> {
+        let rested = self.links.values_mut().filter_map(|link| match link {
+            Link::Up { connection, strayed, .. } => {
+                let rested = strayed.is_none_or(|at| now.saturating_duration_since(at) >= STRAY_PERIOD);
+                rested.then_some((connection, strayed))
+            }
+            _ => None,
+        });
+        let (connection, strayed) = rested.choose(&mut rand::rng())?;
+        *strayed = Some(now);
+        Some(connection.clone())
     }
 
     /// A dial has ended; returns the packets that waited for it. After a failure the peer rests.
@@ -135,8 +156,11 @@ impl Table {
         if keep_old {
             return Adopted { losers: vec![connection.clone()], ..Adopted::default() };
         }
-        let new = Link::Up { connection: connection.clone(), dialled_by, since: now, used: now, eager: false };
+        let (connection, strayed) = (connection.clone(), None);
+        let new = Link::Up { connection, dialled_by, since: now, used: now, eager: false, strayed };
         let mut adopted = Adopted::default();
+        // A new one works both ways: what was left to hear over the other is heard over this one.
+        adopted.losers.extend(self.given_up.remove(&peer));
         match self.links.insert(peer, new) {
             Some(Link::Up { connection, .. }) => adopted.losers.push(connection),
             Some(Link::Dialling { held, .. }) => adopted.held = fresh(held, now),
@@ -168,10 +192,20 @@ impl Table {
         if matches!(self.links.get(peer), Some(Link::Up { connection, .. }) if same(connection)) {
             self.links.remove(peer);
         }
+        if self.given_up.get(peer).is_some_and(same) {
+            self.given_up.remove(peer);
+        }
+    }
+
+    /// Sends nothing more over the peer's connection; returns it, to be closed later, if there was one.
+    pub(super) fn give_up(&mut self, peer: &NodeId) -> Option<quinn::Connection> {
+        let connection = self.remove(peer)?;
+        self.given_up.insert(*peer, connection.clone());
+        Some(connection)
     }
 
     /// Forgets the peer; returns its connection if there was one.
-    pub(super) fn remove(&mut self, peer: &NodeId) -> Option<quinn::Connection> {
+    fn remove(&mut self, peer: &NodeId) -> Option<quinn::Connection> {
         match self.links.remove(peer) {
             Some(Link::Up { connection, .. }) => Some(connection),
             _ => None,
@@ -269,9 +303,24 @@ mod tests {
         assert!(matches!(step(&mut table, Reach::Anybody), Step::Nothing), "there is nobody");
         table.adopt(&connection, id(7), id(7), now);
         assert!(matches!(step(&mut table, Reach::Anybody), Step::Over(_)));
+        assert!(matches!(step(&mut table, Reach::Anybody), Step::Nothing), "one at a time");
         assert!(matches!(step(&mut table, Reach::Linked), Step::Nothing));
         assert!(matches!(step(&mut table, Reach::Dial), Step::Dial));
+        table.adopt(&connection, id(8), id(8), now);
         assert!(matches!(step(&mut table, Reach::Anybody), Step::Over(_)), "it does not wait for the dial");
+    }
+
+    #[tokio::test]
+    async fn of_a_peer_that_is_given_up_again_and_again_one_connection_is_heard() {
+        let (connection, _there) = connection().await;
+        let (mut table, now) = (Table::default(), Instant::now());
+        for life in 0..5 {
+            assert_eq!(table.adopt(&connection, PEER, PEER, now).losers.len(), usize::from(life > 0));
+            assert!(table.give_up(&PEER).is_some());
+            assert!(table.up(&PEER, now).is_none() && table.give_up(&PEER).is_none());
+        }
+        table.ended(&PEER, &connection);
+        assert!(table.given_up.is_empty());
     }
 
     #[test]

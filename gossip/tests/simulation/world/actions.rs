@@ -57,6 +57,7 @@ impl World {
             }
             Action::Kill(node) => {
                 self.nodes[node].gossip = None;
+                self.links.die(node);
                 self.nodes[node].life += 1;
                 self.nodes[node].tick_at = None;
                 self.nodes[node].waiting.clear();
@@ -133,7 +134,7 @@ impl World {
         let mut gossip =
             Gossip::new(me, announcement(node, serves), credentials, memory, &config, (self.instant(), unix));
         gossip.set_seeds((0..3.min(self.nodes.len())).map(addr).collect());
-        self.links.reset(node);
+        self.links.die(node);
         let place = &mut self.nodes[node];
         place.generation = generation;
         place.life += 1;

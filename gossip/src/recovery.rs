@@ -84,7 +84,7 @@ impl Recovery {
             flapping: false,
         });
         if stayed.is_some_and(|stayed| stayed < RELAPSE) {
-            self.caught_flapping();
+            self.caught_flapping("it was lost soon after it had come back");
         }
     }
 
@@ -99,14 +99,15 @@ impl Recovery {
     /// A member has heard this node for `deaf` while this node did not hear it.
     pub(crate) fn was_deaf(&mut self, deaf: Duration) {
         if deaf > DEAF {
-            self.caught_flapping();
+            self.caught_flapping("others heard it all the time while it did not hear them");
         }
     }
 
-    fn caught_flapping(&mut self) {
+    fn caught_flapping(&mut self, why: &str) {
         if let Some(lost) = self.lost.as_mut().filter(|lost| !lost.flapping) {
             lost.flapping = true;
             self.flaps += 1;
+            tracing::warn!(why, hold = ?self.hold(), "this node's link is bad; it must be good for that long first");
         }
     }
 
@@ -150,7 +151,7 @@ impl Recovery {
         let good = lost.answers.iter().filter(|good| **good).count();
         if lost.answers.len() == WINDOW && good <= BAD {
             lost.good_since = None;
-            self.caught_flapping();
+            self.caught_flapping("few of its pings are answered");
         } else if good >= GOOD {
             lost.good_since.get_or_insert(now);
         }

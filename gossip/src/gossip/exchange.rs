@@ -128,10 +128,13 @@ impl Gossip {
         self.push_sync(with, now);
     }
 
+    /// With a live member; if there is none, with a dead one: it may be this node that was cut off.
     pub(super) fn exchange_with_anybody(&mut self, now: Instant) {
         let live: Vec<Ident> = self.roster.live().map(|peer| peer.ident()).collect();
-        if !live.is_empty() {
-            let with = live[self.rng.random_range(0..live.len())];
+        let dead = || self.roster.dead().filter(|peer| !self.has_left(&peer.state)).map(|peer| peer.ident()).collect();
+        let candidates: Vec<Ident> = if live.is_empty() { dead() } else { live };
+        if !candidates.is_empty() {
+            let with = candidates[self.rng.random_range(0..candidates.len())];
             self.push_sync(Target::Node(with), now);
         }
     }

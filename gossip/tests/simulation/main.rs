@@ -53,11 +53,18 @@ fn mixed_faults(seed: u64) -> World {
     let mut version = 0;
     world.plan(start, Action::Begin(Fault::Duplication(0.02)));
     world.plan(start + 90 * S, Action::End(Fault::Duplication(0.02)));
+    let mut absent_until = [start; NODES];
     for _ in 0..8 {
         at += S * rng.random_range(3..10);
-        let node = rng.random_range(3..NODES);
+        // Nothing that happens to a node that is not there would touch anything.
+        let present: Vec<usize> = (3..NODES).filter(|node| absent_until[*node] < at).collect();
+        let node = present[rng.random_range(0..present.len())];
         let long = S * rng.random_range(2..15);
-        match rng.random_range(0..10) {
+        let kind = rng.random_range(0..10);
+        if matches!(kind, 0 | 2 | 9) {
+            absent_until[node] = at + long;
+        }
+        match kind {
             0 => {
                 world.plan(at, Action::Kill(node));
                 world.plan(at + long, Action::Start(node));

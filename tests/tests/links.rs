@@ -1,0 +1,173 @@
+//! Links that fail, one way and both, between real nodes in a network namespace of the test's own.
+
+use std::{
+    collections::BTreeSet,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use starling_chaos::{Cluster, NodeSpec, wait_for};
+use starling_protocol::admin::{Member, MemberStatus};
+use starling_tests::{binary, program, run, skip};
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// Set in a test that runs in its own namespace.
+const INSIDE: &str = "STARLING_TEST_NAMESPACE";
+
+/// Runs the test of that name again in a network namespace of its own; whether that is where this is.
+fn in_namespace(test: &str) -> bool {
+    let programs = ["unshare", "ip", "nft", "ss"].map(program);
+    let [Some(unshare), Some(ip), Some(_), Some(_)] = programs else { return false };
+    if std::env::var_os(INSIDE).is_some() {
+        assert!(run(&ip, &["link", "set", "lo", "up"]).0, "lo comes up");
+        return true;
+    }
+    if !run(&unshare, &["--net", "true"]).0 {
+        skip("may not make a network namespace");
+        return false;
+    }
+    // Built out here, where the registry can be reached if it is wanted.
+    binary();
+    let own = std::env::current_exe().expect("a test has a path");
+    let inside = Command::new(unshare)
+        .args(["--net", "--kill-child", "--"])
+        .arg(own)
+        .args([test, "--exact", "--nocapture"])
+        .env(INSIDE, "1")
+        .stdin(Stdio::null())
+        .status();
+    assert!(inside.expect("unshare runs").success(), "it failed inside");
+    false
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Runtime::new().expect("a runtime")
+}
+
+/// What the network does to a node.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Cut {
+    /// It hears nobody.
+    Deaf,
+    /// Nobody hears it.
+    Mute,
+    /// Both.
+    Off,
+}
+
+fn nft(script: &str) {
+    let nft = program("nft").expect("it was there before");
+    let (fine, _, err) = run(&nft, &[script]);
+    assert!(fine, "nft {script}: {err}");
+}
+
+/// UDP ports of a process.
+fn ports_of(pid: u32) -> BTreeSet<u16> {
+    let ss = program("ss").expect("it was there before");
+    let (_, out, _) = run(&ss, &["--no-header", "--udp", "--all", "--numeric", "--processes"]);
+    let own = format!("pid={pid},");
+    let ports = out.lines().filter(|line| line.contains(&own)).filter_map(|line| line.split_whitespace().nth(3));
+    ports.filter_map(|addr| addr.rsplit(':').next()?.parse().ok()).collect()
+}
+
+/// Drops what one node sends to the others, or they to it.
+fn cut(cluster: &Cluster, name: &str, cut: Cut) {
+    let ports = ports_of(cluster.node(name).process.pid().expect("it runs"));
+    assert!(ports.contains(&cluster.node(name).mesh.port()), "{ports:?}");
+    let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+    nft("add table ip cut");
+    nft("add chain ip cut out { type filter hook output priority 0; }");
+    let drops = |here: &str, there: &str| {
+        nft(&format!("add rule ip cut out udp {here} {{ {ports} }} udp {there} != {{ {ports} }} drop"));
+    };
+    if cut != Cut::Mute {
+        drops("dport", "sport");
+    }
+    if cut != Cut::Deaf {
+        drops("sport", "dport");
+    }
+}
+
+fn heal() {
+    nft("delete table ip cut");
+}
+
+/// A mesh of five in which every node has a connection to every other.
+async fn linked_mesh() -> Cluster {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    for name in ["a", "b", "c", "d"] {
+        cluster.add(&NodeSpec::named(name)).await.unwrap();
+    }
+    cluster.converge().await.unwrap();
+    let names: Vec<String> = cluster.names().map(str::to_owned).collect();
+    for observer in &names {
+        wait_for(&format!("{observer} has a link to everybody"), LIMIT, || async {
+            let members: Vec<Member> =
+                cluster.admin(observer, "/v1/members?detail=true").await.map_err(|e| e.to_string())?;
+            let linked = |m: &&Member| m.detail.as_ref().is_some_and(|detail| detail.connection == "connected");
+            match members.iter().filter(|m| !m.is_self).filter(linked).count() {
+                4 => Ok(()),
+                some => Err(format!("{some} of 4")),
+            }
+        })
+        .await
+        .unwrap();
+    }
+    cluster
+}
+
+/// Cuts `c` off in that way until it has been dead for a while, and waits until it is back; its log.
+async fn lose_and_regain(how: Cut) -> String {
+    let cluster = linked_mesh().await;
+    let before = cluster.members("c").await.unwrap().into_iter().find(|m| m.is_self).unwrap().generation;
+    cut(&cluster, "c", how);
+    for observer in ["seed", "a", "b", "d"] {
+        cluster.wait_status(observer, "c", MemberStatus::Down).await.unwrap();
+    }
+    // Longer than a node must be heard while it is thought dead to count as deaf.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    heal();
+    for observer in ["seed", "a", "b", "d"] {
+        wait_for(&format!("{observer} sees c in a new life"), LIMIT, || async {
+            let members = cluster.members(observer).await.map_err(|e| e.to_string())?;
+            let c = members.iter().find(|m| m.name == "c").ok_or("nothing")?;
+            let fine = c.status == MemberStatus::Alive && c.generation > before;
+            fine.then_some(()).ok_or_else(|| format!("{:?} in {}", c.status, c.generation))
+        })
+        .await
+        .unwrap();
+        for healthy in ["seed", "a", "b", "d"] {
+            let members = cluster.members(observer).await.unwrap();
+            let status = members.iter().find(|m| m.name == healthy).map(|m| m.status);
+            assert_eq!(status, Some(MemberStatus::Alive), "{observer} sees {healthy}");
+        }
+    }
+    cluster.node("c").process.log()
+}
+
+/// What a node says that has to wait because its link is bad.
+const HELD: &str = "must be good for that long first";
+
+#[test]
+fn a_node_that_hears_nobody_is_told_so_and_has_to_wait() {
+    if in_namespace("a_node_that_hears_nobody_is_told_so_and_has_to_wait") {
+        let log = runtime().block_on(lose_and_regain(Cut::Deaf));
+        assert!(log.contains("others heard it all the time") && log.contains(HELD), "{log}");
+    }
+}
+
+#[test]
+fn a_node_that_nobody_hears_notices_and_has_to_wait() {
+    if in_namespace("a_node_that_nobody_hears_notices_and_has_to_wait") {
+        let log = runtime().block_on(lose_and_regain(Cut::Mute));
+        assert!(log.contains("few of its pings are answered") && log.contains(HELD), "{log}");
+    }
+}
+
+#[test]
+fn a_node_that_was_cut_off_is_back_at_once() {
+    if in_namespace("a_node_that_was_cut_off_is_back_at_once") {
+        let log = runtime().block_on(lose_and_regain(Cut::Off));
+        assert!(log.contains("back in the mesh") && !log.contains(HELD), "{log}");
+    }
+}

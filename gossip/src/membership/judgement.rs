@@ -27,12 +27,22 @@ impl Membership {
         Patience { min, max, witnesses: others.saturating_sub(1) }
     }
 
-    /// When a suspicion is to be looked at: when the suspect's time is up, and the stream has given no answer.
+    /// When a suspicion is to be looked at: when the suspect's time is up, and the stream has given no answer. A node that
+    /// doubts itself leaves the verdict to others, as long as there are any and it hears them.
     pub(super) fn verdict_at(&self, suspicion: &Suspicion, patience: Patience) -> Instant {
         if suspicion.unanswered.is_none() {
             return suspicion.asked + patience.max;
         }
-        suspicion.deadline(self.confirmations(suspicion), patience)
+        let confirmations = self.confirmations(suspicion);
+        let earliest = suspicion.deadline(confirmations, patience);
+        let Some(silent_at) = self.silent_at(patience).filter(|_| patience.witnesses > 0) else { return earliest };
+        let [min, max] = [patience.min, patience.max].map(|time| self.awareness.stretch(time));
+        suspicion.deadline(confirmations, Patience { min, max, ..patience }).min(earliest.max(silent_at))
+    }
+
+    /// From when on this node hears nobody, if nobody is heard until then; `None` if it never has.
+    fn silent_at(&self, patience: Patience) -> Option<Instant> {
+        self.recovery.heard_at().map(|at| at + patience.max)
     }
 
     /// How many others could not reach the suspect either.
@@ -53,7 +63,7 @@ impl Membership {
         self.suspicions = wait;
         // Others are there and heard, and none of them says what this node says: then it is this node that is mistaken, and
         // whoever else has a link as bad must not be believed either.
-        let in_touch = self.recovery.heard_at().is_some_and(|at| now.saturating_duration_since(at) < patience.max);
+        let in_touch = self.silent_at(patience).is_some_and(|at| now < at);
         let mut effects = Vec::new();
         for mut suspicion in due {
             let contradicted = in_touch && patience.witnesses > 0 && self.confirmations(&suspicion) == 0;

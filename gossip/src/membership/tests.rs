@@ -91,32 +91,55 @@ fn a_suspect_that_is_told_refutes_to_the_one_who_told_it() {
     assert_eq!(b.doubt(), 1, "who has to refute doubts itself");
 }
 
-#[test]
-fn whom_nobody_else_accuses_is_not_given_up_while_others_are_heard() {
-    for in_touch in [true, false] {
-        let mut now = Instant::now();
-        let (mut a, c) = (new(1), new(3));
-        a.learn(&[state(2, 0, MemberHealth::Alive), state(3, 0, MemberHealth::Alive)], now, 1).unwrap();
-        for _ in 0..300 {
-            let mut effects = Vec::new();
-            run(&mut a, &mut now, 100, |effect| effects.push(effect));
-            for effect in effects {
-                match effect {
-                    // Node 3 answers pings, and has no complaint about node 2.
-                    Effect::Send { to, bytes, .. } if to.id == ident(3).id && in_touch => {
-                        let header: Header<Ident> = PostcardCodec.decode_header(&bytes[..]).unwrap();
-                        let Message::Ping(number) = header.message else { continue };
-                        let ack = c.craft(ident(1), Message::Ack(number), None, None);
-                        a.packet(ident(3).id, None, &ack, now, 1).unwrap();
-                    }
-                    Effect::Check { suspect, incarnation } => a.check_failed(&suspect, incarnation, now),
-                    _ => {}
+/// How long until node 1 gives up node 2, which is silent, within 30 s. Node 3 is heard or not, and accuses node 2, too, or
+/// has no complaint.
+fn given_up_after(heard: bool, accuses: bool, doubts: bool) -> Option<Duration> {
+    let start = Instant::now();
+    let mut now = start;
+    let (mut a, c) = (new(1), new(3));
+    a.learn(&[state(2, 0, MemberHealth::Alive), state(3, 0, MemberHealth::Alive)], now, 1).unwrap();
+    let accusation =
+        Accusation { suspect: ident(2).id, generation: 1, incarnation: 0, by: ident(3).id, raised: true }.encode();
+    while now < start + Duration::from_secs(30) {
+        for _ in 0..if doubts { 8 } else { 0 } {
+            a.awareness.worse();
+        }
+        if heard {
+            a.packet(ident(3).id, None, &c.craft(ident(1), Message::Gossip, None, None), now, 1).unwrap();
+        }
+        let mut effects = Vec::new();
+        run(&mut a, &mut now, 100, |effect| effects.push(effect));
+        for effect in effects {
+            match effect {
+                Effect::Send { to, bytes, .. } if to.id == ident(3).id && heard => {
+                    let header: Header<Ident> = PostcardCodec.decode_header(&bytes[..]).unwrap();
+                    let Message::Ping(number) = header.message else { continue };
+                    let ack = c.craft(ident(1), Message::Ack(number), None, accuses.then_some(&accusation[..]));
+                    a.packet(ident(3).id, None, &ack, now, 1).unwrap();
                 }
+                Effect::Check { suspect, incarnation } => a.check_failed(&suspect, incarnation, now),
+                _ => {}
             }
         }
-        let expected = if in_touch { MemberHealth::Suspect } else { MemberHealth::Down };
-        assert_eq!(health_of(&a, 2), Some(expected), "in touch: {in_touch}");
+        if health_of(&a, 2) == Some(MemberHealth::Down) {
+            return Some(now - start);
+        }
     }
+    None
+}
+
+#[test]
+fn whom_nobody_else_accuses_is_not_given_up_while_others_are_heard() {
+    assert_eq!(given_up_after(true, false, false), None);
+    assert!(given_up_after(false, false, false).is_some());
+}
+
+#[test]
+fn who_doubts_itself_leaves_the_verdict_to_others_while_they_are_heard() {
+    let [sure, doubtful] = [false, true].map(|doubts| given_up_after(true, true, doubts).unwrap());
+    assert!(sure < Duration::from_secs(4) && doubtful > Duration::from_secs(12), "{sure:?}, {doubtful:?}");
+    let alone = given_up_after(false, false, true).unwrap();
+    assert!(alone < Duration::from_secs(20), "{alone:?}");
 }
 
 #[test]

@@ -20,7 +20,9 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use starling_protocol::{MemberHealth, MemberState, NodeId, Pong};
 
 pub use self::swim::Ident;
-use self::swim::{Collected, REMEMBER_DOWN, foca_config, member_of, members_in, readdressed, state_of};
+use self::swim::{
+    Collected, MAX_PACKET_BYTES, REMEMBER_DOWN, foca_config, member_of, members_in, readdressed, state_of,
+};
 pub(crate) use self::touched::Touched;
 use crate::{
     Config, Reach,
@@ -43,6 +45,8 @@ const MAX_MEMBERS: usize = 16_384;
 /// News from one exchange that is told on. More means that this node is the one who is behind: what it learns is known to
 /// the rest, and telling it all again would drown what is new.
 pub(crate) const MAX_RETOLD: usize = 16;
+/// What a node concluded while it heard nobody it tells when it has heard others for so long, and nobody objected.
+const BELIEVED_AFTER: Duration = Duration::from_secs(60);
 /// A death that is older than this is known to whoever should know it.
 const OLD_DEATH_S: u32 = 300;
 /// Probes for others that are watched at a time.
@@ -104,6 +108,8 @@ pub(crate) struct Membership {
     incarnation: u16,
     /// Since when members have been dead.
     down_since: HashMap<NodeId, Instant>,
+    /// Members that this node gave up while it heard nobody: what it says of them to others is nothing.
+    given_up_alone: HashSet<NodeId>,
     /// Whether a probe was made before the one that comes next, and whether it failed.
     probing: bool,
     probe_failed: bool,
@@ -161,6 +167,7 @@ impl Membership {
             recovery: Recovery::default(),
             incarnation: 0,
             down_since: HashMap::new(),
+            given_up_alone: HashSet::new(),
             probing: false,
             probe_failed: false,
             leaving: false,
@@ -248,7 +255,9 @@ impl Membership {
         if self.recovery.is_lost() {
             return vec![self.own_state()];
         }
-        let others = self.others().map(|state| match state.health {
+        let private =
+            |state: &MemberState| state.health == MemberHealth::Down && self.given_up_alone.contains(&state.id);
+        let others = self.others().filter(|state| !private(state)).map(|state| match state.health {
             MemberHealth::Down => MemberState { down_s: self.down_s(&state.id, now), ..state },
             _ => state,
         });
@@ -265,6 +274,9 @@ impl Membership {
         now: Instant,
         unix: u64,
     ) -> Result<Vec<Effect>, String> {
+        if packet.len() > MAX_PACKET_BYTES {
+            return Err("too long".into());
+        }
         let mut rest = packet;
         let header: Header<Ident> = PostcardCodec.decode_header(&mut rest).map_err(|e| e.to_string())?;
         if header.src.id != from {
@@ -286,7 +298,13 @@ impl Membership {
         if let Message::IndirectAck { .. } = header.message {
             self.errands.retain(|errand| errand.target.id != from);
         }
-        self.recovery.heard(&header.src, now);
+        self.recovery.answered(&header.src);
+        if self.proves_deaf(&header.src) {
+            return Ok(self.concede(now));
+        }
+        if known.is_none_or(|known| known.health != MemberHealth::Down || known.generation < header.src.generation) {
+            self.recovery.heard(now);
+        }
         if header.message == Message::TurnUndead {
             if self.recovery.is_lost() {
                 // It says what we know. foca would answer the like to a sender that it holds for dead, who would answer the
@@ -426,7 +444,7 @@ impl Membership {
         effects.extend(self.recover(now));
         if self.next_prune.is_none_or(|at| at <= now) {
             self.next_prune = Some(now + PRUNE_PERIOD);
-            self.prune();
+            self.prune(now);
         }
         self.resize();
         effects
@@ -465,7 +483,7 @@ impl Membership {
         Effect::Send { to, bytes: self.craft(to, Message::Ping(0), None, None), reach: Reach::Dial }
     }
 
-    fn prune(&mut self) {
+    fn prune(&mut self, now: Instant) {
         let suspects: Vec<NodeId> = self
             .foca
             .iter_members()
@@ -476,6 +494,8 @@ impl Membership {
         let down: HashSet<NodeId> =
             self.others().filter(|m| m.health == MemberHealth::Down).map(|member| member.id).collect();
         self.down_since.retain(|id, _| down.contains(id));
+        let believed = self.recovery.in_touch_for(BELIEVED_AFTER, now);
+        self.given_up_alone.retain(|id| down.contains(id) && !believed);
     }
 
     /// A packet in foca's format (foca `payload.rs`): header, counted updates, length-prefixed broadcasts.

@@ -37,7 +37,7 @@ const STOPPED: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(crate) struct Recovery {
     lost: Option<Lost>,
-    /// When anybody last sent a packet.
+    /// When anybody who is not thought dead last sent a packet.
     heard_at: Option<Instant>,
     /// The last time in which nobody did.
     silence: Option<Silence>,
@@ -116,17 +116,28 @@ impl Recovery {
         self.lost.as_ref().map(|lost| lost.next_ping)
     }
 
-    /// When anybody last sent a packet.
+    /// When anybody who is not thought dead last sent a packet.
     pub(crate) fn heard_at(&self) -> Option<Instant> {
         self.heard_at
     }
 
-    /// A packet came from `from`: an answer if it was asked.
-    pub(crate) fn heard(&mut self, from: &Ident, now: Instant) {
+    /// A packet came from somebody who is not thought dead.
+    pub(crate) fn heard(&mut self, now: Instant) {
         let before = self.heard_at.replace(now);
         if let Some(start) = before.filter(|at| now.saturating_duration_since(*at) > SILENCE) {
             self.silence = Some(Silence { start, end: now });
         }
+    }
+
+    /// Whether there has been no silence for so long.
+    pub(crate) fn in_touch_for(&self, time: Duration, now: Instant) -> bool {
+        let since = |at| now.saturating_duration_since(at);
+        let hears = self.heard_at.is_some_and(|at| since(at) <= SILENCE);
+        hears && self.silence.as_ref().is_none_or(|silence| since(silence.end) > time)
+    }
+
+    /// A packet came from `from`: an answer if it was asked.
+    pub(crate) fn answered(&mut self, from: &Ident) {
         if let Some(lost) = &mut self.lost
             && let Some(at) = lost.waiting.iter().position(|(_, asked)| asked.id == from.id)
         {
@@ -218,7 +229,7 @@ mod tests {
             if recovery.ping_is_due(*now, PATIENCE) {
                 recovery.asked(peer(), *now);
                 if answers(step) {
-                    recovery.heard(&peer(), *now);
+                    recovery.answered(&peer());
                 }
             }
             if recovery.try_return(*now) {
@@ -255,11 +266,11 @@ mod tests {
             } else {
                 run(&mut recovery, &mut now, 10, |_| true).unwrap();
                 now += Duration::from_secs(5);
-                recovery.heard(&peer(), now);
+                recovery.heard(now);
                 // It is cut off, and learns only long afterwards that this was noticed.
                 now += 2 * RELAPSE;
                 if heard_first {
-                    recovery.heard(&peer(), now);
+                    recovery.heard(now);
                 }
                 recovery.lose(now);
             }

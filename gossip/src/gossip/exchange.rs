@@ -87,9 +87,10 @@ impl Gossip {
         if let Target::Addr(addr) = with {
             self.aliases.insert(addr, from);
         }
-        self.membership.was_deaf(Duration::from_millis(delta.deaf_ms));
         let standing = self.roster.standing(now);
         self.learn_from(from, &delta.members, (standing, delta.standing), now);
+        // After this node may have learned that it was given up.
+        self.membership.was_deaf(Duration::from_millis(delta.deaf_ms));
         self.receive(from, delta.items, Via::Exchange, now);
         let mut budget = MAX_DELTA_BYTES;
         let documents = delta.wanted_documents.iter().filter_map(|kind| self.documents.get(kind));
@@ -108,9 +109,10 @@ impl Gossip {
             return self.learn(from, members, now);
         }
         let me = self.membership.me();
+        let deaf = self.membership.proves_deaf(&sender.into());
         let dispute =
             members.iter().any(|m| m.id == me.id && m.generation >= me.generation && m.health == MemberHealth::Down);
-        if dispute && (ours, me.id) < (theirs, from) {
+        if deaf || (dispute && (ours, me.id) < (theirs, from)) {
             let effects = self.membership.concede(now);
             self.apply(effects, now);
         }

@@ -21,6 +21,12 @@ impl Membership {
         self.learn(&[me], now, me.generation).unwrap_or_default()
     }
 
+    /// Whether that member, who is there after all, was given up while this node heard nobody: then it is this node that was
+    /// cut off.
+    pub(crate) fn proves_deaf(&self, sender: &Ident) -> bool {
+        !self.recovery.is_lost() && self.given_up_alone.contains(&sender.id) && self.holds_dead(sender)
+    }
+
     /// A member heard this node for that long while this node, which it believed dead, did not hear it.
     pub(crate) fn was_deaf(&mut self, deaf: Duration) {
         self.recovery.was_deaf(deaf);
@@ -61,6 +67,7 @@ impl Membership {
         self.probe = None;
         self.errands.clear();
         self.down_since.clear();
+        self.given_up_alone.clear();
         self.incarnation = 0;
         self.probing = false;
         self.touched.add_everybody();

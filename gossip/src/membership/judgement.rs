@@ -77,16 +77,16 @@ impl Membership {
             } else if in_touch {
                 effects.extend(self.fire(suspicion.timer, now));
             } else {
-                effects.extend(self.give_up_quietly(&suspicion, now));
+                effects.extend(self.give_up_alone(&suspicion, now));
             }
         }
         effects
     }
 
-    /// What a node concludes that hears nobody is for itself alone: it may be deaf, and others still hear it. Neither they nor
-    /// the suspect are told.
-    fn give_up_quietly(&mut self, suspicion: &Suspicion, now: Instant) -> Vec<Effect> {
+    /// What a node concludes that hears nobody is for itself alone: it may be deaf, and others still hear it.
+    fn give_up_alone(&mut self, suspicion: &Suspicion, now: Instant) -> Vec<Effect> {
         self.touched.add(suspicion.suspect.id);
+        self.given_up_alone.insert(suspicion.suspect.id);
         let dead = Member::new(suspicion.suspect, suspicion.incarnation, foca::State::Down);
         self.step(now, |foca, rt| foca.apply_many([dead].into_iter(), false, rt)).unwrap_or_default()
     }

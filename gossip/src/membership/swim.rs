@@ -16,8 +16,6 @@ use crate::Config;
 /// Largest SWIM packet, in bytes. With the root hash in front it fits the 1162 bytes of a datagram that every QUIC path
 /// carries (1200 bytes, RFC 9000 §14, less headers), so no packet depends on what a path offers beyond that.
 pub(super) const MAX_PACKET_BYTES: usize = 1142;
-/// Most bytes of a member's identity.
-const IDENT_BYTES: usize = 16 + 19 + 10;
 /// How long a dead member is remembered, so that old news cannot bring it back. Counted from when the first node declared
 /// it dead, or members would go on reminding each other of it for ever.
 pub(super) const REMEMBER_DOWN: Duration = Duration::from_secs(24 * 3600);
@@ -132,7 +130,7 @@ pub(super) fn members_in(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<
 /// A rumour that was meant for another node: foca takes only what names this one. What does not fit any more because this
 /// node's address is longer is left out, from the end.
 pub(super) fn readdressed(header: Header<Ident>, rest: &[u8], me: Ident) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::with_capacity(MAX_PACKET_BYTES + IDENT_BYTES);
+    let mut bytes = Vec::with_capacity(MAX_PACKET_BYTES + 64);
     PostcardCodec.encode_header(&Header { dst: me, ..header }, &mut bytes).map_err(|e| e.to_string())?;
     let room = MAX_PACKET_BYTES.saturating_sub(bytes.len());
     if rest.len() <= room {

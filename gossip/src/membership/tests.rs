@@ -1,6 +1,6 @@
 use bytes::Buf;
 
-use super::{swim::MAX_PACKET_BYTES, *};
+use super::*;
 use crate::{Profile, suspicion::Accusation};
 
 fn ident(n: u8) -> Ident {
@@ -159,6 +159,7 @@ fn who_hears_nobody_keeps_its_verdicts_to_itself() {
         checks.into_iter().for_each(|(suspect, incarnation)| a.check_failed(&suspect, incarnation, now));
     }
     assert_eq!(others.map(|n| health_of(&a, n)), [Some(MemberHealth::Down); 3]);
+    assert_eq!(a.states(now), [a.own_state()], "it tells nobody of them");
     assert!(packets.len() > 50, "{} packets", packets.len());
     for packet in packets {
         let mut rest = &packet[..];
@@ -170,6 +171,32 @@ fn who_hears_nobody_keeps_its_verdicts_to_itself() {
             assert_ne!(member.state(), foca::State::Down);
         }
     }
+    // One of them is there: so it was this node.
+    let known = state(2, 0, MemberHealth::Down);
+    let ping = new(2).craft(ident(1), Message::Ping(1), None, None);
+    let effects = a.packet(ident(2).id, Some(&known), &ping, now, 1).unwrap();
+    assert!(effects.contains(&Effect::Lost) && a.is_lost(), "{effects:?}");
+}
+
+#[test]
+fn those_thought_dead_do_not_count_as_heard() {
+    let start = Instant::now();
+    let (mut a, mut now) = (new(1), start);
+    a.learn(&[2, 3, 4].map(|n| state(n, 0, MemberHealth::Alive)), now, 1).unwrap();
+    let dead = state(3, 0, MemberHealth::Down);
+    a.learn(&[dead], now, 1).unwrap();
+    while now < start + Duration::from_secs(30) {
+        let rumour = new(3).craft(ident(1), Message::Gossip, None, None);
+        a.packet(ident(3).id, Some(&dead), &rumour, now, 1).unwrap();
+        let mut checks = Vec::new();
+        run(&mut a, &mut now, 100, |effect| {
+            if let Effect::Check { suspect, incarnation } = effect {
+                checks.push((suspect, incarnation));
+            }
+        });
+        checks.into_iter().for_each(|(suspect, incarnation)| a.check_failed(&suspect, incarnation, now));
+    }
+    assert_eq!([2, 4].map(|n| health_of(&a, n)), [Some(MemberHealth::Down); 2]);
 }
 
 #[test]

@@ -399,12 +399,16 @@ impl World {
             }
             return;
         };
-        let acknowledged = !self.network.datagram(to, node, &mut self.rng).is_empty();
-        if waited >= STALE || !self.links.may_send(node, to, bytes.len(), acknowledged) {
+        if waited >= STALE {
+            return;
+        }
+        let arrivals = self.network.datagram(node, to, &mut self.rng);
+        let acknowledged = !arrivals.is_empty() && self.network.acknowledges(to, node, &mut self.rng);
+        if !self.links.may_send(node, to, bytes.len(), acknowledged) {
             return;
         }
         self.nodes[node].sent_bytes += bytes.len() as u64;
-        for delay in self.network.datagram(node, to, &mut self.rng) {
+        for delay in arrivals {
             let message = Message::Datagram(bytes.clone());
             self.schedule(self.now + waited + delay, Event::Arrive { from: node, to, message });
         }
@@ -425,7 +429,8 @@ impl World {
             Way::Open => Some(Duration::ZERO),
             Way::Orphan => None,
             Way::Dead => {
-                if there && self.network.stream(from, to, &mut self.rng).is_some() {
+                let mut crosses = |from, to| self.network.stream(from, to, &mut self.rng).is_some();
+                if there && crosses(from, to) && crosses(to, from) {
                     self.links.is_reset(from, to);
                 }
                 None

@@ -120,7 +120,7 @@ impl Table {
         let rested = self.links.values_mut().filter_map(|link| match link {
             Link::Up { connection, strayed, .. } => {
                 let rested = strayed.is_none_or(|at| now.saturating_duration_since(at) >= STRAY_PERIOD);
-                rested.then_some((connection, strayed))
+                (rested && connection.close_reason().is_none()).then_some((connection, strayed))
             }
             _ => None,
         });

@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use starling_protocol::NodeId;
+
 use crate::Ident;
 
 /// Pause between two pings.
@@ -55,7 +57,8 @@ struct Silence {
 struct Lost {
     next_ping: Instant,
     waiting: VecDeque<(Instant, Ident)>,
-    answers: VecDeque<bool>,
+    /// Who was asked, and whether they answered.
+    answers: VecDeque<(NodeId, bool)>,
     good_since: Option<Instant>,
     flapping: bool,
 }
@@ -142,7 +145,7 @@ impl Recovery {
             && let Some(at) = lost.waiting.iter().position(|(_, asked)| asked.id == from.id)
         {
             lost.waiting.remove(at);
-            lost.judge(true);
+            lost.judge(from.id, true);
         }
     }
 
@@ -155,14 +158,20 @@ impl Recovery {
             lost.good_since = None;
         }
         lost.next_ping = now + PING_PERIOD;
-        while lost.waiting.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > patience) {
+        while let Some((_, asked)) =
+            lost.waiting.front().copied().filter(|(at, _)| now.saturating_duration_since(*at) > patience)
+        {
             lost.waiting.pop_front();
-            lost.judge(false);
+            lost.judge(asked.id, false);
         }
-        let good = lost.answers.iter().filter(|good| **good).count();
+        let good = lost.answers.iter().filter(|(_, good)| *good).count();
         if lost.answers.len() == WINDOW && good <= BAD {
             lost.good_since = None;
-            self.caught_flapping("few of its pings are answered");
+            // If it was but one who was asked, the bad link may as well be that one's.
+            let first = lost.answers.front().map(|(asked, _)| *asked);
+            if lost.answers.iter().any(|(asked, _)| Some(*asked) != first) {
+                self.caught_flapping("few of its pings are answered");
+            }
         } else if good >= GOOD {
             lost.good_since.get_or_insert(now);
         }
@@ -196,40 +205,51 @@ impl Recovery {
 }
 
 impl Lost {
-    fn judge(&mut self, answered: bool) {
+    fn judge(&mut self, asked: NodeId, answered: bool) {
         if self.answers.len() == WINDOW {
             self.answers.pop_front();
         }
-        self.answers.push_back(answered);
+        self.answers.push_back((asked, answered));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use starling_protocol::NodeId;
-
     use super::*;
 
     const PATIENCE: Duration = Duration::from_millis(300);
 
-    fn peer() -> Ident {
-        Ident { id: NodeId([1; 16]), addr: ([127, 0, 0, 1], 7400).into(), generation: 1 }
+    fn peer(n: u8) -> Ident {
+        Ident { id: NodeId([n; 16]), addr: ([127, 0, 0, 1], 7400).into(), generation: 1 }
     }
 
-    /// Runs for `seconds` with a link that answers as `answers` says; how long until the node came back.
+    /// Runs for `seconds` with two peers that answer as `answers` says; how long until the node came back.
     fn run(
+        recovery: &mut Recovery,
+        now: &mut Instant,
+        seconds: u64,
+        answers: impl FnMut(u64) -> bool,
+    ) -> Option<Duration> {
+        run_with(2, recovery, now, seconds, answers)
+    }
+
+    fn run_with(
+        peers: u64,
         recovery: &mut Recovery,
         now: &mut Instant,
         seconds: u64,
         mut answers: impl FnMut(u64) -> bool,
     ) -> Option<Duration> {
         let start = *now;
+        let mut asked = 0;
         for step in 0..seconds * 20 {
             *now = start + Duration::from_millis(50 * step);
             if recovery.ping_is_due(*now, PATIENCE) {
-                recovery.asked(peer(), *now);
+                asked += 1;
+                let whom = peer((asked % peers) as u8);
+                recovery.asked(whom, *now);
                 if answers(step) {
-                    recovery.answered(&peer());
+                    recovery.answered(&whom);
                 }
             }
             if recovery.try_return(*now) {
@@ -254,6 +274,15 @@ mod tests {
         assert_eq!(run(&mut recovery, &mut now, 60, |step| step % 21 == 0), None);
         let back = run(&mut recovery, &mut now, 60, |_| true).unwrap();
         assert!(back >= HOLD, "{back:?}");
+    }
+
+    #[test]
+    fn one_peer_that_does_not_answer_says_nothing_of_the_own_link() {
+        let (mut recovery, mut now) = (Recovery::default(), Instant::now());
+        recovery.lose(now);
+        assert_eq!(run_with(1, &mut recovery, &mut now, 20, |_| false), None);
+        let back = run_with(1, &mut recovery, &mut now, 60, |_| true).unwrap();
+        assert!(back < Duration::from_secs(3), "{back:?}");
     }
 
     #[test]

@@ -49,7 +49,8 @@ pub(crate) struct Recovery {
 
 #[derive(Debug)]
 struct Silence {
-    start: Instant,
+    /// `None` if nobody had ever been heard.
+    start: Option<Instant>,
     end: Instant,
 }
 
@@ -96,7 +97,7 @@ impl Recovery {
         let since = |at| now.saturating_duration_since(at);
         let still = self.heard_at.filter(|at| since(*at) > SILENCE);
         let ended = self.silence.as_ref().filter(|silence| since(silence.end) < LEARNS_WITHIN);
-        still.or(ended.map(|silence| silence.start))
+        still.or(ended.and_then(|silence| silence.start))
     }
 
     /// A member has heard this node for `deaf` while this node did not hear it.
@@ -127,8 +128,8 @@ impl Recovery {
     /// A packet came from somebody who is not thought dead.
     pub(crate) fn heard(&mut self, now: Instant) {
         let before = self.heard_at.replace(now);
-        if let Some(start) = before.filter(|at| now.saturating_duration_since(*at) > SILENCE) {
-            self.silence = Some(Silence { start, end: now });
+        if before.is_none_or(|at| now.saturating_duration_since(at) > SILENCE) {
+            self.silence = Some(Silence { start: before, end: now });
         }
     }
 
@@ -136,7 +137,7 @@ impl Recovery {
     pub(crate) fn in_touch_for(&self, time: Duration, now: Instant) -> bool {
         let since = |at| now.saturating_duration_since(at);
         let hears = self.heard_at.is_some_and(|at| since(at) <= SILENCE);
-        hears && self.silence.as_ref().is_none_or(|silence| since(silence.end) > time)
+        hears && self.silence.as_ref().is_some_and(|silence| since(silence.end) > time)
     }
 
     /// A packet came from `from`: an answer if it was asked.

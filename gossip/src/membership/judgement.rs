@@ -20,6 +20,7 @@ impl Membership {
         }
     }
 
+    /// How long suspects have in a mesh of this size.
     pub(super) fn patience(&self) -> Patience {
         let others = self.foca.num_members();
         let growth = ((others as f64 + 1.0).log2() / 6.0).max(1.0);

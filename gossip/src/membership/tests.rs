@@ -179,6 +179,32 @@ fn who_hears_nobody_keeps_its_verdicts_to_itself() {
 }
 
 #[test]
+fn what_was_concluded_alone_is_told_once_others_have_been_heard_for_a_minute() {
+    let start = Instant::now();
+    let (mut a, mut now) = (new(1), start);
+    a.learn(&[2, 3].map(|n| state(n, 0, MemberHealth::Alive)), now, 1).unwrap();
+    let mut checks = Vec::new();
+    let second = |a: &mut Membership, now: &mut Instant, checks: &mut Vec<(Ident, u16)>| {
+        run(a, now, 1000, |effect| {
+            if let Effect::Check { suspect, incarnation } = effect {
+                checks.push((suspect, incarnation));
+            }
+        });
+        checks.drain(..).for_each(|(suspect, incarnation)| a.check_failed(&suspect, incarnation, *now));
+        a.tick(*now);
+    };
+    (0..30).for_each(|_| second(&mut a, &mut now, &mut checks));
+    assert_eq!([2, 3].map(|n| health_of(&a, n)), [Some(MemberHealth::Down); 2]);
+    let tells = |a: &Membership, now| a.states(now).iter().any(|m| m.id == ident(2).id);
+    for heard_s in 0..80 {
+        assert!(heard_s > 60 || !tells(&a, now), "after {heard_s} s");
+        a.packet(ident(4).id, None, &new(4).craft(ident(1), Message::Gossip, None, None), now, 1).unwrap();
+        second(&mut a, &mut now, &mut checks);
+    }
+    assert!(tells(&a, now));
+}
+
+#[test]
 fn those_thought_dead_do_not_count_as_heard() {
     let start = Instant::now();
     let (mut a, mut now) = (new(1), start);
@@ -294,6 +320,9 @@ fn garbage_strangers_and_the_future_are_refused() {
     assert!(a.packet(ident(2).id, None, b"\xff\xff\xff\xff", now, 1).is_err());
     let ping = b.craft(ident(1), Message::Ping(1), None, None);
     assert!(a.packet(ident(3).id, None, &ping, now, 1).is_err(), "it speaks for another");
+    let mut padded = ping.to_vec();
+    padded.resize(MAX_PACKET_BYTES + 1, 0);
+    assert!(a.packet(ident(2).id, None, &padded, now, 1).is_err(), "too long");
     let future = Ident { generation: MAX_AHEAD_S + 2, ..ident(3) };
     let news = Member::new(future, 0, foca::State::Down);
     let rumour = b.craft(ident(1), Message::Gossip, Some(news), None);

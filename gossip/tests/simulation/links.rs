@@ -1,6 +1,8 @@
 //! Who has a connection to whom, as the links of a node keep them. Each side has its own end: it can have given it up, or its
 //! process be dead, while the other still sends.
 //!
+//! The constants here and in `world` are those of `node`'s links, which this crate cannot name.
+//!
 //! Not modelled: the idle timeout, the cap on links, how often a peer that cannot be reached is dialled beyond one try every
 //! few seconds, and that after an outage QUIC sends again only at its next probe timeout.
 

@@ -10,10 +10,11 @@ use std::{
 
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header, request};
-use starling_node::{
-    Body, Call, Fault, MeshClient, Metrics, Problem, ProxyError, is_grpc,
-    message::{self, Origin},
+use starling_http::{
+    Body, Problem, ProxyError, is_grpc,
+    normal::{self, Origin},
 };
+use starling_node::{Call, Fault, MeshClient, Metrics};
 use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -180,7 +181,7 @@ impl Gateway {
             // Servers that read `_` as `-` would take such a field for one that we set.
             return Err(bad_request("underscores in field names are not accepted"));
         }
-        let checked = message::normalise_request(&mut parts, Origin::Outside)?;
+        let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
         let host = &route::bare_host(&checked.authority);
         entry.host.clone_from(host);
         if arrival.sni.as_deref().is_some_and(|sni| !self.0.certificates.covers(sni, host)) {

@@ -5,10 +5,12 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use quinn::{IdleTimeout, VarInt, crypto::rustls::QuicServerConfig};
 use rustls::crypto::CryptoProvider;
-use starling_node::{
-    Body, Drain, Problem, ProxyError, Room, h3_server,
-    http_server::{self, Limits, Speaks},
+use starling_http::{
+    Body, Drain, Problem, ProxyError,
+    h1h2::{self, Limits, Speaks},
+    h3_server,
 };
+use starling_node::Room;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -99,7 +101,7 @@ async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gate
         _ => (PublicProtocol::Http1, Speaks::Http1),
     };
     let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
-    http_server::serve(stream, speaks, LIMITS, drain, move |request| {
+    h1h2::serve(stream, speaks, LIMITS, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })
@@ -152,9 +154,13 @@ pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drai
         };
         let of = drain.clone();
         drain.spawn(async move {
-            http_server::serve(stream, Speaks::Http1, LIMITS, of, move |request| async move {
-                redirect(request, public_port)
-            })
+            h1h2::serve(
+                stream,
+                Speaks::Http1,
+                LIMITS,
+                of,
+                move |request| async move { redirect(request, public_port) },
+            )
             .await;
             drop(place);
         });
@@ -163,7 +169,7 @@ pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drai
 
 fn redirect(request: Request<Body>, public_port: u16) -> Response<Body> {
     let (mut parts, _) = request.into_parts();
-    let checked = starling_node::message::normalise_request(&mut parts, starling_node::message::Origin::Outside);
+    let checked = starling_http::normal::normalise_request(&mut parts, starling_http::normal::Origin::Outside);
     let location = checked.map_err(Problem::from).and_then(|checked| {
         let host = checked.authority.rsplit_once(':').map_or(checked.authority.as_str(), |(host, port)| {
             if port.bytes().all(|b| b.is_ascii_digit()) { host } else { &checked.authority }

@@ -10,7 +10,7 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use sfv::ItemSerializer;
-use starling_node::Problem;
+use starling_http::Problem;
 
 use crate::{
     config::{self, Route, VersionInfo, VersionSource},

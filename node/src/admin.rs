@@ -19,7 +19,8 @@ use tokio::{
 
 use self::view::services;
 pub(crate) use self::view::{members, name_of, rfc3339, sights, status_of};
-use crate::{Body, MeshClient};
+use crate::MeshClient;
+use starling_http::Body;
 
 /// Longest request body, in bytes.
 const MAX_BODY_BYTES: usize = 512 << 10;

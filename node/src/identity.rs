@@ -6,6 +6,7 @@ pub(crate) mod certificate;
 mod chains;
 pub(crate) mod join;
 pub(crate) mod renewal;
+pub(crate) mod tls;
 
 use std::{
     sync::Arc,
@@ -282,7 +283,7 @@ impl Credentials for RecordCredentials {
         // A record of a node whose certificate has just ended stays readable: its end is shown, its calls are refused.
         let leaf = self
             .0
-            .check_chain(&chain, crate::tls::EXPIRED_GRACE)
+            .check_chain(&chain, crate::identity::tls::EXPIRED_GRACE)
             .map_err(|e| refuse(format!("record of {}: {e}", record.name)))?;
         if leaf.id != record.id || leaf.name != record.name {
             return Err(refuse(format!("record of {} is signed by {}", record.name, leaf.name)));

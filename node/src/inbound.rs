@@ -1,5 +1,8 @@
 //! Calls from other nodes to the services behind this one.
 
+pub(crate) mod health;
+pub(crate) mod local;
+
 use std::{
     collections::HashMap,
     sync::{
@@ -10,19 +13,15 @@ use std::{
 };
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, uri};
+use starling_http::{
+    Body, Drain, Problem, ProxyError, Source, h3_server, is_grpc,
+    normal::{self, Origin},
+};
 use starling_protocol::{Name, headers, service_of_host};
 
 use crate::{
-    Body, Drain, Problem, ProxyError, Sent,
-    client::number,
-    config::ServiceConfig,
-    h3_server,
-    local::LocalService,
-    message::{self, Origin},
-    metrics::Metrics,
-    problem::is_grpc,
-    replay::Source,
-    tls::Peer,
+    Sent, call::number, config::ServiceConfig, identity::tls::Peer, inbound::local::LocalService,
+    observe::metrics::Metrics,
 };
 
 /// Time for a call that came without a deadline.
@@ -93,7 +92,7 @@ impl Inbound {
         caller: HeaderValue,
     ) -> (Option<Name>, Result<Response<Body>, (Sent, Problem)>) {
         let (mut parts, body) = request.into_parts();
-        let checked = match message::normalise_request(&mut parts, origin) {
+        let checked = match normal::normalise_request(&mut parts, origin) {
             Ok(checked) => checked,
             Err(malformed) => return (None, Err((Sent::No, malformed.into()))),
         };
@@ -111,7 +110,7 @@ impl Inbound {
         local: &LocalService,
         mut parts: http::request::Parts,
         body: Body,
-        checked: &message::Checked,
+        checked: &normal::Checked,
         caller: HeaderValue,
     ) -> Result<Response<Body>, (Sent, Problem)> {
         if self.in_flight() > MAX_IN_FLIGHT {
@@ -138,7 +137,7 @@ impl Inbound {
             .authority(checked.authority.as_str())
             .path_and_query(target)
             .build()
-            .map_err(|_| (Sent::No, Problem::from(message::Malformed::bad_target())))?;
+            .map_err(|_| (Sent::No, Problem::from(normal::Malformed::bad_target())))?;
 
         let method = parts.method.clone();
         let body = body.with_length(checked.length);
@@ -147,11 +146,11 @@ impl Inbound {
         let answered = local.send(Request::from_parts(parts, body));
         let response = tokio::select! {
             answered = answered => answered.map_err(|e| (e.sent, e.problem))?,
-            () = crate::client::late(source.as_ref(), timeout) => return Err(late()),
+            () = starling_http::late(source.as_ref(), timeout) => return Err(late()),
         };
         let (mut head, body) = response.into_parts();
         let length =
-            message::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
+            normal::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
         Ok(Response::from_parts(head, body.with_length(length)))
     }
 }

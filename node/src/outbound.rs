@@ -3,16 +3,16 @@
 use std::time::{Duration, Instant};
 
 use http::{Request, Response, StatusCode};
+use starling_http::{
+    Body, Drain, Problem, ProxyError,
+    h1h2::{self, Limits, Speaks},
+    is_grpc,
+    normal::{self, Origin},
+};
 use starling_protocol::{Name, service_of_host};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::{
-    Body, Call, Drain, MeshClient, Problem, ProxyError,
-    http_server::{self, Limits, Speaks},
-    message::{self, Origin},
-    metrics::Metrics,
-    problem::is_grpc,
-};
+use crate::{Call, MeshClient, observe::metrics::Metrics};
 
 /// The application is trusted with more than the internet.
 const LIMITS: Limits = Limits { max_streams: 1024, stream_window_bytes: 1 << 20 };
@@ -51,7 +51,7 @@ impl Outbound {
 
     async fn serve_connection(self, stream: TcpStream, drain: Drain) {
         let _ = stream.set_nodelay(true);
-        http_server::serve(stream, Speaks::Either, LIMITS, drain, move |request| {
+        h1h2::serve(stream, Speaks::Either, LIMITS, drain, move |request| {
             let door = self.clone();
             async move { door.answer(request).await }
         })
@@ -74,7 +74,7 @@ impl Outbound {
 
     async fn call(&self, request: Request<Body>, called: &mut Option<Name>) -> Result<Response<Body>, Problem> {
         let (mut parts, body) = request.into_parts();
-        let checked = message::normalise_request(&mut parts, Origin::Outside)?;
+        let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
         let service = match &self.service {
             Some(service) => service.clone(),
             None => {

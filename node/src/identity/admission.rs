@@ -10,8 +10,9 @@ use starling_protocol::{
 
 use super::{Identity, authority::SharedAuthority};
 use crate::{
-    endpoint::{CONTROL, MeshEndpoint},
-    stream, tls,
+    identity::tls,
+    port::endpoint::{CONTROL, MeshEndpoint},
+    port::frames,
 };
 
 /// A joiner that says nothing for this long is let go.
@@ -33,14 +34,14 @@ impl Admission {
     pub(crate) async fn serve(self, connection: quinn::Connection) {
         let exchange = async {
             let (mut send, mut receive) = connection.accept_bi().await.ok()?;
-            let reply = match stream::read_frame::<JoinRequest>(&mut receive, MAX_JOIN_FRAME_BYTES).await {
+            let reply = match frames::read_frame::<JoinRequest>(&mut receive, MAX_JOIN_FRAME_BYTES).await {
                 Ok(request) => self.answer(request).await,
                 Err(e) => JoinReply::Refused(Refusal::Malformed(e.to_string())),
             };
             if let JoinReply::Refused(why) = &reply {
                 tracing::info!(from = %connection.remote_address(), %why, "refused a join");
             }
-            stream::write_frame(&mut send, &reply).await.ok()?;
+            frames::write_frame(&mut send, &reply).await.ok()?;
             // The peer closes when it has the answer.
             connection.closed().await;
             Some(())
@@ -147,7 +148,7 @@ pub(crate) async fn ask(
     identity: &Arc<Identity>,
     addr: std::net::SocketAddr,
     request: &JoinRequest,
-) -> Result<JoinReply, stream::StreamFault> {
+) -> Result<JoinReply, frames::StreamFault> {
     let crypto = tls::client_crypto(identity, alpn::JOIN);
     let connection = endpoint.dial(addr, crypto, CONTROL)?.await?;
     let reply = super::join::exchange(&connection, request).await;

@@ -11,10 +11,10 @@ use starling_protocol::{
 
 use super::{Identity, authority::Authority, csr, load_or_create_key};
 use crate::{
-    endpoint::{CONTROL, client_config, joining_endpoint},
+    identity::tls,
+    port::endpoint::{CONTROL, client_config, joining_endpoint},
+    port::frames::{self, StreamFault},
     state::{StateDir, StateError},
-    stream::{self, StreamFault},
-    tls,
 };
 
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -141,6 +141,6 @@ fn is_foreign(error: &quinn::ConnectionError) -> bool {
 /// One request, one answer, on a new stream.
 pub(crate) async fn exchange(connection: &quinn::Connection, request: &JoinRequest) -> Result<JoinReply, StreamFault> {
     let (mut send, mut receive) = connection.open_bi().await?;
-    stream::write_frame(&mut send, request).await?;
-    stream::read_frame(&mut receive, MAX_JOIN_FRAME_BYTES).await
+    frames::write_frame(&mut send, request).await?;
+    frames::read_frame(&mut receive, MAX_JOIN_FRAME_BYTES).await
 }

@@ -17,7 +17,7 @@ const KEEP_BYTES: usize = 64 << 10;
 
 /// The body of a call, over all of its attempts.
 #[derive(Clone)]
-pub(crate) struct Source(Arc<Mutex<Shared>>);
+pub struct Source(Arc<Mutex<Shared>>);
 
 struct Shared {
     rest: Body,
@@ -31,7 +31,8 @@ struct Shared {
 }
 
 impl Source {
-    pub(crate) fn new(body: Body) -> Self {
+    /// Takes over a body that may be sent more than once.
+    pub fn new(body: Body) -> Self {
         Self(Arc::new(Mutex::new(Shared {
             rest: body,
             kept: Some(Vec::new()),
@@ -43,7 +44,7 @@ impl Source {
     }
 
     /// The body for one attempt, from its start. Only one may be read at a time.
-    pub(crate) fn attempt(&self) -> Body {
+    pub fn attempt(&self) -> Body {
         let hint = {
             let shared = self.lock();
             if shared.kept_bytes == 0 { shared.rest.size_hint().exact() } else { None }
@@ -52,18 +53,18 @@ impl Source {
     }
 
     /// Whether another attempt would see the whole body.
-    pub(crate) fn can_replay(&self) -> bool {
+    pub fn can_replay(&self) -> bool {
         let shared = self.lock();
         shared.kept.is_some() && !shared.broken
     }
 
     /// Whether the caller broke off: then nothing about the attempt is anybody else's fault.
-    pub(crate) fn is_broken(&self) -> bool {
+    pub fn is_broken(&self) -> bool {
         self.lock().broken
     }
 
     /// When the upload last made progress; `None` once it is complete.
-    pub(crate) fn uploading_since(&self) -> Option<Instant> {
+    pub fn uploading_since(&self) -> Option<Instant> {
         let shared = self.lock();
         (!shared.ended).then_some(shared.last_read)
     }

@@ -9,16 +9,16 @@ use std::{
 use bytes::Bytes;
 use h3::error::Code;
 use starling_gossip::Instance;
+use starling_http::guard;
 use starling_protocol::{NodeId, alpn};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    balance::{Candidate, PeerLoad},
-    endpoint::{FIRST_WORKER, MeshEndpoint},
-    guard,
+    call::choose::{Candidate, PeerLoad},
     identity::Identity,
-    tls::{self, Peer},
+    identity::tls::{self, Peer},
+    port::endpoint::{FIRST_WORKER, MeshEndpoint},
 };
 
 /// How long a handshake may take.

@@ -10,7 +10,7 @@ use hyper_util::{
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::{Body, Drain, message};
+use crate::{Body, Drain, normal};
 
 /// How long a request's head may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -58,7 +58,7 @@ where
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD_BYTES)
-        .max_headers(message::MAX_FIELDS);
+        .max_headers(normal::MAX_FIELDS);
     builder
         .http2()
         .timer(TokioTimer::new())

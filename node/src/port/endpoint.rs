@@ -16,8 +16,8 @@ use rand::RngExt;
 
 use crate::{
     identity::Identity,
+    identity::tls,
     state::{StateDir, StateError},
-    tls,
 };
 
 /// Index of the control thread in connection ids. Workers count from 1.
@@ -76,7 +76,7 @@ impl MeshEndpoint {
         let dialling = quinn::Endpoint::new(
             EndpointConfig::default(),
             None,
-            crate::reuseport::bind_ephemeral(local)?,
+            crate::port::reuseport::bind_ephemeral(local)?,
             Arc::new(TokioRuntime),
         )?;
         Ok(Self { listening, dialling })

@@ -12,7 +12,7 @@ use starling_protocol::{
 use super::{EXCHANGE_TIMEOUT, Links};
 use crate::{
     admin,
-    stream::{self, StreamFault},
+    port::frames::{self, StreamFault},
 };
 
 /// Longest answer to a ping, in bytes.
@@ -37,9 +37,9 @@ impl Links {
         let text = |e: StreamFault| e.to_string();
         let (mut send, mut receive) = connection.open_bi().await.map_err(|e| e.to_string())?;
         send.write_all(&frame(&GossipRequest::Sync(sync.summary))).await.map_err(|e| e.to_string())?;
-        let delta: Delta = stream::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await.map_err(text)?;
+        let delta: Delta = frames::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await.map_err(text)?;
         let wanted = self.0.gossip.absorb(peer, sync.with, delta).await.unwrap_or_default();
-        stream::write_frame(&mut send, &wanted).await.map_err(text)
+        frames::write_frame(&mut send, &wanted).await.map_err(text)
     }
 
     /// Pings a member over a stream, dialling it if need be.
@@ -54,8 +54,8 @@ impl Links {
             let connection = self.connection_to(member).await?;
             let asked = async {
                 let (mut send, mut receive) = connection.open_bi().await?;
-                stream::write_frame(&mut send, &GossipRequest::Inspect).await?;
-                stream::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await
+                frames::write_frame(&mut send, &GossipRequest::Inspect).await?;
+                frames::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await
             };
             asked.await.map_err(|e: StreamFault| e.to_string())
         };
@@ -103,7 +103,7 @@ impl Links {
             GossipRequest::Push(items) => gossip.receive(peer, items, Via::Push).await,
             GossipRequest::Sync(summary) => {
                 let Some(delta) = gossip.answer(peer, summary).await else { return Ok(()) };
-                stream::write_frame(&mut send, &delta).await?;
+                frames::write_frame(&mut send, &delta).await?;
                 let items: Items = self.read_frame(&mut receive).await?.0;
                 if !items.is_empty() {
                     gossip.receive(peer, items, Via::Exchange).await;
@@ -111,12 +111,12 @@ impl Links {
             }
             GossipRequest::Ping { suspected } => {
                 if let Some(pong) = gossip.answer_ping(peer, suspected).await {
-                    stream::write_frame(&mut send, &pong).await?;
+                    frames::write_frame(&mut send, &pong).await?;
                 }
             }
             GossipRequest::Inspect => {
                 let view = View { members: admin::sights(&gossip.snapshot()), documents: self.0.documents.sights() };
-                stream::write_frame(&mut send, &view).await?;
+                frames::write_frame(&mut send, &view).await?;
             }
         }
         Ok(())
@@ -138,17 +138,17 @@ impl Links {
         &self,
         receive: &mut quinn::RecvStream,
     ) -> Result<(T, usize), StreamFault> {
-        let length = stream::read_length(receive, MAX_GOSSIP_FRAME_BYTES).await?;
+        let length = frames::read_length(receive, MAX_GOSSIP_FRAME_BYTES).await?;
         let _permit = match length > MAX_PUSH_BYTES {
             true => Some(self.0.large_frames.acquire().await),
             false => None,
         };
-        Ok((stream::read_body(receive, length).await?, length))
+        Ok((frames::read_body(receive, length).await?, length))
     }
 }
 
 pub(super) async fn ping_over(connection: &quinn::Connection, suspected: Option<u16>) -> Result<Pong, StreamFault> {
     let (mut send, mut receive) = connection.open_bi().await?;
-    stream::write_frame(&mut send, &GossipRequest::Ping { suspected }).await?;
-    stream::read_frame(&mut receive, MAX_PONG_BYTES).await
+    frames::write_frame(&mut send, &GossipRequest::Ping { suspected }).await?;
+    frames::read_frame(&mut receive, MAX_PONG_BYTES).await
 }

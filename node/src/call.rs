@@ -1,5 +1,8 @@
 //! The mesh client: one call, to one of a service's instances, with the retries that are safe.
 
+pub(crate) mod choose;
+pub(crate) mod connect;
+
 use std::{
     sync::{
         Arc, Mutex,
@@ -14,17 +17,17 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header, r
 use http_body_util::BodyExt;
 use rand::RngExt;
 use starling_gossip::{Instance, Snapshot};
+use starling_http::{
+    Body, Problem, ProxyError, Source, guard, late,
+    normal::{self, Origin},
+};
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    Body, Problem, ProxyError,
-    balance::{Candidate, pick},
-    guard,
-    message::{self, Origin},
-    pool::{Link, Pool},
-    replay::Source,
+    call::choose::{Candidate, pick},
+    call::connect::{Link, Pool},
 };
 
 /// Attempts per call, the first one included.
@@ -220,7 +223,7 @@ impl MeshClient {
             .flat_map(|via| via.split(','))
             .filter(|via| via.split_whitespace().nth(1) == Some(own))
             .count();
-        if visits >= message::MAX_VISITS {
+        if visits >= normal::MAX_VISITS {
             return Err(CallError::new(
                 Fault::Caller,
                 Sent::No,
@@ -302,7 +305,7 @@ impl MeshClient {
         let (mut head, ()) = response.into_parts();
         let failed = head.status.is_server_error() || head.status == StatusCode::TOO_MANY_REQUESTS;
         load.answered(begun.elapsed(), failed);
-        let length = message::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
+        let length = normal::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
             let error = ProxyError::HttpProtocolError;
             CallError::new(Fault::Service, Sent::Maybe, StatusCode::BAD_GATEWAY, error, m.reason)
         })?;
@@ -315,11 +318,12 @@ impl MeshClient {
         head.version = http::Version::HTTP_11;
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
-        let body = if crate::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status") {
-            Body::empty()
-        } else {
-            Body::h3_client(receive)
-        };
+        let body =
+            if starling_http::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status") {
+                Body::empty()
+            } else {
+                Body::h3_client(receive)
+            };
         let body = body.with_length(length).keep((counted, link, upload));
         Ok(Answer { response: Response::from_parts(head, body), unanswered })
     }
@@ -340,18 +344,6 @@ struct Timing {
 impl Timing {
     fn left(&self) -> Duration {
         self.timeout.saturating_sub(self.started.elapsed())
-    }
-}
-
-/// Resolves when an answer is late: `timeout` has passed since now, and since the upload last moved.
-pub(crate) async fn late(source: Option<&Source>, timeout: Duration) {
-    let mut due = Instant::now() + timeout;
-    loop {
-        tokio::time::sleep_until(due.into()).await;
-        match source.and_then(Source::uploading_since).map(|moved| moved + timeout) {
-            Some(later) if later > due => due = later,
-            _ => return,
-        }
     }
 }
 

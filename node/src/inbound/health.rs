@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use http::{Request, Uri};
 use starling_gossip::GossipHandle;
+use starling_http::Body;
 use starling_protocol::ServiceState;
 
 use crate::{
-    Body,
     config::{HealthConfig, ServiceConfig},
-    local::LocalService,
+    inbound::local::LocalService,
 };
 
 /// Failed checks in a row that make a service unhealthy; one good one makes it healthy.

@@ -27,11 +27,11 @@ use self::{
 };
 use crate::{
     Documents,
-    endpoint::{self, CONTROL, MeshEndpoint},
     identity::Identity,
+    identity::tls::{self, Peer},
+    port::endpoint::{self, CONTROL, MeshEndpoint},
+    port::frames,
     state::StateDir,
-    stream,
-    tls::{self, Peer},
 };
 
 pub(crate) use self::table::LinkView;
@@ -303,7 +303,7 @@ impl Links {
             tokio::spawn(async move {
                 let pushed = async {
                     let (mut send, _) = connection.open_bi().await?;
-                    stream::write_frame(&mut send, &*request).await
+                    frames::write_frame(&mut send, &*request).await
                 };
                 let _ = tokio::time::timeout(EXCHANGE_TIMEOUT, pushed).await;
             });

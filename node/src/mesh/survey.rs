@@ -6,7 +6,7 @@ use starling_gossip::{Durable, MemberView, Snapshot};
 use starling_protocol::{DocumentSight, Name, NodeId, View, admin};
 use tokio::{sync::watch, task::JoinSet};
 
-use crate::{Documents, admin as api, links::Links};
+use crate::{Documents, admin as api, mesh::links::Links};
 
 /// Members that are asked at a time.
 const AT_ONCE: usize = 32;

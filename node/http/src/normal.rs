@@ -15,7 +15,7 @@ use starling_protocol::headers;
 pub const MAX_FIELDS: usize = 100;
 
 /// How often one call may pass through the same node before it is a loop.
-pub(crate) const MAX_VISITS: usize = 4;
+pub const MAX_VISITS: usize = 4;
 
 /// Where a message comes from, which decides which of our own fields are believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,8 @@ pub struct Malformed {
 }
 
 impl Malformed {
-    pub(crate) const fn bad_target() -> Self {
+    /// A target that is not a path.
+    pub const fn bad_target() -> Self {
         bad("the request target is not a path")
     }
 }

@@ -10,7 +10,7 @@ use bytes::{Buf, Bytes};
 use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 
-use crate::{guard, message, replay::Replay};
+use crate::{guard, normal, replay::Replay};
 
 /// Why a body broke off. Whoever forwards it must let the receiver see that it is not complete.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +101,8 @@ impl Body {
         Self::from(Kind::Full(bytes.into()))
     }
 
-    pub(crate) fn h3_client(stream: h3::client::RequestStream<guard::Recv, Bytes>) -> Self {
+    /// The body of an answer on an h3 stream.
+    pub fn h3_client(stream: h3::client::RequestStream<guard::Recv, Bytes>) -> Self {
         Self::from(Kind::H3Client(Box::new(stream), Phase::Data))
     }
 
@@ -223,7 +224,7 @@ impl http_body::Body for Body {
 }
 
 fn clean(mut trailers: HeaderMap) -> HeaderMap {
-    message::clean_trailers(&mut trailers);
+    normal::clean_trailers(&mut trailers);
     trailers
 }
 

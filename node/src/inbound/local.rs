@@ -9,10 +9,11 @@ use std::{
 use http::{Request, Response, StatusCode, Version};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use starling_http::{Body, Problem, ProxyError};
 use starling_protocol::Protocol;
 use tokio::net::TcpStream;
 
-use crate::{Body, Problem, ProxyError, Sent};
+use crate::Sent;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Connections kept for the next request.

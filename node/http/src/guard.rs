@@ -22,7 +22,7 @@ use h3::{
 };
 
 /// Longest frame other than DATA, in bytes. A field section is held to the same length.
-pub(crate) const MAX_FRAME_BYTES: u64 = 64 << 10;
+pub const MAX_FRAME_BYTES: u64 = 64 << 10;
 
 const DATA: u64 = 0x00;
 const CONTROL_STREAM: u64 = 0x00;
@@ -33,14 +33,15 @@ type QuinnBidi = <QuinnConnection as quic::OpenStreams<Bytes>>::BidiStream;
 type QuinnRecv = <QuinnConnection as quic::Connection<Bytes>>::RecvStream;
 
 /// A QUIC connection for h3 to speak over.
-pub(crate) struct Connection {
+pub struct Connection {
     inner: QuinnConnection,
     opening: Opener,
     rejecting: Arc<AtomicBool>,
 }
 
 impl Connection {
-    pub(crate) fn new(connection: quinn::Connection) -> Self {
+    /// Wraps an established connection.
+    pub fn new(connection: quinn::Connection) -> Self {
         let inner = h3_quinn::Connection::new(connection);
         let opening = Opener { inner: quic::Connection::<Bytes>::opener(&inner) };
         Self { inner, opening, rejecting: Arc::default() }
@@ -48,7 +49,7 @@ impl Connection {
 
     /// Once set, requests that arrive and are dropped unread are reset with H3_REQUEST_REJECTED, which tells the client
     /// that nothing was done (RFC 9114 §4.1.1).
-    pub(crate) fn rejecting(&self) -> Arc<AtomicBool> {
+    pub fn rejecting(&self) -> Arc<AtomicBool> {
         self.rejecting.clone()
     }
 }
@@ -92,7 +93,7 @@ impl quic::OpenStreams<Bytes> for Connection {
 
 /// Opens request streams.
 #[derive(Clone)]
-pub(crate) struct Opener {
+pub struct Opener {
     inner: <QuinnConnection as quic::Connection<Bytes>>::OpenStreams,
 }
 
@@ -116,7 +117,7 @@ impl quic::OpenStreams<Bytes> for Opener {
 }
 
 /// A request stream.
-pub(crate) struct Bidi {
+pub struct Bidi {
     send: Send,
     recv: Recv,
 }
@@ -176,7 +177,7 @@ impl quic::SendStream<Bytes> for Bidi {
 }
 
 /// The sending half: reset on drop, unless it was finished.
-pub(crate) struct Send {
+pub struct Send {
     inner: QuinnSend,
     on_drop: Code,
     ended: bool,
@@ -222,7 +223,7 @@ impl quic::SendStream<Bytes> for Send {
 }
 
 /// The receiving half: every byte passes the scan before h3 sees it.
-pub(crate) struct Recv {
+pub struct Recv {
     inner: QuinnRecv,
     scan: FrameScan,
     id: StreamId,

@@ -13,6 +13,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use starling_gossip::{Announcement, Gossip, GossipHandle, Ident, MemberView, Memory, Snapshot};
+use starling_http::{Drain, pseudonym};
 use starling_protocol::{
     CloseCode, DocumentEdition, JoinToken, Name, NodeKind, Phase, ServiceRecord, ServiceState, TokenError,
     admin as json, alpn,
@@ -21,12 +22,11 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Documents, Drain, MeshClient, Metrics,
+    Documents, MeshClient, Metrics,
     admin::{self, ExtraRoutes, Subject},
+    call::connect::Pool,
     config::Config,
-    documents,
-    endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, Room, load_or_create_reset_key},
-    health,
+    identity::tls::{self, Peer},
     identity::{
         Identity, RecordCredentials,
         admission::Admission,
@@ -35,15 +35,15 @@ use crate::{
         load_or_create_key, renewal, unix_now,
     },
     inbound::Inbound,
-    links::Links,
-    metrics::GossipFigures,
+    inbound::health,
+    mesh::documents,
+    mesh::links::Links,
+    mesh::survey,
+    observe::metrics::GossipFigures,
     outbound::Outbound,
-    pool::Pool,
-    problem::pseudonym,
-    reuseport,
+    port::endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, Room, load_or_create_reset_key},
+    port::reuseport,
     state::{StateDir, StateError, StateLock},
-    survey,
-    tls::{self, Peer},
 };
 
 /// How long peers get to take in that this node drains, before its connections say so.

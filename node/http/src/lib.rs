@@ -1,0 +1,20 @@
+//! HTTP on byte streams and on QUIC: what nodes and edges need to carry a message, whoever calls whom.
+//!
+//! It knows no identity, no gossip and no configuration.
+
+mod body;
+mod deadline;
+mod drain;
+mod problem;
+mod replay;
+
+pub mod guard;
+pub mod h1h2;
+pub mod h3_server;
+pub mod normal;
+
+pub use body::{Body, BodyError};
+pub use deadline::late;
+pub use drain::Drain;
+pub use problem::{Problem, ProxyError, is_grpc, pseudonym};
+pub use replay::Source;

@@ -1,0 +1,5 @@
+//! What gossip needs of the world: links to other members, questions to all of them, documents on disk.
+
+pub(crate) mod documents;
+pub(crate) mod links;
+pub(crate) mod survey;

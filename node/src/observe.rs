@@ -1,0 +1,3 @@
+//! What operators see of calls.
+
+pub(crate) mod metrics;

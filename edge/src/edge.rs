@@ -24,7 +24,7 @@ use crate::{
     access_log::AccessLog,
     certificates::Certificates,
     config::{AuthMethod, Certificate, Edge as EdgeSection, EdgeSections, Jwt, Plan, Route, Version, check},
-    gateway::{Gateway, Policy, Shared},
+    gateway::{Gateway, Policy, Standing},
     key_file::{KeyError, KeyFile},
     listener,
 };
@@ -123,7 +123,7 @@ impl Edge {
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?).map_err(StartError::from)?;
         let keys = Arc::new(KeyFile::open(state.clone())?);
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(Standing {
             client: node.client().clone(),
             policy: ArcSwap::from_pointee(policy),
             keys,
@@ -184,7 +184,7 @@ impl Drop for Edge {
 /// What a signal, a file change or the admin API does.
 struct Reload {
     path: PathBuf,
-    shared: Arc<Shared>,
+    shared: Arc<Standing>,
 }
 
 impl Reload {
@@ -252,7 +252,7 @@ fn watch(
 }
 
 /// An edge's part of the admin API.
-struct Routes(Arc<Shared>);
+struct Routes(Arc<Standing>);
 
 impl ExtraRoutes for Routes {
     fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)> {

@@ -112,9 +112,9 @@ struct Admitted {
 
 /// Answers public requests. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Gateway(pub(crate) Arc<Shared>);
+pub(crate) struct Gateway(pub(crate) Arc<Standing>);
 
-pub(crate) struct Shared {
+pub(crate) struct Standing {
     pub(crate) client: MeshClient,
     pub(crate) policy: ArcSwap<Policy>,
     pub(crate) keys: Arc<KeyFile>,

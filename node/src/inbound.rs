@@ -15,13 +15,12 @@ use std::{
 use http::{HeaderValue, Request, Response, StatusCode, Uri, uri};
 use starling_http::{
     Body, Drain, Problem, ProxyError, Source, h3_server, is_grpc,
-    normal::{self, Origin},
+    normal::{self, Origin, number},
 };
 use starling_protocol::{Name, headers, service_of_host};
 
 use crate::{
-    Sent, call::number, config::ServiceConfig, identity::tls::Peer, inbound::local::LocalService,
-    observe::metrics::Metrics,
+    Sent, config::ServiceConfig, identity::tls::Peer, inbound::local::LocalService, observe::metrics::Metrics,
 };
 
 /// Time for a call that came without a deadline.
@@ -33,9 +32,9 @@ const MAX_IN_FLIGHT: usize = 10_000;
 
 /// Serves the calls of one worker.
 #[derive(Clone)]
-pub(crate) struct Inbound(Arc<Shared>);
+pub(crate) struct Inbound(Arc<Services>);
 
-struct Shared {
+struct Services {
     services: HashMap<Name, LocalService>,
     pseudonym: String,
     in_flight: AtomicUsize,
@@ -45,7 +44,7 @@ struct Shared {
 impl Inbound {
     pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics) -> Self {
         let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s.addr, s.protocol.0))).collect();
-        Self(Arc::new(Shared { services, pseudonym, in_flight: AtomicUsize::new(0), metrics }))
+        Self(Arc::new(Services { services, pseudonym, in_flight: AtomicUsize::new(0), metrics }))
     }
 
     /// Calls in flight.
@@ -65,7 +64,7 @@ impl Inbound {
     }
 
     async fn answer(&self, request: Request<Body>, origin: Origin, caller: HeaderValue) -> Response<Body> {
-        let counted = InFlight::new(self.0.clone());
+        let counted = Counted::new(self.0.clone());
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
         let begun = Instant::now();
@@ -155,16 +154,16 @@ impl Inbound {
     }
 }
 
-struct InFlight(Arc<Shared>);
+struct Counted(Arc<Services>);
 
-impl InFlight {
-    fn new(shared: Arc<Shared>) -> Self {
+impl Counted {
+    fn new(shared: Arc<Services>) -> Self {
         shared.in_flight.fetch_add(1, Relaxed);
         Self(shared)
     }
 }
 
-impl Drop for InFlight {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Relaxed);
     }

@@ -21,14 +21,14 @@ pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// One door.
 #[derive(Clone)]
-pub(crate) struct Outbound {
+pub(crate) struct Door {
     pub(crate) client: MeshClient,
     /// The service that this door leads to; by host name if `None`.
     pub(crate) service: Option<Name>,
     pub(crate) metrics: Metrics,
 }
 
-impl Outbound {
+impl Door {
     /// Serves until the drain is over.
     pub(crate) async fn serve(self, listener: TcpListener, drain: Drain) {
         loop {

@@ -3,19 +3,22 @@
 //! Pure, so that it can be tested row by row. What it refuses is never forwarded; what it lets through means the same on
 //! HTTP/1.1, 2 and 3 (RFC 9110 §7.6, RFC 9113 §8.2.2, RFC 9114 §4.2).
 
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
-    header::{self, Entry},
-    request, response,
-    uri::{Authority, PathAndQuery},
+mod fields;
+mod request;
+mod response;
+mod trailers;
+
+use http::StatusCode;
+
+pub(crate) use self::trailers::clean_trailers;
+pub use self::{
+    fields::number,
+    request::{Checked, normalise_request},
+    response::normalise_response,
 };
-use starling_protocol::headers;
 
 /// Most fields in a head.
 pub const MAX_FIELDS: usize = 100;
-
-/// How often one call may pass through the same node before it is a loop.
-pub const MAX_VISITS: usize = 4;
 
 /// Where a message comes from, which decides which of our own fields are believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,217 +58,9 @@ const fn bad(reason: &'static str) -> Malformed {
     Malformed { status: StatusCode::BAD_REQUEST, reason }
 }
 
-/// What a checked request says about itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Checked {
-    /// The one authority: `host` or `host:port`, in lower case.
-    pub authority: String,
-    /// Length of the body, if the head promises one.
-    pub length: Option<u64>,
-}
-
-/// Checks a request and brings it into normal form: path and query as the target, no Host, no hop-by-hop fields, at most
-/// one Content-Length, none of our own fields from outside.
-pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<Checked, Malformed> {
-    if parts.headers.len() > MAX_FIELDS {
-        return Err(Malformed {
-            status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            reason: "too many header fields",
-        });
-    }
-    if parts.method == Method::CONNECT {
-        let reason = "CONNECT is not supported by this version";
-        return Err(Malformed { status: StatusCode::NOT_IMPLEMENTED, reason });
-    }
-    let authority = take_authority(parts)?;
-    let target = match (parts.uri.path_and_query(), &parts.method) {
-        (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),
-        (Some(target), _) if target.path().starts_with('/') => target.clone(),
-        (None, _) => PathAndQuery::from_static("/"),
-        _ => return Err(bad("the request target is not a path")),
-    };
-    check_connection_fields(&parts.headers, parts.version)?;
-    let length = content_length(&parts.headers)?;
-    if length.is_some() && parts.headers.contains_key(header::TRANSFER_ENCODING) {
-        return Err(bad("both Content-Length and Transfer-Encoding"));
-    }
-    // Every hop answers `Expect: 100-continue` itself, so it ends here; another expectation nobody can meet.
-    if let Some(expect) = parts.headers.remove(header::EXPECT)
-        && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
-    {
-        return Err(Malformed { status: StatusCode::EXPECTATION_FAILED, reason: "unknown expectation" });
-    }
-    remove_hop_by_hop(&mut parts.headers);
-    let believed: &[&str] = match origin {
-        Origin::Outside => &[],
-        Origin::Mesh => &[headers::DEADLINE, headers::ATTEMPT],
-        Origin::Edge => &[headers::DEADLINE, headers::ATTEMPT, headers::CONSUMER],
-    };
-    remove_own_fields(&mut parts.headers, origin, believed);
-    parts.headers.remove(headers::XFCC);
-    parts.uri = Uri::from(target);
-    Ok(Checked { authority, length })
-}
-
-/// Checks a response and brings it into normal form. `method` is the request's: an answer to HEAD has no body whatever
-/// length it tells. Returns the length to hold the body to.
-pub fn normalise_response(
-    parts: &mut response::Parts,
-    method: &Method,
-    origin: Origin,
-) -> Result<Option<u64>, Malformed> {
-    if parts.headers.len() > MAX_FIELDS {
-        return Err(Malformed { status: StatusCode::BAD_GATEWAY, reason: "too many header fields in the response" });
-    }
-    let bad_gateway = |m: Malformed| Malformed { status: StatusCode::BAD_GATEWAY, ..m };
-    let length = content_length(&parts.headers).map_err(bad_gateway)?;
-    remove_hop_by_hop(&mut parts.headers);
-    remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
-    let bodiless = *method == Method::HEAD
-        || parts.status == StatusCode::NO_CONTENT
-        || parts.status == StatusCode::NOT_MODIFIED
-        || parts.status.is_informational();
-    Ok(if bodiless { None } else { length })
-}
-
-/// Trailers must not carry framing, routing or our own fields (RFC 9110 §6.5.1).
-pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
-    remove_hop_by_hop(trailers);
-    remove_own_fields(trailers, Origin::Outside, &[]);
-    for name in [header::CONTENT_LENGTH, header::HOST, header::TRANSFER_ENCODING, header::AUTHORIZATION] {
-        trailers.remove(name);
-    }
-}
-
-fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {
-    let mut hosts = parts.headers.get_all(header::HOST).iter();
-    let host = match (hosts.next(), hosts.next()) {
-        (_, Some(_)) => return Err(bad("more than one Host")),
-        (Some(host), None) => {
-            let text = host.to_str().map_err(|_| bad("Host is not text"))?;
-            Some(text.parse::<Authority>().map_err(|_| bad("Host is not a host name"))?)
-        }
-        (None, None) if parts.version <= Version::HTTP_11 && parts.version != Version::HTTP_10 => {
-            return Err(bad("no Host"));
-        }
-        (None, None) => None,
-    };
-    let target = parts.uri.authority().cloned();
-    if let (Some(target), Some(host)) = (&target, &host)
-        && !same_authority(target, host, parts.uri.scheme_str())
-    {
-        return Err(bad("Host and the request target name different authorities"));
-    }
-    let authority = target.or(host).ok_or_else(|| bad("no authority"))?;
-    if authority.as_str().contains('@') {
-        return Err(bad("user information in the authority"));
-    }
-    if authority.host().is_empty() {
-        return Err(bad("empty host"));
-    }
-    parts.headers.remove(header::HOST);
-    Ok(authority.as_str().to_ascii_lowercase())
-}
-
-fn same_authority(a: &Authority, b: &Authority, scheme: Option<&str>) -> bool {
-    let default = if scheme == Some("https") { 443 } else { 80 };
-    a.host().eq_ignore_ascii_case(b.host()) && a.port_u16().unwrap_or(default) == b.port_u16().unwrap_or(default)
-}
-
-/// HTTP/2 and 3 have no connection fields, and `TE` may only say `trailers`.
-fn check_connection_fields(fields: &HeaderMap, version: Version) -> Result<(), Malformed> {
-    if version < Version::HTTP_2 {
-        return Ok(());
-    }
-    let forbidden = ["connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"];
-    if forbidden.iter().any(|name| fields.contains_key(*name)) {
-        return Err(bad("a connection-specific field"));
-    }
-    if fields.get_all(header::TE).iter().any(|te| !te.as_bytes().eq_ignore_ascii_case(b"trailers")) {
-        return Err(bad("TE other than trailers"));
-    }
-    Ok(())
-}
-
-/// One length, or several that agree (RFC 9110 §8.6); digits only.
-fn content_length(fields: &HeaderMap) -> Result<Option<u64>, Malformed> {
-    let mut length = None;
-    for value in fields.get_all(header::CONTENT_LENGTH) {
-        let text = value.to_str().map_err(|_| bad("Content-Length is not a number"))?;
-        for part in text.split(',').map(str::trim) {
-            if part.is_empty() || !part.bytes().all(|b| b.is_ascii_digit()) {
-                return Err(bad("Content-Length is not a number"));
-            }
-            let value: u64 = part.parse().map_err(|_| bad("Content-Length is too large"))?;
-            if length.is_some_and(|known| known != value) {
-                return Err(bad("Content-Lengths that differ"));
-            }
-            length = Some(value);
-        }
-    }
-    Ok(length)
-}
-
-fn remove_hop_by_hop(fields: &mut HeaderMap) {
-    let named: Vec<HeaderName> = fields
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        // What frames or routes the message is never the sender's to remove.
-        .filter(|name: &HeaderName| *name != header::HOST && *name != header::CONTENT_LENGTH)
-        .collect();
-    for name in named {
-        fields.remove(name);
-    }
-    // `TE: trailers` is a hop's own word; each hop of ours carries trailers, and gRPC servers insist on reading it.
-    let trailers = fields.get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    for name in [
-        "connection",
-        "proxy-connection",
-        "keep-alive",
-        "te",
-        "transfer-encoding",
-        "upgrade",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "http2-settings",
-    ] {
-        fields.remove(name);
-    }
-    if trailers {
-        fields.insert(header::TE, HeaderValue::from_static("trailers"));
-    }
-    collapse_content_length(fields);
-}
-
-fn collapse_content_length(fields: &mut HeaderMap) {
-    if let Entry::Occupied(mut entry) = fields.entry(header::CONTENT_LENGTH) {
-        let first = entry.get().to_str().ok().and_then(|v| v.split(',').next()).map(str::trim);
-        if let Some(value) = first.and_then(|v| HeaderValue::from_str(v).ok()) {
-            entry.insert(value);
-        }
-    }
-}
-
-/// Removes our own fields, but for those that another node may set.
-fn remove_own_fields(fields: &mut HeaderMap, origin: Origin, from_mesh: &[&str]) {
-    let own: Vec<HeaderName> = fields
-        .keys()
-        // Some servers read `_` as `-`, so an alias is as good as the name.
-        .filter(|name| name.as_str().replace('_', "-").starts_with(headers::PREFIX))
-        .filter(|name| origin == Origin::Outside || !from_mesh.contains(&name.as_str()))
-        .cloned()
-        .collect();
-    for name in own {
-        fields.remove(name);
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use http::Request;
+    use http::{HeaderName, Method, Request, Version, request};
     use proptest::prelude::*;
 
     use super::*;

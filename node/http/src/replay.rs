@@ -17,9 +17,9 @@ const KEEP_BYTES: usize = 64 << 10;
 
 /// The body of a call, over all of its attempts.
 #[derive(Clone)]
-pub struct Source(Arc<Mutex<Shared>>);
+pub struct Source(Arc<Mutex<Progress>>);
 
-struct Shared {
+struct Progress {
     rest: Body,
     /// What was read so far; `None` once it was too much to keep.
     kept: Option<Vec<Bytes>>,
@@ -33,7 +33,7 @@ struct Shared {
 impl Source {
     /// Takes over a body that may be sent more than once.
     pub fn new(body: Body) -> Self {
-        Self(Arc::new(Mutex::new(Shared {
+        Self(Arc::new(Mutex::new(Progress {
             rest: body,
             kept: Some(Vec::new()),
             kept_bytes: 0,
@@ -69,7 +69,7 @@ impl Source {
         (!shared.ended).then_some(shared.last_read)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Shared> {
+    fn lock(&self) -> MutexGuard<'_, Progress> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 }

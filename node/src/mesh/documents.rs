@@ -35,9 +35,9 @@ type Reader = Box<dyn Fn(Option<&[u8]>) -> Result<(), String> + Send>;
 
 /// The documents of a node. Cheap to clone.
 #[derive(Clone)]
-pub struct Documents(Arc<Shared>);
+pub struct Documents(Arc<DocumentsState>);
 
-struct Shared {
+struct DocumentsState {
     state: StateDir,
     table: Mutex<Table>,
     /// A copy for those who must not wait while the table is being stored.
@@ -100,7 +100,7 @@ impl Documents {
         let newest = index.floors.keys().filter_map(|kind| read(newest_file(kind))).collect();
         let floors = index.floors.iter().map(|(kind, version)| (kind.clone(), *version)).collect();
         let documents =
-            Self(Arc::new(Shared { state: state.clone(), table: Mutex::default(), sights: Mutex::default() }));
+            Self(Arc::new(DocumentsState { state: state.clone(), table: Mutex::default(), sights: Mutex::default() }));
         documents.store_index(&index);
         documents.table().index = index;
         Ok((documents, Kept { newest, floors }))

@@ -55,9 +55,9 @@ const LARGE_FRAMES: usize = 4;
 
 /// The links of a node. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Links(Arc<Shared>);
+pub(crate) struct Links(Arc<LinksState>);
 
-struct Shared {
+struct LinksState {
     identity: Arc<Identity>,
     endpoint: MeshEndpoint,
     /// For all dials; it shows the certificate of the moment.
@@ -92,7 +92,7 @@ impl Links {
         gossip: GossipHandle,
         documents: Documents,
     ) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(LinksState {
             crypto: tls::client_crypto(&identity, alpn::GOSSIP),
             identity,
             endpoint,

@@ -51,9 +51,9 @@ type Durations = Family<CallLabels, Histogram, fn() -> Histogram>;
 
 /// Metrics of a node. Cheap to clone; each clone counts into the same.
 #[derive(Clone)]
-pub struct Metrics(Arc<Shared>);
+pub struct Metrics(Arc<Families>);
 
-struct Shared {
+struct Families {
     registry: Mutex<Registry>,
     server: Durations,
     client: Durations,
@@ -115,7 +115,7 @@ impl Metrics {
         let reload = Gauge::default();
         reload.set(1);
         registry.register("starling_config_reload_success", "Whether the last reload was taken", Gauge::clone(&reload));
-        Self(Arc::new(Shared {
+        Self(Arc::new(Families {
             registry: Mutex::new(registry),
             server,
             client,

@@ -3,7 +3,7 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, request};
 use libfuzzer_sys::fuzz_target;
-use starling_node::message::{MAX_FIELDS, Origin, normalise_request, normalise_response};
+use starling_http::normal::{MAX_FIELDS, Origin, normalise_request, normalise_response};
 use starling_protocol::headers;
 
 const HOP_BY_HOP: [&str; 5] = ["connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"];

@@ -1,0 +1,90 @@
+//! What requests, responses and trailers have in common: lengths, hop-by-hop fields, and our own.
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue,
+    header::{self, Entry},
+};
+use starling_protocol::headers;
+
+use super::{Malformed, Origin, bad};
+
+/// One length, or several that agree (RFC 9110 §8.6); digits only.
+pub(super) fn content_length(fields: &HeaderMap) -> Result<Option<u64>, Malformed> {
+    let mut length = None;
+    for value in fields.get_all(header::CONTENT_LENGTH) {
+        let text = value.to_str().map_err(|_| bad("Content-Length is not a number"))?;
+        for part in text.split(',').map(str::trim) {
+            if part.is_empty() || !part.bytes().all(|b| b.is_ascii_digit()) {
+                return Err(bad("Content-Length is not a number"));
+            }
+            let value: u64 = part.parse().map_err(|_| bad("Content-Length is too large"))?;
+            if length.is_some_and(|known| known != value) {
+                return Err(bad("Content-Lengths that differ"));
+            }
+            length = Some(value);
+        }
+    }
+    Ok(length)
+}
+
+pub(super) fn remove_hop_by_hop(fields: &mut HeaderMap) {
+    let named: Vec<HeaderName> = fields
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        // What frames or routes the message is never the sender's to remove.
+        .filter(|name: &HeaderName| *name != header::HOST && *name != header::CONTENT_LENGTH)
+        .collect();
+    for name in named {
+        fields.remove(name);
+    }
+    // `TE: trailers` is a hop's own word; each hop of ours carries trailers, and gRPC servers insist on reading it.
+    let trailers = fields.get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    for name in [
+        "connection",
+        "proxy-connection",
+        "keep-alive",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "http2-settings",
+    ] {
+        fields.remove(name);
+    }
+    if trailers {
+        fields.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    collapse_content_length(fields);
+}
+
+pub(super) fn collapse_content_length(fields: &mut HeaderMap) {
+    if let Entry::Occupied(mut entry) = fields.entry(header::CONTENT_LENGTH) {
+        let first = entry.get().to_str().ok().and_then(|v| v.split(',').next()).map(str::trim);
+        if let Some(value) = first.and_then(|v| HeaderValue::from_str(v).ok()) {
+            entry.insert(value);
+        }
+    }
+}
+
+/// Removes our own fields, but for those that another node may set.
+pub(super) fn remove_own_fields(fields: &mut HeaderMap, origin: Origin, from_mesh: &[&str]) {
+    let own: Vec<HeaderName> = fields
+        .keys()
+        // Some servers read `_` as `-`, so an alias is as good as the name.
+        .filter(|name| name.as_str().replace('_', "-").starts_with(headers::PREFIX))
+        .filter(|name| origin == Origin::Outside || !from_mesh.contains(&name.as_str()))
+        .cloned()
+        .collect();
+    for name in own {
+        fields.remove(name);
+    }
+}
+
+/// The value of a field that is a number, if it is there and is one.
+pub fn number<T: std::str::FromStr>(fields: &HeaderMap, name: &str) -> Option<T> {
+    fields.get(name)?.to_str().ok()?.parse().ok()
+}

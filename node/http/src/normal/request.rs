@@ -1,0 +1,114 @@
+//! Requests in normal form.
+
+use http::{
+    HeaderMap, Method, StatusCode, Uri, Version, header, request,
+    uri::{Authority, PathAndQuery},
+};
+use starling_protocol::headers;
+
+use super::{
+    MAX_FIELDS, Malformed, Origin, bad,
+    fields::{content_length, remove_hop_by_hop, remove_own_fields},
+};
+
+/// What a checked request says about itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The one authority: `host` or `host:port`, in lower case.
+    pub authority: String,
+    /// Length of the body, if the head promises one.
+    pub length: Option<u64>,
+}
+
+/// Checks a request and brings it into normal form: path and query as the target, no Host, no hop-by-hop fields, at most
+/// one Content-Length, none of our own fields from outside.
+pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<Checked, Malformed> {
+    if parts.headers.len() > MAX_FIELDS {
+        return Err(Malformed {
+            status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            reason: "too many header fields",
+        });
+    }
+    if parts.method == Method::CONNECT {
+        let reason = "CONNECT is not supported by this version";
+        return Err(Malformed { status: StatusCode::NOT_IMPLEMENTED, reason });
+    }
+    let authority = take_authority(parts)?;
+    let target = match (parts.uri.path_and_query(), &parts.method) {
+        (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),
+        (Some(target), _) if target.path().starts_with('/') => target.clone(),
+        (None, _) => PathAndQuery::from_static("/"),
+        _ => return Err(bad("the request target is not a path")),
+    };
+    check_connection_fields(&parts.headers, parts.version)?;
+    let length = content_length(&parts.headers)?;
+    if length.is_some() && parts.headers.contains_key(header::TRANSFER_ENCODING) {
+        return Err(bad("both Content-Length and Transfer-Encoding"));
+    }
+    // Every hop answers `Expect: 100-continue` itself, so it ends here; another expectation nobody can meet.
+    if let Some(expect) = parts.headers.remove(header::EXPECT)
+        && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
+    {
+        return Err(Malformed { status: StatusCode::EXPECTATION_FAILED, reason: "unknown expectation" });
+    }
+    remove_hop_by_hop(&mut parts.headers);
+    let believed: &[&str] = match origin {
+        Origin::Outside => &[],
+        Origin::Mesh => &[headers::DEADLINE, headers::ATTEMPT],
+        Origin::Edge => &[headers::DEADLINE, headers::ATTEMPT, headers::CONSUMER],
+    };
+    remove_own_fields(&mut parts.headers, origin, believed);
+    parts.headers.remove(headers::XFCC);
+    parts.uri = Uri::from(target);
+    Ok(Checked { authority, length })
+}
+
+fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {
+    let mut hosts = parts.headers.get_all(header::HOST).iter();
+    let host = match (hosts.next(), hosts.next()) {
+        (_, Some(_)) => return Err(bad("more than one Host")),
+        (Some(host), None) => {
+            let text = host.to_str().map_err(|_| bad("Host is not text"))?;
+            Some(text.parse::<Authority>().map_err(|_| bad("Host is not a host name"))?)
+        }
+        (None, None) if parts.version <= Version::HTTP_11 && parts.version != Version::HTTP_10 => {
+            return Err(bad("no Host"));
+        }
+        (None, None) => None,
+    };
+    let target = parts.uri.authority().cloned();
+    if let (Some(target), Some(host)) = (&target, &host)
+        && !same_authority(target, host, parts.uri.scheme_str())
+    {
+        return Err(bad("Host and the request target name different authorities"));
+    }
+    let authority = target.or(host).ok_or_else(|| bad("no authority"))?;
+    if authority.as_str().contains('@') {
+        return Err(bad("user information in the authority"));
+    }
+    if authority.host().is_empty() {
+        return Err(bad("empty host"));
+    }
+    parts.headers.remove(header::HOST);
+    Ok(authority.as_str().to_ascii_lowercase())
+}
+
+fn same_authority(a: &Authority, b: &Authority, scheme: Option<&str>) -> bool {
+    let default = if scheme == Some("https") { 443 } else { 80 };
+    a.host().eq_ignore_ascii_case(b.host()) && a.port_u16().unwrap_or(default) == b.port_u16().unwrap_or(default)
+}
+
+/// HTTP/2 and 3 have no connection fields, and `TE` may only say `trailers`.
+fn check_connection_fields(fields: &HeaderMap, version: Version) -> Result<(), Malformed> {
+    if version < Version::HTTP_2 {
+        return Ok(());
+    }
+    let forbidden = ["connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"];
+    if forbidden.iter().any(|name| fields.contains_key(*name)) {
+        return Err(bad("a connection-specific field"));
+    }
+    if fields.get_all(header::TE).iter().any(|te| !te.as_bytes().eq_ignore_ascii_case(b"trailers")) {
+        return Err(bad("TE other than trailers"));
+    }
+    Ok(())
+}

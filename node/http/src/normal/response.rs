@@ -1,0 +1,30 @@
+//! Responses in normal form.
+
+use http::{Method, StatusCode, response};
+use starling_protocol::headers;
+
+use super::{
+    MAX_FIELDS, Malformed, Origin,
+    fields::{content_length, remove_hop_by_hop, remove_own_fields},
+};
+
+/// Checks a response and brings it into normal form. `method` is the request's: an answer to HEAD has no body whatever
+/// length it tells. Returns the length to hold the body to.
+pub fn normalise_response(
+    parts: &mut response::Parts,
+    method: &Method,
+    origin: Origin,
+) -> Result<Option<u64>, Malformed> {
+    if parts.headers.len() > MAX_FIELDS {
+        return Err(Malformed { status: StatusCode::BAD_GATEWAY, reason: "too many header fields in the response" });
+    }
+    let bad_gateway = |m: Malformed| Malformed { status: StatusCode::BAD_GATEWAY, ..m };
+    let length = content_length(&parts.headers).map_err(bad_gateway)?;
+    remove_hop_by_hop(&mut parts.headers);
+    remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
+    let bodiless = *method == Method::HEAD
+        || parts.status == StatusCode::NO_CONTENT
+        || parts.status == StatusCode::NOT_MODIFIED
+        || parts.status.is_informational();
+    Ok(if bodiless { None } else { length })
+}

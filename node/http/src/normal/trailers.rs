@@ -1,0 +1,17 @@
+//! Trailers in normal form.
+
+use http::{HeaderMap, header};
+
+use super::{
+    Origin,
+    fields::{remove_hop_by_hop, remove_own_fields},
+};
+
+/// Trailers must not carry framing, routing or our own fields (RFC 9110 §6.5.1).
+pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
+    remove_hop_by_hop(trailers);
+    remove_own_fields(trailers, Origin::Outside, &[]);
+    for name in [header::CONTENT_LENGTH, header::HOST, header::TRANSFER_ENCODING, header::AUTHORIZATION] {
+        trailers.remove(name);
+    }
+}

@@ -1,0 +1,117 @@
+//! One QUIC connection per peer, dialled once by whoever comes first, shared by all calls to all services there.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use starling_gossip::Instance;
+use starling_protocol::NodeId;
+use tokio::sync::watch;
+
+use super::{Connection, dial::dial};
+use crate::{
+    call::choose::{Candidate, PeerLoad},
+    identity::Identity,
+    port::endpoint::MeshEndpoint,
+};
+
+/// How long a handshake may take.
+pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Why there is no connection. Nothing was sent.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct DialError(pub(super) String);
+
+#[derive(Default)]
+pub(super) enum Slot {
+    #[default]
+    Idle,
+    Dialling(watch::Receiver<Option<Result<(), DialError>>>),
+    Ready(Connection),
+}
+
+pub(super) struct PeerSlot {
+    pub(super) load: Arc<PeerLoad>,
+    pub(super) slot: Mutex<Slot>,
+}
+
+/// The pool of one worker.
+pub(crate) struct Pool {
+    pub(super) identity: Arc<Identity>,
+    pub(super) endpoint: MeshEndpoint,
+    peers: Mutex<HashMap<NodeId, Arc<PeerSlot>>>,
+}
+
+impl Pool {
+    pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint) -> Self {
+        Self { identity, endpoint, peers: Mutex::default() }
+    }
+
+    /// Pairs instances with what is known of their peers.
+    pub(crate) fn candidates(&self, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
+        let mut peers = lock(&self.peers);
+        instances
+            .map(|instance| {
+                let peer = peers.entry(instance.node).or_insert_with(new_peer);
+                Candidate { load: peer.load.clone(), instance }
+            })
+            .collect()
+    }
+
+    /// Whether calls keep away from that peer.
+    pub(crate) fn is_ejected(&self, id: &NodeId) -> bool {
+        lock(&self.peers).get(id).is_some_and(|peer| peer.load.is_ejected())
+    }
+
+    /// Calls in flight to all peers.
+    pub(crate) fn in_flight(&self) -> usize {
+        lock(&self.peers).values().map(|peer| peer.load.in_flight() as usize).sum()
+    }
+
+    /// Forgets peers that are not in the mesh any more.
+    pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
+        lock(&self.peers).retain(|id, peer| keep(id) || peer.load.in_flight() > 0);
+    }
+
+    /// A connection to the instance's node: the one that is there, or a new one. Cancel safe; the dial goes on for others.
+    pub(crate) async fn connection(self: &Arc<Self>, instance: &Arc<Instance>) -> Result<Connection, DialError> {
+        let peer = lock(&self.peers).entry(instance.node).or_insert_with(new_peer).clone();
+        let deadline = Instant::now() + DIAL_TIMEOUT;
+        loop {
+            let mut dialled = {
+                let mut slot = lock(&peer.slot);
+                match &*slot {
+                    Slot::Ready(ready) if ready.is_usable(instance.generation) => return Ok(ready.clone()),
+                    Slot::Dialling(dialled) => dialled.clone(),
+                    Slot::Idle | Slot::Ready(_) => {
+                        let (done, dialled) = watch::channel(None);
+                        *slot = Slot::Dialling(dialled.clone());
+                        tokio::spawn(dial(self.clone(), peer.clone(), instance.clone(), done));
+                        dialled
+                    }
+                }
+            };
+            let outcome = dialled.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+            match outcome {
+                Ok(Some(Err(error))) => return Err(error),
+                Err(_) => {
+                    // The dial ended without a word: whoever comes next may try again.
+                    *lock(&peer.slot) = Slot::Idle;
+                    return Err(DialError("the dial broke off".into()));
+                }
+                Ok(_) if Instant::now() > deadline => return Err(DialError("the connection does not hold".into())),
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+fn new_peer() -> Arc<PeerSlot> {
+    Arc::new(PeerSlot { load: Arc::new(PeerLoad::new()), slot: Mutex::default() })
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -1,0 +1,56 @@
+//! What a new life of a node begins with.
+
+use std::net::SocketAddr;
+
+use starling_gossip::Announcement;
+use starling_protocol::{NodeKind, Phase, ServiceRecord, ServiceState};
+
+use crate::{
+    config::Config,
+    identity::{Identity, authority::SharedAuthority, unix_now},
+    state::{StateDir, StateError},
+};
+
+/// Higher than in any former life, also when the clock was set back; stored before anything is sent.
+pub(super) fn next_generation(state: &StateDir) -> Result<u64, StateError> {
+    /// Others refuse what is further ahead of their clocks, so nobody has believed such a life.
+    const MAX_AHEAD_S: u64 = 24 * 3600;
+    let last: u64 = state.read_text("generation")?.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let now = unix_now();
+    let next = if last > now + MAX_AHEAD_S { now } else { now.max(last + 1) };
+    state.write("generation", next.to_string().as_bytes())?;
+    Ok(next)
+}
+
+pub(super) fn remembered_peers(state: &StateDir) -> Vec<SocketAddr> {
+    // A damaged list costs nothing but the way back through former peers.
+    let bytes = state.read("peers.json").ok().flatten();
+    bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+pub(super) fn announcement(
+    config: &Config,
+    kind: NodeKind,
+    identity: &Identity,
+    authority: &SharedAuthority,
+) -> Announcement {
+    Announcement {
+        name: identity.name().clone(),
+        kind,
+        zone: config.node.zone.clone(),
+        issuer: authority.as_ref().map(|a| a.id()),
+        services: config
+            .service
+            .iter()
+            .map(|s| ServiceRecord {
+                name: s.name.clone(),
+                version: s.version.clone(),
+                protocol: s.protocol.0,
+                weight: s.weight,
+                state: ServiceState::Up,
+            })
+            .collect(),
+        phase: Phase::Up,
+        cert_expires: identity.validity().1,
+    }
+}

@@ -3,18 +3,15 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Request, Response, StatusCode, header};
-use quinn::{IdleTimeout, VarInt, crypto::rustls::QuicServerConfig};
+use quinn::crypto::rustls::QuicServerConfig;
 use rustls::crypto::CryptoProvider;
 use starling_http::{
-    Body, Drain, Problem, ProxyError,
+    Body, Drain, Problem, ProxyError, Transport,
+    accept::{self, Room},
     h1h2::{self, Limits, Speaks},
     h3_server,
 };
-use starling_node::Room;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
@@ -26,9 +23,20 @@ use crate::{
 const MAX_CONNECTIONS: usize = 10_000;
 /// The same of its QUIC endpoint.
 const ROOM: Room = Room { connections: MAX_CONNECTIONS, unproven: 512 };
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const LIMITS: Limits = Limits { max_streams: 128, stream_window_bytes: 256 << 10 };
+
+/// Of HTTP/3: the windows of HTTP/2, and a minute of silence.
+const TRANSPORT: Transport = Transport {
+    bidi_streams: LIMITS.max_streams,
+    uni_streams: 8,
+    stream_window_bytes: LIMITS.stream_window_bytes,
+    connection_window_bytes: LIMITS.stream_window_bytes * 8,
+    send_window_bytes: 8 << 20,
+    idle: Duration::from_secs(60),
+    keep_alive: None,
+    datagrams: None,
+    between_nodes: false,
+};
 
 /// TLS for TCP.
 pub(crate) fn tcp_tls(
@@ -56,45 +64,21 @@ pub(crate) fn quic_config(
     config.alpn_protocols = vec![b"h3".to_vec()];
     let crypto = QuicServerConfig::try_from(config).map_err(|e| e.to_string())?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    let mut transport = quinn::TransportConfig::default();
-    transport
-        .max_concurrent_bidi_streams(LIMITS.max_streams.into())
-        .max_concurrent_uni_streams(8u32.into())
-        .stream_receive_window(LIMITS.stream_window_bytes.into())
-        .receive_window((LIMITS.stream_window_bytes * 8).into())
-        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32))))
-        .datagram_receive_buffer_size(None);
-    server.transport_config(Arc::new(transport));
+    server.transport_config(TRANSPORT.config());
     Ok(server)
 }
 
 /// Accepts until the drain.
 pub(crate) async fn serve_tcp(listener: TcpListener, tls: TlsAcceptor, gateway: Gateway, drain: Drain) {
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let Ok(place) = room.clone().acquire_owned().await else { return };
-        let (stream, client) = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-            () = drain.draining() => return,
-        };
-        let (tls, gateway, of) = (tls.clone(), gateway.clone(), drain.clone());
-        drain.spawn(async move {
-            serve_tls(stream, client, tls, gateway, of).await;
-            drop(place);
-        });
-    }
+    let of = drain.clone();
+    accept::tcp(listener, MAX_CONNECTIONS, drain, move |stream, client| {
+        serve_tls(stream, client, tls.clone(), gateway.clone(), of.clone())
+    })
+    .await;
 }
 
 async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gateway: Gateway, drain: Drain) {
-    let _ = stream.set_nodelay(true);
-    let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await else { return };
+    let Ok(Ok(stream)) = tokio::time::timeout(accept::HANDSHAKE_TIMEOUT, tls.accept(stream)).await else { return };
     let session = stream.get_ref().1;
     let (protocol, speaks) = match session.alpn_protocol() {
         Some(b"h2") => (PublicProtocol::Http2, Speaks::Http2),
@@ -108,63 +92,47 @@ async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gate
     .await;
 }
 
-/// Accepts until the endpoint closes.
+/// Accepts until the drain, or until the endpoint closes.
 pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, drain: Drain) {
-    loop {
-        let incoming = tokio::select! {
-            incoming = endpoint.accept() => match incoming {
-                Some(incoming) => incoming,
-                None => return,
-            },
-            () = drain.draining() => return,
-        };
-        let Some(incoming) = ROOM.admit(&endpoint, incoming) else { continue };
-        let (gateway, of) = (gateway.clone(), drain.clone());
-        drain.spawn(async move {
-            let Ok(Ok(connection)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await else { return };
-            let handshake = connection.handshake_data();
-            let sni = handshake
-                .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
-                .and_then(|data| data.server_name);
-            let arrival =
-                Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
-            h3_server::serve(connection, of, move |request| {
-                let (gateway, arrival) = (gateway.clone(), arrival.clone());
-                async move { gateway.answer(request, &arrival).await }
-            })
-            .await;
-        });
+    let of = drain.clone();
+    let accepting = accept::quic(endpoint, ROOM, move |connection| {
+        let (gateway, of) = (gateway.clone(), of.clone());
+        async move {
+            let _ = of.clone().spawn(serve_h3(connection, gateway, of)).await;
+        }
+    });
+    tokio::select! {
+        () = accepting => {}
+        () = drain.draining() => {}
     }
+}
+
+async fn serve_h3(connection: quinn::Connection, gateway: Gateway, drain: Drain) {
+    let sni = connection
+        .handshake_data()
+        .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
+        .and_then(|data| data.server_name);
+    let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
+    h3_server::serve(connection, drain, move |request| {
+        let (gateway, arrival) = (gateway.clone(), arrival.clone());
+        async move { gateway.answer(request, &arrival).await }
+    })
+    .await;
 }
 
 /// Answers plain HTTP with the way to HTTPS.
 pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drain: Drain) {
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        let Ok(place) = room.clone().acquire_owned().await else { return };
-        let stream = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(_) => {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
-            () = drain.draining() => return,
-        };
-        let of = drain.clone();
-        drain.spawn(async move {
-            h1h2::serve(
-                stream,
-                Speaks::Http1,
-                LIMITS,
-                of,
-                move |request| async move { redirect(request, public_port) },
-            )
-            .await;
-            drop(place);
-        });
-    }
+    let of = drain.clone();
+    accept::tcp(listener, MAX_CONNECTIONS, drain, move |stream, _| {
+        h1h2::serve(
+            stream,
+            Speaks::Http1,
+            LIMITS,
+            of.clone(),
+            move |request| async move { redirect(request, public_port) },
+        )
+    })
+    .await;
 }
 
 fn redirect(request: Request<Body>, public_port: u16) -> Response<Body> {

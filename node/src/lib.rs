@@ -27,6 +27,5 @@ pub use identity::{
 };
 pub use mesh::documents::Documents;
 pub use observe::metrics::Metrics;
-pub use port::endpoint::Room;
 pub use run::{Node, StartError};
 pub use state::{StateDir, StateError, StateLock};

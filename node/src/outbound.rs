@@ -4,18 +4,20 @@ use std::time::{Duration, Instant};
 
 use http::{Request, Response, StatusCode};
 use starling_http::{
-    Body, Drain, Problem, ProxyError,
+    Body, Drain, Problem, ProxyError, accept,
     h1h2::{self, Limits, Speaks},
     is_grpc,
     normal::{self, Origin},
 };
 use starling_protocol::{Name, service_of_host};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
 use crate::{Call, MeshClient, observe::metrics::Metrics};
 
 /// The application is trusted with more than the internet.
 const LIMITS: Limits = Limits { max_streams: 1024, stream_window_bytes: 1 << 20 };
+/// Connections of the application to one door.
+const MAX_CONNECTIONS: usize = 10_000;
 /// Time for a call.
 pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -31,29 +33,13 @@ pub(crate) struct Door {
 impl Door {
     /// Serves until the drain is over.
     pub(crate) async fn serve(self, listener: TcpListener, drain: Drain) {
-        loop {
-            tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => {
-                        let (door, of) = (self.clone(), drain.clone());
-                        drain.spawn(async move { door.serve_connection(stream, of).await });
-                    }
-                    // Out of descriptors, most likely: wait for some to come back.
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                    }
-                },
-                () = drain.draining() => return,
-            }
-        }
-    }
-
-    async fn serve_connection(self, stream: TcpStream, drain: Drain) {
-        let _ = stream.set_nodelay(true);
-        h1h2::serve(stream, Speaks::Either, LIMITS, drain, move |request| {
+        let of = drain.clone();
+        accept::tcp(listener, MAX_CONNECTIONS, drain, move |stream, _| {
             let door = self.clone();
-            async move { door.answer(request).await }
+            h1h2::serve(stream, Speaks::Either, LIMITS, of.clone(), move |request| {
+                let door = door.clone();
+                async move { door.answer(request).await }
+            })
         })
         .await;
     }

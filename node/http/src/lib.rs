@@ -7,7 +7,9 @@ mod deadline;
 mod drain;
 mod problem;
 mod replay;
+mod transport;
 
+pub mod accept;
 pub mod guard;
 pub mod h1h2;
 pub mod h3_server;
@@ -18,3 +20,4 @@ pub use deadline::late;
 pub use drain::Drain;
 pub use problem::{Problem, ProxyError, is_grpc, pseudonym};
 pub use replay::Source;
+pub use transport::{Datagrams, Transport};

@@ -1,19 +1,18 @@
 //! Connections on the mesh port: each is led to its protocol.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
+use starling_http::accept::{self, Room};
 use starling_protocol::{CloseCode, alpn};
 
 use super::Running;
 use crate::{
     identity::admission::Admission,
     identity::tls::{self, Peer},
-    port::endpoint::Room,
 };
 
 /// Connections of one endpoint on the mesh port.
 const ROOM: Room = Room { connections: 20_000, unproven: 2_000 };
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Takes connections on the mesh port and leads each to its protocol.
 #[derive(Clone)]
@@ -24,17 +23,7 @@ pub(super) struct Reception {
 
 impl Reception {
     pub(super) async fn accept(self, endpoint: quinn::Endpoint) {
-        while let Some(incoming) = endpoint.accept().await {
-            let Some(incoming) = ROOM.admit(&endpoint, incoming) else { continue };
-            let reception = self.clone();
-            tokio::spawn(async move {
-                match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
-                    Ok(Ok(connection)) => reception.lead(connection).await,
-                    Ok(Err(error)) => tracing::debug!(%error, "handshake"),
-                    Err(_) => tracing::debug!("handshake timed out"),
-                }
-            });
-        }
+        accept::quic(endpoint, ROOM, move |connection| self.clone().lead(connection)).await;
     }
 
     async fn lead(self, connection: quinn::Connection) {

@@ -12,6 +12,7 @@ mod transport;
 pub mod accept;
 pub mod guard;
 pub mod h1h2;
+pub mod h3;
 pub mod h3_server;
 pub mod normal;
 

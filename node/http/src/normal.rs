@@ -10,7 +10,7 @@ mod trailers;
 
 use http::StatusCode;
 
-pub(crate) use self::trailers::clean_trailers;
+pub(crate) use self::{fields::content_length, trailers::clean_trailers};
 pub use self::{
     fields::number,
     request::{Checked, normalise_request},
@@ -19,6 +19,9 @@ pub use self::{
 
 /// Most fields in a head.
 pub const MAX_FIELDS: usize = 100;
+
+/// Most fields in a head from another node: an edge adds some to what it took.
+pub const MAX_MESH_FIELDS: usize = MAX_FIELDS + 28;
 
 /// Where a message comes from, which decides which of our own fields are believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

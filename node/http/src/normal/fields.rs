@@ -9,7 +9,7 @@ use starling_protocol::headers;
 use super::{Malformed, Origin, bad};
 
 /// One length, or several that agree (RFC 9110 §8.6); digits only.
-pub(super) fn content_length(fields: &HeaderMap) -> Result<Option<u64>, Malformed> {
+pub(crate) fn content_length(fields: &HeaderMap) -> Result<Option<u64>, Malformed> {
     let mut length = None;
     for value in fields.get_all(header::CONTENT_LENGTH) {
         let text = value.to_str().map_err(|_| bad("Content-Length is not a number"))?;

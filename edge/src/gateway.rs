@@ -11,10 +11,10 @@ use std::{
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header, request};
 use starling_http::{
-    Body, Problem, ProxyError, is_grpc,
+    Body, Guard, Guarded, Problem, ProxyError, is_grpc,
     normal::{self, Origin},
 };
-use starling_node::{Call, Fault, MeshClient, Metrics};
+use starling_node::{Call, Carried, Fault, MeshClient, Metrics};
 use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -126,7 +126,7 @@ pub(crate) struct Standing {
 
 impl Gateway {
     /// Answers a request, whatever is wrong with it.
-    pub(crate) async fn answer(&self, request: Request<Body>, arrival: &Arrival) -> Response<Body> {
+    pub(crate) async fn answer(&self, request: Request<Body>, arrival: &Arrival) -> Response<Guarded<Logged>> {
         let begun = Instant::now();
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
@@ -144,7 +144,7 @@ impl Gateway {
             Ok(response) => response,
             Err(problem) => {
                 entry.error = Some(problem.detail.clone());
-                problem.into_response("starling-edge", grpc)
+                problem.into_response("starling-edge", grpc).map(Guarded::from)
             }
         };
         for (name, value) in &extra {
@@ -164,8 +164,8 @@ impl Gateway {
         entry.status = response.status().as_u16();
         let service = entry.service.as_deref().unwrap_or("unknown");
         self.0.metrics.client_call(service, &method, response.status(), begun.elapsed());
-        let logged = Logged { entry: Some(entry), begun, log: self.0.log.clone() };
-        response.map(|body| body.keep(logged))
+        let log = self.0.log.clone();
+        response.map(|body| body.map_guard(|carried| Logged { entry: Some(entry), begun, log, _carried: carried }))
     }
 
     /// The steps. `extra` collects fields of the answer, whatever becomes of the request.
@@ -175,7 +175,7 @@ impl Gateway {
         arrival: &Arrival,
         entry: &mut Entry,
         extra: &mut HeaderMap,
-    ) -> Result<Response<Body>, Problem> {
+    ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
         if parts.headers.keys().any(|name| name.as_str().contains('_')) {
             // Servers that read `_` as `-` would take such a field for one that we set.
@@ -370,11 +370,14 @@ fn request_id() -> String {
 }
 
 /// Writes the entry when the whole answer is out, or given up.
-struct Logged {
+pub(crate) struct Logged {
     entry: Option<Entry>,
     begun: Instant,
     log: AccessLog,
+    _carried: Option<Carried>,
 }
+
+impl Guard for Logged {}
 
 impl Drop for Logged {
     fn drop(&mut self) {

@@ -9,7 +9,7 @@ use starling_http::{
     Body, Drain, Problem, ProxyError, Transport,
     accept::{self, Room},
     h1h2::{self, Limits, Speaks},
-    h3_server,
+    h3,
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
@@ -113,7 +113,7 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, drain: Drain)
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
         .and_then(|data| data.server_name);
     let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
-    h3_server::serve(connection, drain, move |request| {
+    h3::server::serve(connection, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })

@@ -18,7 +18,7 @@ use std::{
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
 use rand::RngExt;
 use starling_gossip::Snapshot;
-use starling_http::{Body, ProxyError, Source, normal::number};
+use starling_http::{Body, Guarded, ProxyError, Source, normal::number};
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
@@ -27,6 +27,7 @@ use crate::{
     call::connect::Pool,
 };
 
+pub use self::attempt::Carried;
 pub use self::error::{CallError, Fault, Sent};
 use self::{attempt::Timing, budget::RetryBudget};
 
@@ -110,7 +111,7 @@ impl MeshClient {
     }
 
     /// Makes a call. Dropping the future cancels it at the service's node too.
-    pub async fn call(&self, call: Call) -> Result<Response<Body>, CallError> {
+    pub async fn call(&self, call: Call) -> Result<Response<Guarded<Carried>>, CallError> {
         let Call { service, version, request, timeout } = call;
         let (mut parts, body) = request.into_parts();
         let earlier = attempts_so_far(&parts.headers);
@@ -127,7 +128,7 @@ impl MeshClient {
             tried.push(candidate.instance.node);
             parts.headers.insert(headers::ATTEMPT, HeaderValue::from(earlier + attempt));
             let timing = Timing { started, timeout };
-            let outcome = self.attempt(&candidate, &service, &parts, source.as_ref(), timing).await;
+            let outcome = self.attempt(&candidate, &service, &mut parts, source.as_ref(), timing).await;
 
             let last = attempt >= MAX_ATTEMPTS || earlier + attempt >= MAX_TOTAL_ATTEMPTS;
             let may_repeat = |sent: Sent| {

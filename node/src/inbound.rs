@@ -14,13 +14,19 @@ use std::{
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, uri};
 use starling_http::{
-    Body, Drain, Problem, ProxyError, Source, h3_server, is_grpc,
+    Body, Drain, Guard, Guarded, Problem, ProxyError, Source,
+    h3::server,
+    is_grpc,
     normal::{self, Origin, number},
 };
 use starling_protocol::{Name, headers, service_of_host};
 
 use crate::{
-    Sent, config::ServiceConfig, identity::tls::Peer, inbound::local::LocalService, observe::metrics::Metrics,
+    Sent,
+    config::ServiceConfig,
+    identity::tls::Peer,
+    inbound::local::{LocalService, Place},
+    observe::metrics::Metrics,
 };
 
 /// Time for a call that came without a deadline.
@@ -56,14 +62,14 @@ impl Inbound {
     pub(crate) async fn serve(self, connection: quinn::Connection, peer: Peer, drain: Drain) {
         let caller = HeaderValue::from_str(peer.name.as_str()).expect("names are ASCII");
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
-        h3_server::serve(connection, drain, move |request| {
+        server::serve(connection, drain, move |request| {
             let (inbound, caller) = (self.clone(), caller.clone());
             async move { inbound.answer(request, origin, caller).await }
         })
         .await;
     }
 
-    async fn answer(&self, request: Request<Body>, origin: Origin, caller: HeaderValue) -> Response<Body> {
+    async fn answer(&self, request: Request<Body>, origin: Origin, caller: HeaderValue) -> Response<Guarded<Served>> {
         let counted = Counted::new(self.0.clone());
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
@@ -72,7 +78,7 @@ impl Inbound {
         let mut response = match outcome {
             Ok(response) => response,
             Err((sent, problem)) => {
-                let mut response = problem.into_response(&self.0.pseudonym, grpc);
+                let mut response = problem.into_response(&self.0.pseudonym, grpc).map(Guarded::from);
                 let sent = if sent == Sent::No { "no" } else { "maybe" };
                 response.headers_mut().insert(headers::SENT, HeaderValue::from_static(sent));
                 response
@@ -81,7 +87,7 @@ impl Inbound {
         response.headers_mut().insert(headers::LOAD, HeaderValue::from(self.in_flight().saturating_sub(1)));
         let service = service.as_ref().map_or("unknown", Name::as_str);
         self.0.metrics.server_call(service, &method, response.status(), begun.elapsed());
-        response.map(|body| body.keep(counted))
+        response.map(|body| body.map_guard(|place| Served { _counted: counted, place }))
     }
 
     async fn forward(
@@ -89,7 +95,7 @@ impl Inbound {
         request: Request<Body>,
         origin: Origin,
         caller: HeaderValue,
-    ) -> (Option<Name>, Result<Response<Body>, (Sent, Problem)>) {
+    ) -> (Option<Name>, Result<Response<Guarded<Place>>, (Sent, Problem)>) {
         let (mut parts, body) = request.into_parts();
         let checked = match normal::normalise_request(&mut parts, origin) {
             Ok(checked) => checked,
@@ -111,7 +117,7 @@ impl Inbound {
         body: Body,
         checked: &normal::Checked,
         caller: HeaderValue,
-    ) -> Result<Response<Body>, (Sent, Problem)> {
+    ) -> Result<Response<Guarded<Place>>, (Sent, Problem)> {
         if self.in_flight() > MAX_IN_FLIGHT {
             let status = StatusCode::SERVICE_UNAVAILABLE;
             let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, "too many calls in flight");
@@ -151,6 +157,18 @@ impl Inbound {
         let length =
             normal::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
         Ok(Response::from_parts(head, body.with_length(length)))
+    }
+}
+
+/// What the body of an answer keeps: the count of its call, and its place at the service.
+struct Served {
+    _counted: Counted,
+    place: Option<Place>,
+}
+
+impl Guard for Served {
+    fn ended(&mut self) {
+        self.place.ended();
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use http::{Request, Response, StatusCode};
 use starling_http::{
-    Body, Drain, Problem, ProxyError, accept,
+    Body, Drain, Guarded, Problem, ProxyError, accept,
     h1h2::{self, Limits, Speaks},
     is_grpc,
     normal::{self, Origin},
@@ -12,7 +12,7 @@ use starling_http::{
 use starling_protocol::{Name, service_of_host};
 use tokio::net::TcpListener;
 
-use crate::{Call, MeshClient, observe::metrics::Metrics};
+use crate::{Call, Carried, MeshClient, observe::metrics::Metrics};
 
 /// The application is trusted with more than the internet.
 const LIMITS: Limits = Limits { max_streams: 1024, stream_window_bytes: 1 << 20 };
@@ -44,21 +44,25 @@ impl Door {
         .await;
     }
 
-    async fn answer(&self, request: Request<Body>) -> Response<Body> {
+    async fn answer(&self, request: Request<Body>) -> Response<Guarded<Carried>> {
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
         let begun = Instant::now();
         let mut service = None;
         let response = match self.call(request, &mut service).await {
             Ok(response) => response,
-            Err(problem) => problem.into_response(self.client.pseudonym(), grpc),
+            Err(problem) => problem.into_response(self.client.pseudonym(), grpc).map(Guarded::from),
         };
         let service = service.as_ref().map_or("unknown", Name::as_str);
         self.metrics.client_call(service, &method, response.status(), begun.elapsed());
         response
     }
 
-    async fn call(&self, request: Request<Body>, called: &mut Option<Name>) -> Result<Response<Body>, Problem> {
+    async fn call(
+        &self,
+        request: Request<Body>,
+        called: &mut Option<Name>,
+    ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
         let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
         let service = match &self.service {

@@ -1,16 +1,24 @@
 //! Message bodies, whatever protocol they come from and go to.
 
 use std::{
-    any::Any,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
-use bytes::{Buf, Bytes};
-use http::HeaderMap;
+use bytes::Bytes;
+use http::{HeaderMap, Method, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 
-use crate::{guard, normal, replay::Replay};
+use crate::{
+    Problem, ProxyError,
+    h3::{Receiver, UploadBody},
+    normal,
+    replay::Replay,
+};
+
+/// How long a request that should have no body may take to end.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a body broke off. Whoever forwards it must let the receiver see that it is not complete.
 #[derive(Debug, thiserror::Error)]
@@ -31,63 +39,24 @@ pub enum BodyError {
 /// A body, streamed: data, then perhaps trailers. Reads no faster than it is asked.
 pub struct Body {
     kind: Kind,
-    /// What [`Body::peek`] found.
-    peeked: Option<Result<Frame<Bytes>, BodyError>>,
+    /// What [`Body::settle`] found.
+    peeked: Option<Box<Result<Frame<Bytes>, BodyError>>>,
     /// What Content-Length promised and how much of it is still to come.
     length: Option<Length>,
-    /// Dropped with the body: counts of calls in flight, connections to give back.
-    kept: Vec<Box<dyn Any + Send>>,
 }
 
 enum Kind {
     Empty,
     Full(Bytes),
     Hyper(hyper::body::Incoming),
-    H3Client(Box<h3::client::RequestStream<guard::Recv, Bytes>>, Phase),
-    H3Server(Box<h3::server::RequestStream<guard::Recv, Bytes>>, Phase),
+    Http3(Box<Receiver>),
+    Upload(UploadBody),
     Replay(Replay),
-}
-
-/// How far an h3 body has been read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Data,
-    Trailers,
-    Done,
 }
 
 struct Length {
     promised: u64,
     seen: u64,
-}
-
-/// Data until there is none, then trailers. A macro because client and server streams are two types with the same methods.
-macro_rules! poll_h3 {
-    ($stream:expr, $phase:expr, $cx:expr) => {{
-        let broken = |e: h3::error::StreamError| BodyError::Broken(e.to_string());
-        if *$phase == Phase::Data {
-            match ready!($stream.poll_recv_data($cx)) {
-                Ok(Some(mut data)) => {
-                    let bytes = data.copy_to_bytes(data.remaining());
-                    return Poll::Ready(Some(Ok(Frame::data(bytes))));
-                }
-                Ok(None) => *$phase = Phase::Trailers,
-                Err(e) => {
-                    *$phase = Phase::Done;
-                    return Poll::Ready(Some(Err(broken(e))));
-                }
-            }
-        }
-        if *$phase == Phase::Trailers {
-            let trailers = ready!($stream.poll_recv_trailers($cx));
-            *$phase = Phase::Done;
-            return Poll::Ready(match trailers {
-                Ok(trailers) => trailers.map(|t| Ok(Frame::trailers(t))),
-                Err(e) => Some(Err(broken(e))),
-            });
-        }
-        Poll::Ready(None)
-    }};
 }
 
 impl Body {
@@ -101,15 +70,6 @@ impl Body {
         Self::from(Kind::Full(bytes.into()))
     }
 
-    /// The body of an answer on an h3 stream.
-    pub fn h3_client(stream: h3::client::RequestStream<guard::Recv, Bytes>) -> Self {
-        Self::from(Kind::H3Client(Box::new(stream), Phase::Data))
-    }
-
-    pub(crate) fn h3_server(stream: h3::server::RequestStream<guard::Recv, Bytes>) -> Self {
-        Self::from(Kind::H3Server(Box::new(stream), Phase::Data))
-    }
-
     pub(crate) fn replay(replay: Replay) -> Self {
         Self::from(Kind::Replay(replay))
     }
@@ -120,22 +80,31 @@ impl Body {
         self
     }
 
-    /// Keeps `thing` until the body has ended or is dropped.
-    pub fn keep(mut self, thing: impl Any + Send) -> Self {
-        self.kept.push(Box::new(thing));
-        self
-    }
-
-    /// Looks, without waiting, whether the body has ended already: an h3 request shows only by its end that it has no body,
-    /// and that end mostly comes along with the head.
-    pub(crate) async fn peek(mut self) -> Self {
-        let found = std::future::poll_fn(|cx| Poll::Ready(self.poll_kind(cx))).await;
-        match found {
-            Poll::Ready(None) => self.kind = Kind::Empty,
-            Poll::Ready(Some(frame)) => self.peeked = Some(frame),
-            Poll::Pending => {}
+    /// Finds out whether a request has a body where that would have no meaning: the end of a GET may come in a packet of its
+    /// own, and a body that was invented meanwhile would confuse the service (RFC 9110 §9.3.1). So with these methods, and
+    /// without a length, the first event is awaited: data, trailers or the end. Not cancel safe: what it read is lost.
+    pub async fn settle(mut self, method: &Method, fields: &HeaderMap) -> Result<Self, Problem> {
+        let has_length = fields.get(header::CONTENT_LENGTH).is_some_and(|length| length != "0");
+        if has_length || self.is_end_stream() || !is_meaningless_on(method) {
+            return Ok(self);
         }
-        self
+        let first = async {
+            loop {
+                match std::future::poll_fn(|cx| self.poll_kind(cx)).await {
+                    Some(Ok(frame)) if frame.data_ref().is_some_and(Bytes::is_empty) => {}
+                    first => return first,
+                }
+            }
+        };
+        match tokio::time::timeout(SETTLE_TIMEOUT, first).await {
+            Ok(None) => self.kind = Kind::Empty,
+            Ok(Some(frame)) => self.peeked = Some(Box::new(frame)),
+            Err(_) => {
+                let detail = format!("a {method} request did not end");
+                return Err(Problem::proxy(StatusCode::REQUEST_TIMEOUT, ProxyError::HttpRequestError, detail));
+            }
+        }
+        Ok(self)
     }
 
     fn poll_kind(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
@@ -147,14 +116,13 @@ impl Body {
                 Poll::Ready((!bytes.is_empty()).then_some(Ok(Frame::data(bytes))))
             }
             Kind::Hyper(incoming) => Pin::new(incoming).poll_frame(cx).map_err(|e| BodyError::Broken(reason(&e))),
-            Kind::H3Client(stream, phase) => poll_h3!(stream, phase, cx),
-            Kind::H3Server(stream, phase) => poll_h3!(stream, phase, cx),
+            Kind::Http3(receiver) => receiver.poll_frame(cx).map_err(BodyError::from),
+            Kind::Upload(upload) => upload.poll_frame(cx),
             Kind::Replay(replay) => replay.poll_frame(cx),
         }
     }
 
     fn ended(&mut self) -> Option<Result<Frame<Bytes>, BodyError>> {
-        self.kept.clear();
         let length = self.length.take()?;
         (length.seen != length.promised)
             .then(|| Err(BodyError::Length { promised: length.promised, seen: length.seen }))
@@ -167,7 +135,7 @@ impl http_body::Body for Body {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match self.peeked.take() {
-            Some(frame) => Some(frame),
+            Some(frame) => Some(*frame),
             None => ready!(self.poll_kind(cx)),
         };
         Poll::Ready(match frame {
@@ -178,7 +146,6 @@ impl http_body::Body for Body {
                         if length.seen > length.promised {
                             let error = BodyError::Length { promised: length.promised, seen: length.seen };
                             self.length = None;
-                            self.kept.clear();
                             return Poll::Ready(Some(Err(error)));
                         }
                     }
@@ -191,7 +158,6 @@ impl http_body::Body for Body {
             }),
             Some(Err(error)) => {
                 self.length = None;
-                self.kept.clear();
                 Some(Err(error))
             }
             None => self.ended(),
@@ -206,7 +172,8 @@ impl http_body::Body for Body {
             Kind::Empty => self.length.as_ref().is_none_or(|l| l.seen == l.promised),
             Kind::Full(bytes) => bytes.is_empty(),
             Kind::Hyper(incoming) => incoming.is_end_stream(),
-            Kind::H3Client(_, phase) | Kind::H3Server(_, phase) => *phase == Phase::Done,
+            Kind::Http3(receiver) => receiver.has_ended(),
+            Kind::Upload(upload) => upload.is_end_stream(),
             Kind::Replay(replay) => replay.is_end_stream(),
         }
     }
@@ -221,6 +188,11 @@ impl http_body::Body for Body {
             _ => SizeHint::default(),
         }
     }
+}
+
+/// GET, HEAD, DELETE, OPTIONS and TRACE: their body has no generally defined meaning (RFC 9110 §9.3).
+fn is_meaningless_on(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::DELETE | Method::OPTIONS | Method::TRACE)
 }
 
 fn clean(mut trailers: HeaderMap) -> HeaderMap {
@@ -242,7 +214,19 @@ fn reason(error: &hyper::Error) -> String {
 
 impl From<Kind> for Body {
     fn from(kind: Kind) -> Self {
-        Self { kind, peeked: None, length: None, kept: Vec::new() }
+        Self { kind, peeked: None, length: None }
+    }
+}
+
+impl From<Receiver> for Body {
+    fn from(receiver: Receiver) -> Self {
+        if receiver.has_ended() { Self::empty() } else { Self::from(Kind::Http3(Box::new(receiver))) }
+    }
+}
+
+impl From<UploadBody> for Body {
+    fn from(upload: UploadBody) -> Self {
+        Self::from(Kind::Upload(upload))
     }
 }
 

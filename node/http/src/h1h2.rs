@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, future::Future, time::Duration};
 
+use bytes::Bytes;
 use http::{Request, Response};
 use hyper::service::service_fn;
 use hyper_util::{
@@ -10,7 +11,7 @@ use hyper_util::{
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::{Body, Drain, normal};
+use crate::{Body, BodyError, Drain, normal};
 
 /// How long a request's head may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,15 +43,22 @@ pub struct Limits {
 
 /// Serves one connection until it ends; a drain lets requests under way finish. Errors of the connection are the other
 /// end's affair and only logged.
-pub async fn serve<S, H, F>(stream: S, speaks: Speaks, limits: Limits, drain: Drain, handler: H)
+pub async fn serve<S, H, F, B>(stream: S, speaks: Speaks, limits: Limits, drain: Drain, handler: H)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    H: Fn(Request<Body>) -> F,
-    F: Future<Output = Response<Body>> + Send + 'static,
+    H: Fn(Request<Body>) -> F + Clone + Send + 'static,
+    F: Future<Output = Response<B>> + Send + 'static,
+    B: http_body::Body<Data = Bytes, Error = BodyError> + From<Body> + Send + 'static,
 {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let answer = handler(request.map(Body::from));
-        async move { Ok::<_, Infallible>(answer.await) }
+        let handler = handler.clone();
+        async move {
+            let (head, body) = request.map(Body::from).into_parts();
+            Ok::<_, Infallible>(match body.settle(&head.method, &head.headers).await {
+                Ok(body) => handler(Request::from_parts(head, body)).await,
+                Err(problem) => problem.into_response("starling", false).map(B::from),
+            })
+        }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

@@ -1,8 +1,20 @@
-//! HTTP/3 (RFC 9114) on quinn, both roles, for the mesh and for the public side. See `docs/http3.md` for the requirements of
+//! HTTP/3 (RFC 9114) on quinn, both roles, for the mesh and for the public side. `docs/http3.md` lists the requirements of
 //! the RFC one by one.
+//!
+//! [`codec`] is all that can be said of bytes alone; [`server`] and [`client`] put it on streams.
 
+pub mod client;
 pub mod codec;
+pub mod server;
 
 mod code;
+mod connection;
+mod pump;
+mod stream;
+mod upload;
 
 pub use code::{Code, Fault};
+pub use connection::MAX_SECTION_BYTES;
+pub use stream::Broken;
+
+pub(crate) use self::{stream::Receiver, upload::UploadBody};

@@ -5,20 +5,20 @@
 mod body;
 mod deadline;
 mod drain;
+mod guarded;
 mod problem;
 mod replay;
 mod transport;
 
 pub mod accept;
-pub mod guard;
 pub mod h1h2;
 pub mod h3;
-pub mod h3_server;
 pub mod normal;
 
 pub use body::{Body, BodyError};
 pub use deadline::late;
 pub use drain::Drain;
+pub use guarded::{Guard, Guarded};
 pub use problem::{Problem, ProxyError, is_grpc, pseudonym};
 pub use replay::Source;
 pub use transport::{Datagrams, Transport};

@@ -5,6 +5,6 @@ mod experience;
 mod pick;
 
 pub(crate) use self::{
-    experience::PeerLoad,
+    experience::{PeerLoad, PendingCall},
     pick::{Candidate, pick},
 };

@@ -4,42 +4,63 @@ mod dial;
 mod pool;
 mod silence;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 
-use bytes::Bytes;
-use starling_http::guard;
+use starling_http::h3::client::Client;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::pool::{DialError, Pool};
 
-pub(crate) type SendRequest = h3::client::SendRequest<guard::Opener, Bytes>;
-
-/// A live connection to a peer.
+/// A live connection to a peer. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Connection {
-    pub(crate) send: SendRequest,
-    pub(crate) silent: CancellationToken,
+pub(crate) struct Connection(Arc<State>);
+
+struct State {
+    client: Client,
+    silent: CancellationToken,
     generation: u64,
-    connection: quinn::Connection,
+    /// Woken with each call.
     busy: Arc<Notify>,
-    retired: CancellationToken,
+    retired: AtomicBool,
 }
 
 impl Connection {
+    fn new(client: Client, generation: u64) -> Self {
+        Self(Arc::new(State {
+            client,
+            silent: CancellationToken::new(),
+            generation,
+            busy: Arc::default(),
+            retired: AtomicBool::new(false),
+        }))
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.0.client
+    }
+
     fn is_usable(&self, generation: u64) -> bool {
         // A peer that came back under a new generation may be a new process: calls under way may finish on the old
         // connection, new ones must not be the first to find out that it is gone.
-        self.generation >= generation && !self.retired.is_cancelled() && self.connection.close_reason().is_none()
+        self.0.generation >= generation && !self.0.retired.load(Relaxed) && self.0.client.takes_requests()
     }
 
     /// Takes no more calls; those under way keep it alive.
     pub(crate) fn retire(&self) {
-        self.retired.cancel();
+        self.0.retired.store(true, Relaxed);
     }
 
     /// A call begins: somebody should notice if the peer falls silent.
     pub(crate) fn wake_watch(&self) {
-        self.busy.notify_one();
+        self.0.busy.notify_one();
+    }
+
+    /// Resolves when the peer has fallen silent with calls under way. Cancel safe.
+    pub(crate) async fn silent(&self) {
+        self.0.silent.cancelled().await;
     }
 }

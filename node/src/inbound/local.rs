@@ -9,7 +9,7 @@ use std::{
 use http::{Request, Response, StatusCode, Version};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use starling_http::{Body, Problem, ProxyError};
+use starling_http::{Body, Guard, Guarded, Problem, ProxyError};
 use starling_protocol::Protocol;
 use tokio::net::TcpStream;
 
@@ -51,7 +51,7 @@ impl LocalService {
     }
 
     /// Sends a request whose target is `http://authority/path`.
-    pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Body>, LocalError> {
+    pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Guarded<Place>>, LocalError> {
         match &self.connections {
             Connections::Http1(idle) => self.send_http1(idle, request).await,
             Connections::Http2(shared) => self.send_http2(shared, request).await,
@@ -62,7 +62,7 @@ impl LocalService {
         &self,
         idle: &Arc<Mutex<Vec<http1::SendRequest<Body>>>>,
         request: Request<Body>,
-    ) -> Result<Response<Body>, LocalError> {
+    ) -> Result<Response<Guarded<Place>>, LocalError> {
         let mut request = origin_form(request);
         // A kept connection may be closed by the service at the very moment it is used. Then the request comes back
         // unsent, or is sent again if that is harmless: without a body, and idempotent.
@@ -83,8 +83,8 @@ impl LocalService {
             let copy = (repeatable && !is_fresh).then(|| copy_bodiless(&request));
             match connection.try_send_request(request).await {
                 Ok(response) => {
-                    let giver = GiveBack { connection: Some(connection), idle: idle.clone() };
-                    return Ok(response.map(|body| Body::from(body).keep(giver)));
+                    let place = Place { connection: Some(connection), idle: idle.clone() };
+                    return Ok(response.map(|body| Guarded::new(Body::from(body), place)));
                 }
                 Err(mut failed) => match (failed.take_message(), copy) {
                     (Some(unsent), _) if !is_fresh => request = unsent,
@@ -99,7 +99,7 @@ impl LocalService {
         &self,
         shared: &tokio::sync::Mutex<Option<http2::SendRequest<Body>>>,
         mut request: Request<Body>,
-    ) -> Result<Response<Body>, LocalError> {
+    ) -> Result<Response<Guarded<Place>>, LocalError> {
         *request.version_mut() = Version::HTTP_2;
         let mut connection = {
             // Held across the dial on purpose: whoever comes meanwhile wants this very connection.
@@ -116,7 +116,7 @@ impl LocalService {
                 self.failed(failed.error(), unsent)
             })
         };
-        Ok(sent.await?.map(Body::from))
+        Ok(sent.await?.map(|body| Guarded::from(Body::from(body))))
     }
 
     async fn connect(&self) -> Result<TokioIo<TcpStream>, LocalError> {
@@ -180,14 +180,15 @@ impl LocalService {
     }
 }
 
-/// Gives a connection back when the response has been read, or lets it go with a response that was not.
-struct GiveBack {
+/// A connection that carries an answer. Kept for the next request if the answer ends whole; else it closes, which is how
+/// HTTP/1.1 tells the service that nobody wants the rest.
+pub(crate) struct Place {
     connection: Option<http1::SendRequest<Body>>,
     idle: Arc<Mutex<Vec<http1::SendRequest<Body>>>>,
 }
 
-impl Drop for GiveBack {
-    fn drop(&mut self) {
+impl Guard for Place {
+    fn ended(&mut self) {
         let Some(connection) = self.connection.take().filter(|c| !c.is_closed()) else { return };
         let mut idle = self.idle.lock().unwrap_or_else(|e| e.into_inner());
         if idle.len() < MAX_IDLE {

@@ -78,6 +78,12 @@ impl Code {
     }
 }
 
+impl From<Code> for quinn::VarInt {
+    fn from(code: Code) -> Self {
+        code.var_int()
+    }
+}
+
 impl From<quinn::VarInt> for Code {
     fn from(code: quinn::VarInt) -> Self {
         Self(code.into_inner())

@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use h3::error::Code;
 use starling_gossip::Instance;
-use starling_http::guard;
+use starling_http::h3::{Code, client::Client};
 use starling_protocol::alpn;
-use tokio::sync::{Notify, watch};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::watch;
 
 use super::{
     Connection, DialError,
@@ -48,34 +46,10 @@ async fn connect(pool: &Pool, peer: &Arc<PeerSlot>, instance: &Instance) -> Resu
     let connection = connecting.await.map_err(|e| text(&e))?;
     let found = Peer::of(&connection, &pool.identity).map_err(|e| text(&e))?;
     if found.id != instance.node {
-        connection.close((Code::H3_NO_ERROR.value() as u32).into(), b"");
+        connection.close(Code::H3_NO_ERROR.into(), b"");
         return Err(format!("{} answers at its address", found.name));
     }
-    let (mut driver, send) = h3::client::builder()
-        .send_grease(false)
-        .max_field_section_size(guard::MAX_FRAME_BYTES)
-        .build(guard::Connection::new(connection.clone()))
-        .await
-        .map_err(|e| text(&e))?;
-    let made = Connection {
-        send,
-        silent: CancellationToken::new(),
-        generation: instance.generation,
-        connection: connection.clone(),
-        busy: Arc::new(Notify::new()),
-        retired: CancellationToken::new(),
-    };
-    let retired = made.retired.clone();
-    tokio::spawn(async move {
-        std::future::poll_fn(|cx| driver.poll_close(cx)).await;
-        retired.cancel();
-    });
-    tokio::spawn(watch_for_silence(
-        connection,
-        peer.load.clone(),
-        made.busy.clone(),
-        made.silent.clone(),
-        made.retired.clone(),
-    ));
+    let made = Connection::new(Client::start(connection), instance.generation);
+    tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.load.clone()));
     Ok(made)
 }

@@ -1,13 +1,11 @@
 //! A peer that answers no more.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Weak, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
-
+use super::State;
 use crate::call::choose::PeerLoad;
 
 /// How often a connection with calls in flight is looked at.
@@ -20,13 +18,11 @@ const UNANSWERED: u64 = 3;
 
 /// Notices within a few hundred milliseconds that a peer has died or hangs, long before gossip can say so: calls that may
 /// be repeated then go elsewhere.
-pub(super) async fn watch_for_silence(
-    connection: quinn::Connection,
-    load: Arc<PeerLoad>,
-    busy: Arc<Notify>,
-    silent: CancellationToken,
-    retired: CancellationToken,
-) {
+pub(super) async fn watch_for_silence(of: Weak<State>, load: Arc<PeerLoad>) {
+    let Some((connection, busy)) = of.upgrade().map(|state| (state.client.connection().clone(), state.busy.clone()))
+    else {
+        return;
+    };
     loop {
         tokio::select! {
             () = busy.notified() => {}
@@ -48,8 +44,10 @@ pub(super) async fn watch_for_silence(
                 if quiet > SILENCE.max(connection.rtt() * 3) && sent >= sent_then + UNANSWERED {
                     tracing::debug!(peer = %connection.remote_address(), ?quiet, "peer is silent");
                     load.unreachable();
-                    retired.cancel();
-                    silent.cancel();
+                    if let Some(state) = of.upgrade() {
+                        state.retired.store(true, Relaxed);
+                        state.silent.cancel();
+                    }
                     return;
                 }
             }

@@ -1,0 +1,104 @@
+//! A body, and what is kept for as long as it moves.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+
+use crate::{Body, BodyError};
+
+/// What a body keeps alive: a count, a connection, an entry of a log. Dropped when the body has ended or is dropped itself.
+pub trait Guard: Send + Unpin + 'static {
+    /// The body has ended whole. Not called when it broke off or was dropped before its end.
+    fn ended(&mut self) {}
+}
+
+impl Guard for () {}
+
+impl<G: Guard> Guard for Option<G> {
+    fn ended(&mut self) {
+        if let Some(guard) = self {
+            guard.ended();
+        }
+    }
+}
+
+/// A body with its guard.
+#[derive(Debug)]
+pub struct Guarded<G: Guard> {
+    body: Body,
+    guard: Option<G>,
+}
+
+impl<G: Guard> Guarded<G> {
+    /// Keeps `guard` until the body has ended or is dropped.
+    pub fn new(body: Body, guard: G) -> Self {
+        Self { body, guard: Some(guard) }
+    }
+
+    /// Takes body and guard apart; the guard is `None` if there was none, or the body has ended.
+    pub fn into_parts(mut self) -> (Body, Option<G>) {
+        (std::mem::replace(&mut self.body, Body::empty()), self.guard.take())
+    }
+
+    /// Exchanges the guard for one that keeps the former one, too.
+    pub fn map_guard<T: Guard>(self, change: impl FnOnce(Option<G>) -> T) -> Guarded<T> {
+        let (body, guard) = self.into_parts();
+        Guarded::new(body, change(guard))
+    }
+
+    /// Holds the body to a length, as [`Body::with_length`] does.
+    pub fn with_length(mut self, promised: Option<u64>) -> Self {
+        let body = std::mem::replace(&mut self.body, Body::empty());
+        self.body = body.with_length(promised);
+        self
+    }
+}
+
+/// A body that keeps nothing.
+impl<G: Guard> From<Body> for Guarded<G> {
+    fn from(body: Body) -> Self {
+        Self { body, guard: None }
+    }
+}
+
+impl<G: Guard> http_body::Body for Guarded<G> {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        match &frame {
+            Some(Ok(_)) => {}
+            Some(Err(_)) => self.guard = None,
+            None => {
+                if let Some(mut guard) = self.guard.take() {
+                    guard.ended();
+                }
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl<G: Guard> Drop for Guarded<G> {
+    fn drop(&mut self) {
+        // Whoever knows the length need not ask for the end.
+        if let Some(guard) = &mut self.guard
+            && self.body.is_end_stream()
+        {
+            guard.ended();
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Sends requests over an established QUIC connection.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, Method, response};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    Broken, Code, Fault,
+    codec::{
+        control::Role,
+        head::{self, Checked},
+        message::Event,
+    },
+    connection::{Connection, MAX_SECTION_BYTES},
+    pump::{Cut, pump},
+    stream::{Receiver, Sender},
+};
+use crate::Body;
+
+/// Interim answers that are passed over before the final one is waited for no longer.
+const MAX_INTERIM: usize = 32;
+
+/// One connection to a server, for requests. Cheap to clone; the connection closes with the last clone.
+#[derive(Clone)]
+pub struct Client(Arc<Closing>);
+
+struct Closing(Arc<Connection>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.quinn().close(Code::H3_NO_ERROR.var_int(), b"");
+    }
+}
+
+/// The head of a request over https.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// Method; CONNECT is not sent.
+    pub method: &'a Method,
+    /// Authority.
+    pub authority: &'a str,
+    /// Path and query.
+    pub path: &'a str,
+    /// Fields, normalised.
+    pub fields: &'a HeaderMap,
+}
+
+/// The answer, as far as it has come.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its head.
+    pub head: response::Parts,
+    /// Its body; dropping it before the end tells the server so.
+    pub body: Body,
+    /// The rest of the upload, if the answer came before its end. Dropping it resets the upload.
+    pub upload: Option<AbortOnDropHandle<()>>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The connection was gone before the request could be sent.
+    #[error("{0}")]
+    NotSent(String),
+    /// The server does not take so large a head. Nothing was sent.
+    #[error("the header fields are larger than the server takes")]
+    TooLarge,
+    /// The request's own body broke off.
+    #[error("the request's body broke off")]
+    Body,
+    /// No answer came.
+    #[error(transparent)]
+    Broken(#[from] Broken),
+}
+
+impl Client {
+    /// Begins to speak HTTP/3 over a connection.
+    pub fn start(connection: quinn::Connection) -> Self {
+        Self(Arc::new(Closing(Connection::start(connection, Role::Client))))
+    }
+
+    /// The connection.
+    pub fn connection(&self) -> &quinn::Connection {
+        self.0.0.quinn()
+    }
+
+    /// Whether the server neither goes away nor is gone.
+    pub fn takes_requests(&self) -> bool {
+        self.0.0.takes_requests()
+    }
+
+    /// Sends a request and waits for the head of the final answer. Interim ones are passed over. Dropping the future cancels
+    /// the request at the server.
+    pub async fn send(&self, head: Head<'_>, body: Option<Body>) -> Result<Answer, RequestError> {
+        let connection = &self.0.0;
+        let (send, receive) =
+            connection.quinn().open_bi().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
+        let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);
+        let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
+        sender.request(head.method, head.authority, head.path, head.fields).map_err(|_| RequestError::TooLarge)?;
+
+        let Some(body) = body else {
+            sender.flush().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
+            sender.finish();
+            let head = receive_head(&mut receiver, head.method).await?;
+            return Ok(Answer { head, body: Body::from(receiver), upload: None });
+        };
+        let mut upload = Box::pin(async move {
+            let stopped = sender.stopped();
+            pump(&mut sender, body, stopped).await
+        });
+        let mut uploading = true;
+        let answer_head = {
+            let mut answered = std::pin::pin!(receive_head(&mut receiver, head.method));
+            loop {
+                tokio::select! {
+                    biased;
+                    head = &mut answered => break head?,
+                    sent = &mut upload, if uploading => match sent {
+                        Err(Cut::Body(_)) => return Err(RequestError::Body),
+                        // What the server makes of it, its answer tells.
+                        Ok(()) | Err(Cut::Unwanted(_) | Cut::TrailersTooLarge) => uploading = false,
+                    },
+                }
+            }
+        };
+        let upload = uploading.then(|| AbortOnDropHandle::new(tokio::spawn(async move { drop(upload.await) })));
+        Ok(Answer { head: answer_head, body: Body::from(receiver), upload })
+    }
+}
+
+async fn receive_head(receiver: &mut Receiver, method: &Method) -> Result<response::Parts, Broken> {
+    for _ in 0..=MAX_INTERIM {
+        let Some(Event::Head(section)) = receiver.event().await? else {
+            return Err(receiver.break_off(Fault::malformed("an answer without a head")));
+        };
+        let Checked { head, length } = match head::decode_response(&section, MAX_SECTION_BYTES) {
+            Ok(checked) => checked,
+            Err(fault) => return Err(receiver.break_off(fault)),
+        };
+        if head.status.is_informational() {
+            receiver.expect_another_head();
+            continue;
+        }
+        // These have no content, whatever length they tell (RFC 9110 §6.4.1).
+        let bodiless = *method == Method::HEAD || matches!(head.status.as_u16(), 204 | 304);
+        receiver.promise(if bodiless { Some(0) } else { length });
+        // Often the whole answer is there already.
+        receiver.look_ahead().await?;
+        return Ok(head);
+    }
+    Err(receiver.break_off(Fault::Stream(Code::H3_EXCESSIVE_LOAD, "too many interim answers")))
+}

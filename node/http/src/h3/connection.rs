@@ -1,0 +1,202 @@
+//! What a connection is beside its requests: the control stream of each end, QPACK's streams, settings, and going away.
+
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::sync::Mutex;
+
+use super::{
+    Code, Fault,
+    codec::{
+        control::{Control, Event, Role},
+        frame,
+        instructions::{DecoderStream, check_encoder},
+        settings::Settings,
+        varint,
+    },
+};
+
+/// Largest field section that we take, in bytes as RFC 9114 §4.2.2 counts them.
+pub const MAX_SECTION_BYTES: u64 = 64 << 10;
+
+/// Types of unidirectional streams (RFC 9114 §6.2, RFC 9204 §4.2).
+const CONTROL: u64 = 0x00;
+const PUSH: u64 = 0x01;
+const ENCODER: u64 = 0x02;
+const DECODER: u64 = 0x03;
+
+/// No GOAWAY came.
+const STAYS: u64 = u64::MAX;
+
+/// One HTTP/3 connection, shared by its streams.
+pub(crate) struct Connection {
+    quinn: quinn::Connection,
+    role: Role,
+    peer: OnceLock<Settings>,
+    /// From which stream id on the peer takes nothing.
+    goaway: AtomicU64,
+    ended: AtomicBool,
+    /// Which of the streams that there may be only one of have come: a bit for each type.
+    seen: AtomicU8,
+    /// Our control stream. It stays open as long as the connection: to close it would be an error.
+    control: Mutex<Option<quinn::SendStream>>,
+}
+
+impl Connection {
+    /// Begins to speak HTTP/3 over an established connection: says our settings, and listens to what concerns all streams.
+    pub(crate) fn start(quinn: quinn::Connection, role: Role) -> Arc<Self> {
+        let connection = Arc::new(Self {
+            quinn,
+            role,
+            peer: OnceLock::new(),
+            goaway: AtomicU64::new(STAYS),
+            ended: AtomicBool::new(false),
+            seen: AtomicU8::new(0),
+            control: Mutex::new(None),
+        });
+        tokio::spawn(connection.clone().drive());
+        connection
+    }
+
+    pub(crate) fn quinn(&self) -> &quinn::Connection {
+        &self.quinn
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Largest field section that the peer takes, as far as it has said so.
+    pub(crate) fn peer_max_section_bytes(&self) -> u64 {
+        self.peer.get().and_then(|settings| settings.max_field_section_bytes).unwrap_or(u64::MAX)
+    }
+
+    /// Whether the peer neither goes away nor is gone.
+    pub(crate) fn takes_requests(&self) -> bool {
+        self.goaway.load(Relaxed) == STAYS && !self.ended.load(Relaxed)
+    }
+
+    /// The peer broke the protocol: closes everything.
+    pub(crate) fn fail(&self, code: Code, reason: &str) {
+        tracing::debug!(peer = %self.quinn.remote_address(), %code, reason, "closing an HTTP/3 connection");
+        self.quinn.close(code.var_int(), reason.as_bytes());
+    }
+
+    /// Says that nothing from this stream id on will be processed (RFC 9114 §5.2). `false` if the connection is gone.
+    pub(crate) async fn go_away(&self, from: u64) -> bool {
+        let mut out = BytesMut::new();
+        let mut id = BytesMut::new();
+        varint::encode(from, &mut id);
+        varint::encode(frame::GOAWAY, &mut out);
+        varint::encode(id.len() as u64, &mut out);
+        out.extend_from_slice(&id);
+        match &mut *self.control.lock().await {
+            Some(control) => control.write_all(&out).await.is_ok(),
+            None => false,
+        }
+    }
+
+    async fn drive(self: Arc<Self>) {
+        let peers_streams = async {
+            while let Ok(stream) = self.quinn.accept_uni().await {
+                tokio::spawn(self.clone().listen(stream));
+            }
+        };
+        tokio::join!(self.announce(), peers_streams);
+        self.ended.store(true, Relaxed);
+    }
+
+    /// Opens our control stream. QPACK's are never opened: with a table of size 0 there is nothing to say on them
+    /// (RFC 9204 §4.2).
+    async fn announce(&self) {
+        let settings = Settings { max_field_section_bytes: Some(MAX_SECTION_BYTES), ..Settings::default() };
+        let mut out = BytesMut::new();
+        varint::encode(CONTROL, &mut out);
+        settings.encode(&mut out);
+        let Ok(mut control) = self.quinn.open_uni().await else { return };
+        if control.write_all(&out).await.is_err() {
+            return;
+        }
+        let stopped = control.stopped();
+        *self.control.lock().await = Some(control);
+        if let Ok(Some(_)) = stopped.await {
+            self.fail(Code::H3_CLOSED_CRITICAL_STREAM, "our control stream was stopped");
+        }
+    }
+
+    async fn listen(self: Arc<Self>, mut stream: quinn::RecvStream) {
+        let mut read = BytesMut::new();
+        let kind = loop {
+            if let Some((kind, length)) = varint::decode(&read) {
+                read.advance(length);
+                break kind;
+            }
+            // A stream that ends before its type is known is nobody's (RFC 9114 §6.2).
+            let Ok(Some(chunk)) = stream.read_chunk(usize::MAX, true).await else { return };
+            read.extend_from_slice(&chunk.bytes);
+        };
+        let outcome = match kind {
+            PUSH if self.role == Role::Server => wrong(Code::H3_STREAM_CREATION_ERROR, "a push stream from a client"),
+            PUSH => wrong(Code::H3_ID_ERROR, "a push stream, where no push is allowed"),
+            CONTROL | ENCODER | DECODER if self.seen.fetch_or(1 << kind, Relaxed) & 1 << kind != 0 => {
+                wrong(Code::H3_STREAM_CREATION_ERROR, "a second stream of a type that there is once")
+            }
+            CONTROL => {
+                let mut control = Control::new(self.role);
+                self.follow(stream, read, |mut bytes| {
+                    while let Some(event) = control.next(&mut bytes)? {
+                        self.take(event);
+                    }
+                    Ok(())
+                })
+                .await
+            }
+            ENCODER => self.follow(stream, read, |bytes| check_encoder(&bytes)).await,
+            DECODER => {
+                let mut decoder = DecoderStream::default();
+                self.follow(stream, read, |bytes| decoder.check(&bytes)).await
+            }
+            _ => {
+                let _ = stream.stop(Code::H3_STREAM_CREATION_ERROR.var_int());
+                Ok(())
+            }
+        };
+        if let Err(fault) = outcome {
+            self.fail(fault.code(), fault.reason());
+        }
+    }
+
+    /// Reads a stream that must not end before the connection.
+    async fn follow(
+        &self,
+        mut stream: quinn::RecvStream,
+        first: BytesMut,
+        mut check: impl FnMut(Bytes) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        check(first.freeze())?;
+        loop {
+            match stream.read_chunk(usize::MAX, true).await {
+                Ok(Some(chunk)) => check(chunk.bytes)?,
+                Err(quinn::ReadError::ConnectionLost(_)) => return Ok(()),
+                Ok(None) | Err(_) => return wrong(Code::H3_CLOSED_CRITICAL_STREAM, "a critical stream was closed"),
+            }
+        }
+    }
+
+    fn take(&self, event: Event) {
+        match event {
+            // Settings come once; the control stream's reader sees to it.
+            Event::Settings(settings) => drop(self.peer.set(settings)),
+            // Towards a server it names pushes, of which there are none.
+            Event::GoAway(from) if self.role == Role::Client => self.goaway.store(from, Relaxed),
+            Event::GoAway(_) => {}
+        }
+    }
+}
+
+fn wrong(code: Code, reason: &'static str) -> Result<(), Fault> {
+    Err(Fault::Connection(code, reason))
+}

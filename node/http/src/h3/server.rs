@@ -1,0 +1,321 @@
+//! Answers requests on an established QUIC connection: the mesh's calls and the public side's requests alike.
+
+use std::{
+    future::Future,
+    pin::pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, request};
+use tokio_util::task::TaskTracker;
+
+use super::{
+    Broken, Code, Fault,
+    codec::{
+        control::Role,
+        head::{self, Checked, Limits},
+        message::Event,
+        varint,
+    },
+    connection::{Connection, MAX_SECTION_BYTES},
+    pump::{Cut, pump},
+    stream::{Receiver, Sender},
+    upload::Upload,
+};
+use crate::{Body, BodyError, Drain, Problem, ProxyError};
+
+/// How long a request's head may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// After the first GOAWAY, how long requests that were on their way are still taken.
+const GOAWAY_GRACE: Duration = Duration::from_millis(100);
+/// The first GOAWAY names no request at all, because RFC 9114 §5.2 lets a client take anything from the named id on for
+/// unprocessed; the second one names the real bound.
+const GOAWAY_ALL: u64 = varint::MAX - 3;
+/// Requests that a client may give up before they are answered, at once and each second, before its next ones have to wait.
+const CANCELLED_AT_ONCE: f64 = 32.0;
+const CANCELLED_PER_SECOND: f64 = 16.0;
+/// How long each request of such a client waits, to see whether it is given up, too.
+const HOLD: Duration = Duration::from_millis(20);
+
+/// Serves requests until the peer closes or the node drains. Requests run side by side; one that fails resets its own stream
+/// and nothing else. Dropping an answer's body before its end resets the stream.
+pub async fn serve<H, F, B>(connection: quinn::Connection, drain: Drain, handler: H)
+where
+    H: Fn(Request<Body>) -> F + Clone + Send + 'static,
+    F: Future<Output = Response<B>> + Send + 'static,
+    B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin + Send + 'static,
+{
+    let server = Server {
+        connection: Connection::start(connection.clone(), Role::Server),
+        handler,
+        requests: TaskTracker::new(),
+        patience: Arc::default(),
+    };
+    // From which stream id on requests are refused.
+    let mut bound = 0;
+    loop {
+        tokio::select! {
+            accepted = connection.accept_bi() => match accepted {
+                Ok((send, receive)) => bound = server.take(send, receive),
+                Err(_) => return,
+            },
+            () = drain.draining() => break,
+        }
+    }
+    server.go_away(&connection, bound, &drain).await;
+}
+
+struct Server<H> {
+    connection: Arc<Connection>,
+    handler: H,
+    requests: TaskTracker,
+    patience: Arc<Patience>,
+}
+
+impl<H, F, B> Server<H>
+where
+    H: Fn(Request<Body>) -> F + Clone + Send + 'static,
+    F: Future<Output = Response<B>> + Send + 'static,
+    B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin + Send + 'static,
+{
+    /// Answers a request on a task of its own; returns the first stream id that is not taken yet.
+    fn take(&self, send: quinn::SendStream, receive: quinn::RecvStream) -> u64 {
+        let next = quinn::VarInt::from(send.id()).into_inner() + 4;
+        let exchange = Exchange {
+            sender: Sender::new(send, self.connection.clone(), Code::H3_INTERNAL_ERROR),
+            receiver: Receiver::new(receive, self.connection.clone(), Code::H3_NO_ERROR),
+            patience: self.patience.clone(),
+        };
+        self.requests.spawn(exchange.run(self.handler.clone()));
+        next
+    }
+
+    /// Two-step GOAWAY, then waits for what was taken.
+    async fn go_away(self, connection: &quinn::Connection, mut bound: u64, drain: &Drain) {
+        self.connection.go_away(GOAWAY_ALL).await;
+        let grace = tokio::time::sleep(GOAWAY_GRACE.max(connection.rtt() * 2));
+        tokio::pin!(grace);
+        loop {
+            tokio::select! {
+                accepted = connection.accept_bi() => match accepted {
+                    Ok((send, receive)) => bound = self.take(send, receive),
+                    Err(_) => break,
+                },
+                () = &mut grace => break,
+            }
+        }
+        self.connection.go_away(bound).await;
+        self.requests.close();
+        let finished = async {
+            loop {
+                tokio::select! {
+                    () = self.requests.wait() => return,
+                    accepted = connection.accept_bi() => match accepted {
+                        // Nothing was done: the client may send it to somebody else (RFC 9114 §4.1.1).
+                        Ok((mut send, mut receive)) => {
+                            let _ = send.reset(Code::H3_REQUEST_REJECTED.var_int());
+                            let _ = receive.stop(Code::H3_REQUEST_REJECTED.var_int());
+                        }
+                        Err(_) => return self.requests.wait().await,
+                    },
+                }
+            }
+        };
+        tokio::select! {
+            () = finished => {
+                // The last bytes are written, not yet received: give them a moment before the connection goes.
+                tokio::time::sleep(connection.rtt() * 2).await;
+            }
+            () = drain.closing() => {}
+        }
+        connection.close(Code::H3_NO_ERROR.var_int(), b"");
+    }
+}
+
+/// One request and its answer.
+struct Exchange {
+    sender: Sender,
+    receiver: Receiver,
+    patience: Arc<Patience>,
+}
+
+impl Exchange {
+    async fn run<H, F, B>(self, handler: H)
+    where
+        H: Fn(Request<Body>) -> F,
+        F: Future<Output = Response<B>>,
+        B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
+    {
+        let Self { mut sender, mut receiver, patience } = self;
+        let head = match tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut receiver)).await {
+            Ok(Ok(head)) => head,
+            Ok(Err(Broken::Fault(Fault::TooLarge))) => {
+                let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+                let detail = "the header fields are too large";
+                return send_problem(sender, Problem::proxy(status, ProxyError::HttpRequestError, detail)).await;
+            }
+            Ok(Err(broken)) => {
+                patience.cancelled();
+                return sender.reset(broken.answer());
+            }
+            Err(_) => return sender.reset(Code::H3_REQUEST_INCOMPLETE),
+        };
+        // Mostly the end comes along with the head; then there is no body, and nothing to watch but the answer.
+        let (upload, body) = if receiver.has_ended() {
+            (None, Body::empty())
+        } else {
+            let (upload, body) = Upload::divide(receiver);
+            (Some(upload), Body::from(body))
+        };
+        let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
+        let worn_out = &patience;
+        let answered = async move {
+            let body = body.settle(&head.method, &head.headers).await?;
+            if worn_out.is_worn_out() {
+                tokio::time::sleep(HOLD).await;
+            }
+            let method = head.method.clone();
+            Ok((method, handler(Request::from_parts(head, body)).await))
+        };
+        let answered: Result<_, Problem> = tokio::select! {
+            biased;
+            code = &mut unwanted => {
+                patience.cancelled();
+                return sender.reset(code);
+            }
+            answered = answered => answered,
+        };
+        let (method, response) = match answered {
+            Ok(answered) => answered,
+            Err(problem) => return send_problem(sender, problem).await,
+        };
+        let (head, body) = response.into_parts();
+        if sender.response(head.status, &head.headers).is_err() {
+            let detail = "the head of the answer is larger than the client takes";
+            return send_problem(
+                sender,
+                Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail),
+            )
+            .await;
+        }
+        if let Some(upload) = &upload {
+            upload.release();
+        }
+        let unwanted = async { Some(unwanted.await) };
+        // An answer to HEAD has no content, whoever made it (RFC 9110 §9.3.2).
+        let sent = if method == Method::HEAD {
+            pump(&mut sender, Body::empty(), unwanted).await
+        } else {
+            pump(&mut sender, body, unwanted).await
+        };
+        match sent {
+            Ok(()) => {}
+            Err(Cut::Unwanted(code)) => sender.reset(code.unwrap_or(Code::H3_REQUEST_CANCELLED)),
+            Err(Cut::Body(error)) => {
+                tracing::debug!(%error, "an answer broke off");
+                sender.reset(Code::H3_INTERNAL_ERROR);
+            }
+            Err(Cut::TrailersTooLarge) => sender.reset(Code::H3_INTERNAL_ERROR),
+        }
+    }
+}
+
+/// Reads and checks the head, and looks whether the request ends with it.
+async fn read_head(receiver: &mut Receiver) -> Result<request::Parts, Broken> {
+    const LIMITS: Limits = Limits { max_section_bytes: MAX_SECTION_BYTES, extended_connect: false };
+    let Some(Event::Head(section)) = receiver.event().await? else {
+        return Err(receiver.break_off(Fault::Stream(Code::H3_REQUEST_INCOMPLETE, "a request without a head")));
+    };
+    match head::decode_request(&section, LIMITS) {
+        Ok(Checked { head, length }) => {
+            receiver.promise(length);
+            receiver.look_ahead().await?;
+            Ok(head)
+        }
+        Err(fault) => Err(receiver.break_off(fault)),
+    }
+}
+
+/// Resolves when the caller wants no answer any more, with the code to reset it with: it stopped the answer, gave its upload
+/// up, or is gone.
+async fn unwanted(stopped: impl Future<Output = Option<Code>>, upload: Option<&Upload>) -> Code {
+    match upload {
+        None => drop(stopped.await),
+        Some(upload) => tokio::select! {
+            _ = stopped => {}
+            code = upload.broken() => return code,
+        },
+    }
+    Code::H3_REQUEST_CANCELLED
+}
+
+async fn send_problem(mut sender: Sender, problem: Problem) {
+    let (head, body) = problem.into_response("starling", false).into_parts();
+    let stopped = sender.stopped();
+    if sender.response(head.status, &head.headers).is_ok() && pump(&mut sender, body, stopped).await.is_ok() {
+        return;
+    }
+    sender.reset(Code::H3_INTERNAL_ERROR);
+}
+
+/// How much a client may give up: whoever opens requests only to reset them (CVE-2023-44487) makes its own next ones wait for
+/// a moment, in which they are given up before they cost the service anything.
+#[derive(Debug)]
+struct Patience {
+    credit: Mutex<(f64, Instant)>,
+    worn_out: AtomicBool,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { credit: Mutex::new((CANCELLED_AT_ONCE, Instant::now())), worn_out: AtomicBool::new(false) }
+    }
+}
+
+impl Patience {
+    fn cancelled(&self) {
+        let left = self.earn(1.0);
+        self.worn_out.store(left < 1.0, Relaxed);
+    }
+
+    fn is_worn_out(&self) -> bool {
+        if !self.worn_out.load(Relaxed) {
+            return false;
+        }
+        let worn_out = self.earn(0.0) < 1.0;
+        self.worn_out.store(worn_out, Relaxed);
+        worn_out
+    }
+
+    /// What is left, with what time has brought and without `spent`.
+    fn earn(&self, spent: f64) -> f64 {
+        let mut credit = self.credit.lock().unwrap_or_else(|e| e.into_inner());
+        let earned = credit.1.elapsed().as_secs_f64() * CANCELLED_PER_SECOND;
+        *credit = ((credit.0 + earned - spent).clamp(0.0, CANCELLED_AT_ONCE), Instant::now());
+        credit.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_wears_out_and_comes_back() {
+        let patience = Patience::default();
+        for _ in 0..CANCELLED_AT_ONCE as usize - 1 {
+            patience.cancelled();
+        }
+        assert!(!patience.is_worn_out());
+        patience.cancelled();
+        patience.cancelled();
+        assert!(patience.is_worn_out());
+        patience.credit.lock().unwrap().1 -= Duration::from_secs(1);
+        assert!(!patience.is_worn_out());
+    }
+}

@@ -1,0 +1,352 @@
+//! The two halves of a request's stream, over quinn.
+
+use std::{
+    future::Future,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Method, StatusCode};
+use http_body::Frame;
+
+use super::{
+    Code, Fault,
+    codec::{
+        frame,
+        head::{self, TooLarge},
+        message::{Event, Message},
+        varint,
+    },
+    connection::{Connection, MAX_SECTION_BYTES},
+};
+use crate::BodyError;
+
+/// Payloads up to this size are copied behind their frame's header: one buffer is cheaper than two.
+const COPY_BYTES: usize = 1024;
+/// Buffers that are handed to QUIC at a time.
+const MAX_CHUNKS: usize = 8;
+/// What is gathered before it is handed over, in bytes.
+const MAX_GATHERED: usize = 128 << 10;
+
+/// The sending half: what is queued leaves in as few writes as possible. Reset on drop unless it was finished, so that a part
+/// of a message never looks like a whole one.
+pub(crate) struct Sender {
+    stream: quinn::SendStream,
+    connection: Arc<Connection>,
+    /// Frames, and the headers of those whose payload is in `chunks`.
+    queued: BytesMut,
+    chunks: [Bytes; MAX_CHUNKS],
+    filled: usize,
+    gathered: usize,
+    on_drop: Code,
+    open: bool,
+}
+
+impl Sender {
+    pub(crate) fn new(stream: quinn::SendStream, connection: Arc<Connection>, on_drop: Code) -> Self {
+        Self {
+            stream,
+            connection,
+            queued: BytesMut::new(),
+            chunks: [const { Bytes::new() }; MAX_CHUNKS],
+            filled: 0,
+            gathered: 0,
+            on_drop,
+            open: true,
+        }
+    }
+
+    /// Queues the head of a request.
+    pub(crate) fn request(
+        &mut self,
+        method: &Method,
+        authority: &str,
+        path: &str,
+        fields: &HeaderMap,
+    ) -> Result<(), TooLarge> {
+        self.queued.reserve(512);
+        let limit = self.connection.peer_max_section_bytes();
+        head::encode_request(method, authority, path, fields, limit, &mut self.queued)
+    }
+
+    /// Queues the head of a response.
+    pub(crate) fn response(&mut self, status: StatusCode, fields: &HeaderMap) -> Result<(), TooLarge> {
+        self.queued.reserve(512);
+        head::encode_response(status, fields, self.connection.peer_max_section_bytes(), &mut self.queued)
+    }
+
+    /// Queues trailers.
+    pub(crate) fn trailers(&mut self, fields: &HeaderMap) -> Result<(), TooLarge> {
+        head::encode_trailers(fields, self.connection.peer_max_section_bytes(), &mut self.queued)
+    }
+
+    /// Queues part of the body.
+    pub(crate) fn data(&mut self, data: Bytes) {
+        if data.is_empty() {
+            return;
+        }
+        varint::encode(frame::DATA, &mut self.queued);
+        varint::encode(data.len() as u64, &mut self.queued);
+        if data.len() <= COPY_BYTES {
+            return self.queued.extend_from_slice(&data);
+        }
+        self.put_queued();
+        self.put(data);
+    }
+
+    pub(crate) fn has_queued(&self) -> bool {
+        self.filled > 0 || !self.queued.is_empty()
+    }
+
+    /// Whether enough is queued to be written.
+    pub(crate) fn is_full(&self) -> bool {
+        // A payload takes two places, and what is queued behind it one.
+        self.filled + 3 > MAX_CHUNKS || self.gathered + self.queued.len() >= MAX_GATHERED
+    }
+
+    /// Writes what is queued, as far as the peer lets. If dropped half way, only a reset makes sense, which the drop of the
+    /// sender does.
+    pub(crate) async fn flush(&mut self) -> Result<(), quinn::WriteError> {
+        self.put_queued();
+        let filled = std::mem::take(&mut self.filled);
+        self.gathered = 0;
+        match &mut self.chunks[..filled] {
+            [] => Ok(()),
+            [one] => self.stream.write_chunk(std::mem::take(one)).await,
+            more => self.stream.write_all_chunks(more).await,
+        }
+    }
+
+    /// Ends the stream: everything that was to be sent has been written.
+    pub(crate) fn finish(&mut self) {
+        self.open = false;
+        let _ = self.stream.finish();
+    }
+
+    /// Breaks the stream off.
+    pub(crate) fn reset(&mut self, code: Code) {
+        self.open = false;
+        let _ = self.stream.reset(code.var_int());
+    }
+
+    /// Resolves when the peer wants no more of this stream, with its code, or when the connection is gone.
+    pub(crate) fn stopped(&self) -> impl Future<Output = Option<Code>> + Send + use<> {
+        let stopped = self.stream.stopped();
+        async move { stopped.await.ok().flatten().map(Code::from) }
+    }
+
+    fn put_queued(&mut self) {
+        if !self.queued.is_empty() {
+            let queued = self.queued.split().freeze();
+            self.put(queued);
+        }
+    }
+
+    fn put(&mut self, bytes: Bytes) {
+        self.gathered += bytes.len();
+        self.chunks[self.filled] = bytes;
+        self.filled += 1;
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        if self.open {
+            let _ = self.stream.reset(self.on_drop.var_int());
+        }
+    }
+}
+
+/// Why no more comes.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Broken {
+    /// The peer did not keep to the protocol.
+    #[error("{0}")]
+    Fault(Fault),
+    /// The peer gave the stream up.
+    #[error("the stream was reset ({0})")]
+    Reset(Code),
+    /// The connection is gone.
+    #[error("{0}")]
+    Lost(String),
+}
+
+impl Broken {
+    /// What the other half of the stream is to be reset with.
+    pub(crate) fn answer(&self) -> Code {
+        match self {
+            Self::Fault(fault) => fault.code(),
+            Self::Reset(_) | Self::Lost(_) => Code::H3_REQUEST_CANCELLED,
+        }
+    }
+}
+
+impl From<Broken> for BodyError {
+    fn from(broken: Broken) -> Self {
+        Self::Broken(broken.to_string())
+    }
+}
+
+/// What Content-Length promised, and what came.
+struct Length {
+    promised: u64,
+    seen: u64,
+}
+
+/// The receiving half. Dropped before the end, it tells the peer that the rest is not wanted.
+pub(crate) struct Receiver {
+    stream: quinn::RecvStream,
+    connection: Arc<Connection>,
+    message: Message,
+    input: Bytes,
+    /// What [`Receiver::look_ahead`] found.
+    ahead: Option<Event>,
+    length: Option<Length>,
+    on_drop: Code,
+    ended: bool,
+}
+
+impl Receiver {
+    pub(crate) fn new(stream: quinn::RecvStream, connection: Arc<Connection>, on_drop: Code) -> Self {
+        let message = Message::new(connection.role(), MAX_SECTION_BYTES);
+        Self { stream, connection, message, input: Bytes::new(), ahead: None, length: None, on_drop, ended: false }
+    }
+
+    /// Holds the body to a length (RFC 9114 §4.1.2).
+    pub(crate) fn promise(&mut self, length: Option<u64>) {
+        self.length = length.map(|promised| Length { promised, seen: 0 });
+    }
+
+    /// The head that came was an interim one.
+    pub(crate) fn expect_another_head(&mut self) {
+        self.message.expect_another_head();
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Looks, without waiting, what comes next: an end that is there already shows in [`Receiver::has_ended`].
+    pub(crate) async fn look_ahead(&mut self) -> Result<(), Broken> {
+        let found = std::future::poll_fn(|cx| Poll::Ready(self.poll_event(cx))).await;
+        if let Poll::Ready(event) = found {
+            self.ahead = event?;
+        }
+        Ok(())
+    }
+
+    /// The next part of the message; `None` at its end. Cancel safe.
+    pub(crate) async fn event(&mut self) -> Result<Option<Event>, Broken> {
+        std::future::poll_fn(|cx| self.poll_event(cx)).await
+    }
+
+    /// The same, to be polled.
+    pub(crate) fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Event>, Broken>> {
+        if let Some(event) = self.ahead.take() {
+            return Poll::Ready(Ok(Some(event)));
+        }
+        if self.ended {
+            return Poll::Ready(Ok(None));
+        }
+        loop {
+            match self.message.next(&mut self.input) {
+                Ok(Some(event)) => {
+                    return Poll::Ready(match (&event, &mut self.length) {
+                        (Event::Data(data), Some(length)) => {
+                            length.seen += data.len() as u64;
+                            if length.seen > length.promised {
+                                Err(self.break_off(Fault::malformed("more data than Content-Length says")))
+                            } else {
+                                Ok(Some(event))
+                            }
+                        }
+                        _ => Ok(Some(event)),
+                    });
+                }
+                Ok(None) => {}
+                Err(fault) => return Poll::Ready(Err(self.break_off(fault))),
+            }
+            match ready!(self.poll_chunk(usize::MAX, cx)) {
+                Ok(Some(bytes)) => self.input = bytes,
+                Ok(None) => {
+                    let short = self.length.as_ref().is_some_and(|length| length.seen != length.promised);
+                    let end = match self.message.end() {
+                        Ok(()) if short => Err(Fault::malformed("less data than Content-Length says")),
+                        end => end,
+                    };
+                    return Poll::Ready(match end {
+                        Ok(()) => {
+                            self.ended = true;
+                            Ok(None)
+                        }
+                        Err(fault) => Err(self.break_off(fault)),
+                    });
+                }
+                Err(error) => return Poll::Ready(Err(self.lose(error))),
+            }
+        }
+    }
+
+    /// The body as `http_body` has it: data, then trailers.
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        Poll::Ready(match ready!(self.poll_event(cx)) {
+            Ok(Some(Event::Data(data))) => Some(Ok(Frame::data(data))),
+            Ok(Some(Event::Head(section) | Event::Trailers(section))) => {
+                match head::decode_trailers(&section, MAX_SECTION_BYTES) {
+                    Ok(trailers) => Some(Ok(Frame::trailers(trailers))),
+                    Err(fault) => Some(Err(self.break_off(fault))),
+                }
+            }
+            Ok(None) => None,
+            Err(broken) => Some(Err(broken)),
+        })
+    }
+
+    /// Whether the peer gave the stream up, without reading on: for when nobody wants more data at the moment. `Ready(None)`
+    /// if there is nothing more to find out here.
+    pub(crate) fn poll_given_up(&mut self, cx: &mut Context<'_>) -> Poll<Option<Broken>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        // A read of no bytes finds a reset, which makes quinn forget the data, and leaves data where it is.
+        match self.poll_chunk(0, cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(Some(self.lose(error))),
+            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Ends the stream, or the connection, as the fault asks for.
+    pub(crate) fn break_off(&mut self, fault: Fault) -> Broken {
+        self.ended = true;
+        match fault {
+            Fault::Connection(code, reason) => self.connection.fail(code, reason),
+            Fault::Stream(..) | Fault::TooLarge => {
+                let _ = self.stream.stop(fault.code().var_int());
+            }
+        }
+        Broken::Fault(fault)
+    }
+
+    fn poll_chunk(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, quinn::ReadError>> {
+        // The future holds nothing between polls, so that a new one each time is as good as one that is kept.
+        pin!(self.stream.read_chunk(max, true)).poll(cx).map_ok(|chunk| chunk.map(|chunk| chunk.bytes))
+    }
+
+    fn lose(&mut self, error: quinn::ReadError) -> Broken {
+        self.ended = true;
+        match error {
+            quinn::ReadError::Reset(code) => Broken::Reset(code.into()),
+            other => Broken::Lost(other.to_string()),
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.stream.stop(self.on_drop.var_int());
+        }
+    }
+}

@@ -57,6 +57,12 @@ struct PairArgs {
     /// The Starling to measure, or `none` [default: release/starling in the target directory].
     #[arg(long, value_name = "PATH")]
     starling: Option<PathBuf>,
+    /// Length of the answers' bodies.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=64 << 20))]
+    body_bytes: u32,
+    /// An earlier build of Starling, to be measured in the same run.
+    #[arg(long, value_name = "PATH")]
+    before: Option<PathBuf>,
     /// The proxy to compare with.
     #[arg(long, value_enum, default_value_t = Peer::Envoy)]
     peer: Peer,
@@ -94,12 +100,16 @@ fn pair(args: &PairArgs) -> Result<bool> {
     // First of all, so that it goes last: the children write into it until they are dropped.
     let scratch = Scratch::new()?;
     let load = Load::new(args.connections, scratch.path())?;
-    let (bare, nginx) = backend::start(scratch.path())?;
+    let (bare, nginx) = backend::start(scratch.path(), args.body_bytes as usize)?;
     let entry = bare.entry;
     let mut targets = vec![bare];
     if args.starling.as_ref().is_none_or(|path| path.as_os_str() != "none") {
         let program = args.starling.clone().map_or_else(starling::default_path, Ok)?;
-        targets.push(starling::start(&program, entry, scratch.path()).context("the pair of Starlings")?);
+        targets.push(starling::start("Starling", &program, entry, scratch.path()).context("the pair of Starlings")?);
+    }
+    if let Some(program) = &args.before {
+        let name = "Starling, before";
+        targets.push(starling::start(name, program, entry, scratch.path()).context("the earlier pair of Starlings")?);
     }
     if args.peer == Peer::Envoy {
         match args.envoy.clone().or_else(envoy::find) {
@@ -109,7 +119,7 @@ fn pair(args: &PairArgs) -> Result<bool> {
     }
     let schedule = Schedule { seconds: args.seconds, warmup_seconds: args.warmup, rounds: args.rounds };
     let samples = measurement::run(&mut targets, &nginx, &load, schedule)?;
-    let report = Report::new(&targets, samples, schedule, args.connections);
+    let report = Report::new(&targets, samples, schedule, args.connections, args.body_bytes);
     if args.json {
         println!("{:#}", report.json());
     } else {

@@ -11,6 +11,7 @@ use crate::target::Target;
 pub(crate) struct Report {
     schedule: Schedule,
     connections: u32,
+    body_bytes: u32,
     rows: Vec<Row>,
 }
 
@@ -68,14 +69,20 @@ struct Ratio {
 
 impl Report {
     /// Joins the targets and their samples, which are in the same order.
-    pub(crate) fn new(targets: &[Target], samples: Vec<Vec<Sample>>, schedule: Schedule, connections: u32) -> Self {
+    pub(crate) fn new(
+        targets: &[Target],
+        samples: Vec<Vec<Sample>>,
+        schedule: Schedule,
+        connections: u32,
+        body_bytes: u32,
+    ) -> Self {
         let row = |(target, samples): (&Target, Vec<Sample>)| Row {
             name: target.name,
             version: target.version.clone(),
             proxies: target.proxies.iter().map(|proxy| proxy.name().to_owned()).collect(),
             samples,
         };
-        Self { schedule, connections, rows: targets.iter().zip(samples).map(row).collect() }
+        Self { schedule, connections, body_bytes, rows: targets.iter().zip(samples).map(row).collect() }
     }
 
     /// Whether no round of any target saw an error.
@@ -83,10 +90,14 @@ impl Report {
         self.rows.iter().all(|row| row.problems().is_empty())
     }
 
-    /// The first pair against the second, when both were measured and neither saw an error.
-    fn ratio(&self) -> Option<Ratio> {
+    /// The first pair against each other one, where neither saw an error.
+    fn ratios(&self) -> Vec<Ratio> {
         let mut pairs = self.rows.iter().filter(|row| !row.proxies.is_empty());
-        let (ours, peer) = (pairs.next()?, pairs.next()?);
+        let Some(ours) = pairs.next() else { return Vec::new() };
+        pairs.filter_map(|peer| Self::ratio(ours, peer)).collect()
+    }
+
+    fn ratio(ours: &Row, peer: &Row) -> Option<Ratio> {
         if !ours.problems().is_empty() || !peer.problems().is_empty() {
             return None;
         }
@@ -102,6 +113,7 @@ impl Report {
         let headings = [
             "target",
             "requests/s",
+            "MiB/s",
             "CPU us/req",
             "a",
             "b",
@@ -116,17 +128,17 @@ impl Report {
         ];
         let mut table = Table::new(&headings);
         for row in &self.rows {
-            table.push(cells(row));
+            table.push(cells(row, self.body_bytes));
         }
         let Schedule { seconds, rounds, .. } = self.schedule;
         let mut text = format!(
-            "{} connections, 128-byte answers, {seconds} s a round; medians over rounds: {rounds}\n\n{table}\n",
-            self.connections
+            "{} connections, {}-byte answers, {seconds} s a round; medians over rounds: {rounds}\n\n{table}\n",
+            self.connections, self.body_bytes
         );
         for row in &self.rows {
             text += &format!("{}: {}\n", row.name, row.version);
         }
-        if let Some(Ratio { name, cpu, rate }) = self.ratio() {
+        for Ratio { name, cpu, rate } in self.ratios() {
             text +=
                 &format!("\n{name}: CPU per request {cpu:.3}, requests/s {rate:.3} (medians of the rounds' ratios)\n");
         }
@@ -145,23 +157,25 @@ impl Report {
             "warmup_seconds": self.schedule.warmup_seconds,
             "rounds": self.schedule.rounds,
             "connections": self.connections,
+            "body_bytes": self.body_bytes,
             "valid": self.is_valid(),
             "targets": self.rows.iter().map(row_json).collect::<Vec<_>>(),
-            "ratio": self.ratio().map(|Ratio { name, cpu, rate }| json!({
+            "ratios": self.ratios().into_iter().map(|Ratio { name, cpu, rate }| json!({
                 "of": name, "cpu_per_request": cpu, "requests_per_second": rate,
-            })),
+            })).collect::<Vec<_>>(),
         })
     }
 }
 
-fn cells(row: &Row) -> Vec<String> {
+fn cells(row: &Row, body_bytes: u32) -> Vec<String> {
     // A dash for each of the two proxies that the bare backend lacks.
     let two = |values: Vec<f64>| -> [String; 2] {
         std::array::from_fn(|i| values.get(i).map_or_else(|| "-".to_owned(), |value| format!("{value:.1}")))
     };
     let total = row.cpu_us_total().map_or_else(|| "-".to_owned(), |value| format!("{value:.1}"));
-    let mut cells =
-        vec![row.name.to_owned(), format!("{:.0}", row.outcome(|outcome| outcome.requests_per_second)), total];
+    let rate = row.outcome(|outcome| outcome.requests_per_second);
+    let mib = rate * f64::from(body_bytes) / f64::from(1 << 20);
+    let mut cells = vec![row.name.to_owned(), format!("{rate:.0}"), format!("{mib:.0}"), total];
     cells.extend(two(row.cpu_us()));
     cells.push(format!("{:.2}", row.outcome(|outcome| outcome.p50_ms)));
     cells.push(format!("{:.2}", row.outcome(|outcome| outcome.p99_ms)));
@@ -241,7 +255,7 @@ mod tests {
             samples,
         };
         let schedule = Schedule { seconds: 10, warmup_seconds: 1, rounds: 3 };
-        Report { schedule, connections: 64, rows: rows.map(row).into() }
+        Report { schedule, connections: 64, body_bytes: 128, rows: rows.map(row).into() }
     }
 
     fn rows(error: &[&str]) -> [(&'static str, Vec<Sample>); 3] {
@@ -256,7 +270,7 @@ mod tests {
     fn ratios_are_taken_round_by_round() {
         let report = report(rows(&[]));
         let json = report.json();
-        assert_eq!(json["ratio"], json!({"of": "ours / peer", "cpu_per_request": 0.4, "requests_per_second": 2.0}));
+        assert_eq!(json["ratios"][0], json!({"of": "ours / peer", "cpu_per_request": 0.4, "requests_per_second": 2.0}));
         assert_eq!(json["targets"][1]["cpu_us_per_request"], json!(20.0));
         assert_eq!(json["targets"][1]["proxies"][0]["rss_mib"], json!(2.0));
         assert_eq!(json["targets"][0]["cpu_us_per_request"], Value::Null);
@@ -267,7 +281,7 @@ mod tests {
     fn an_error_spoils_its_row_and_the_ratio() {
         let report = report(rows(&["Non-2xx or 3xx responses: 1"]));
         assert!(!report.is_valid());
-        assert_eq!(report.json()["ratio"], Value::Null);
+        assert_eq!(report.json()["ratios"], json!([]));
         assert_eq!(report.json()["targets"][1]["valid"], json!(false));
         assert!(report.text().contains("INVALID: ours: round 1: Non-2xx or 3xx responses: 1"), "{}", report.text());
     }

@@ -30,9 +30,9 @@ pub(crate) fn version(program: &Path) -> Result<String> {
 }
 
 /// Makes a mesh of two nodes, with one worker each, and waits until a call through them is answered.
-pub(crate) fn start(program: &Path, backend: SocketAddr, scratch: &Path) -> Result<Target> {
+pub(crate) fn start(name: &'static str, program: &Path, backend: SocketAddr, scratch: &Path) -> Result<Target> {
     let version = version(program)?;
-    let dir = scratch.join("starling");
+    let dir = scratch.join(name.replace([',', ' '], "-"));
     std::fs::create_dir(&dir)?;
     let [a_listen, a_outbound, a_admin, b_listen, b_outbound, b_admin] = scratch::free_ports()?.map(loopback);
     let (a_state, b_state) = (dir.join("a"), dir.join("b"));
@@ -47,7 +47,7 @@ pub(crate) fn start(program: &Path, backend: SocketAddr, scratch: &Path) -> Resu
     let (seed, service) = (a_listen.to_string(), format!("web={backend}"));
     let b = b.start(program, &dir, ["--seed", &seed, "--token", &token, "--service", &service])?;
 
-    let mut target = Target { name: "Starling", version, entry: a_outbound, proxies: vec![a, b] };
+    let mut target = Target { name, version, entry: a_outbound, proxies: vec![a, b] };
     target.wait_for_answer()?;
     Ok(target)
 }

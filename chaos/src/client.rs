@@ -87,12 +87,13 @@ impl Client {
 
     /// Sends a request whose target is absolute; its authority becomes Host and server name.
     pub async fn send(&self, door: Door, addr: SocketAddr, request: Request<Bytes>) -> Result<Answer> {
+        let host = request.uri().host().unwrap_or_default().to_string();
         let sent = async {
             match door {
                 Door::PlainHttp1 => send_http1(TcpStream::connect(addr).await?, request).await,
                 Door::PlainHttp2 => send_http2(TcpStream::connect(addr).await?, request).await,
-                Door::Http1 => send_http1(self.connect_tls(addr, &request, b"http/1.1").await?, request).await,
-                Door::Http2 => send_http2(self.connect_tls(addr, &request, b"h2").await?, request).await,
+                Door::Http1 => send_http1(self.connect_tls(addr, &host, b"http/1.1").await?, request).await,
+                Door::Http2 => send_http2(self.connect_tls(addr, &host, b"h2").await?, request).await,
                 Door::Http3 => self.send_http3(addr, request).await,
             }
         };
@@ -109,13 +110,14 @@ impl Client {
         Ok(config)
     }
 
-    async fn connect_tls(
+    /// A TLS connection to a server of that name, for one protocol.
+    pub async fn connect_tls(
         &self,
         addr: SocketAddr,
-        request: &Request<Bytes>,
+        host: &str,
         protocol: &[u8],
     ) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
-        let name = ServerName::try_from(request.uri().host().unwrap_or_default().to_string())?;
+        let name = ServerName::try_from(host.to_string())?;
         let connector = tokio_rustls::TlsConnector::from(Arc::new(self.tls(protocol)?));
         Ok(connector.connect(name, TcpStream::connect(addr).await?).await?)
     }

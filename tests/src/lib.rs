@@ -1,5 +1,6 @@
 //! The harness of the end-to-end tests: the real binary, real services and clients, and what to do when a part is missing.
 
+pub mod raw_h3;
 pub mod rogue;
 
 use std::{
@@ -114,6 +115,14 @@ http {{
         Process::start(&nginx, ["-c", &path.to_string_lossy()], &dir.join("nginx.log")).expect("nginx starts");
     listening(addr).await;
     Some((process, addr))
+}
+
+/// Memory of a running process in KiB, by a line of its status: `VmRSS:` now, `VmHWM:` the most so far.
+pub fn memory_kib(process: &Process, line: &str) -> u64 {
+    let pid = process.pid().expect("the process runs");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is there");
+    let text = status.lines().find_map(|text| text.strip_prefix(line)).expect("the system tells it");
+    text.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 /// Waits until somebody accepts connections there.

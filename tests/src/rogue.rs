@@ -1,11 +1,10 @@
 //! A valid member gone bad: it has the key and the certificate of a real node, and speaks gossip by hand.
 
-use std::{net::SocketAddr, path::Path, sync::Arc};
+use std::{net::SocketAddr, path::Path};
 
 use anyhow::{Context, Result};
 use bytes::{BufMut, Bytes};
 use foca::{Codec, Header, Member, Message, PostcardCodec};
-use quinn::crypto::rustls::QuicClientConfig;
 use rcgen::{KeyPair, SigningKey as _};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
@@ -19,11 +18,14 @@ use starling_protocol::{
     alpn, decode, frame, frame_length,
 };
 
+use crate::raw_h3::{self, RawClient};
+
 /// What the identity of one node can say. Tells the truth unless it is made to lie.
 pub struct Rogue {
     key: KeyPair,
     chain: Vec<CertificateDer<'static>>,
     endpoint: quinn::Endpoint,
+    calls: quinn::Endpoint,
 }
 
 impl Rogue {
@@ -32,24 +34,25 @@ impl Rogue {
         let read = |name: &str| std::fs::read_to_string(state.join("identity").join(name)).context(name.to_string());
         let key = KeyPair::from_pem(&read("key.pem")?)?;
         let chain: Vec<_> = CertificateDer::pem_slice_iter(read("chain.pem")?.as_bytes()).collect::<Result<_, _>>()?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyServer::default()))
-            .with_client_auth_cert(
-                chain.clone(),
-                PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
-            )?;
-        tls.alpn_protocols = vec![alpn::GOSSIP.to_vec()];
-        let mut endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into())?;
-        endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?)));
-        Ok(Self { key, chain, endpoint })
+        let identity = || (chain.clone(), PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())));
+        let endpoint = raw_h3::endpoint(Some(identity()), alpn::GOSSIP)?;
+        let calls = raw_h3::endpoint(Some(identity()), alpn::CALLS)?;
+        Ok(Self { key, chain, endpoint, calls })
     }
 
     /// A new connection. A node closes those of members that it gives up, so take one for each thing to say.
     pub async fn dial(&self, to: SocketAddr) -> Result<Line> {
         Ok(Line(self.endpoint.connect(to, "mesh.internal")?.await?))
+    }
+
+    /// The same, to call services by hand.
+    pub async fn dial_calls(&self, to: SocketAddr) -> Result<RawClient> {
+        RawClient::dial(&self.calls, to, "mesh.internal").await
+    }
+
+    /// The endpoint that calls are dialled from.
+    pub fn calls(&self) -> &quinn::Endpoint {
+        &self.calls
     }
 
     /// Signs a record, whatever it says.

@@ -12,7 +12,7 @@ use starling_protocol::{
     SignedDocument, SignedRecord, admin::MemberStatus, encode, frame,
 };
 use starling_tests::{
-    binary, call,
+    binary, call, memory_kib,
     rogue::{Line, Rogue, packet},
     sample,
 };
@@ -337,21 +337,13 @@ async fn forged_documents_are_refused() {
     }
 }
 
-/// Largest resident size of a process so far, in KiB.
-fn high_water_kb(process: &Process) -> u64 {
-    let pid = process.pid().expect("it runs");
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the system tells it");
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_is_dropped_and_nobody_else_notices() {
     const DATAGRAMS: usize = 20_000;
     const STREAMS: usize = 500;
     let scene = Scene::new().await;
     let before = scene.refused("seed", "any", "flood").await;
-    let memory = high_water_kb(&scene.cluster.node("seed").process);
+    let memory = memory_kib(&scene.cluster.node("seed").process, "VmHWM:");
     let line = Arc::new(scene.dial("seed").await);
     let noise = vec![0xee; 1100];
     let sender = line.clone();
@@ -375,7 +367,7 @@ async fn a_flood_is_dropped_and_nobody_else_notices() {
     streams.await.unwrap();
     scene.counted("seed", ("any", "flood"), before, "a flood").await.unwrap();
     scene.unharmed("a flood").await;
-    let grown = high_water_kb(&scene.cluster.node("seed").process) - memory;
+    let grown = memory_kib(&scene.cluster.node("seed").process, "VmHWM:") - memory;
     assert!(grown < MAX_GROWTH_KB, "the flood took {grown} KiB");
     let dropped = scene.refused("seed", "any", "flood").await - before;
     eprintln!("{looks} looks during the flood; {dropped} dropped; {grown} KiB more at most");
@@ -412,7 +404,7 @@ async fn frames_as_large_as_allowed_do_not_take_the_memory() {
     /// Sixteen streams could bring 256 MiB; a few at a time are read.
     const MAX_GROWTH_KB: u64 = 128 << 10;
     let scene = Scene::new().await;
-    let memory = high_water_kb(&scene.cluster.node("seed").process);
+    let memory = memory_kib(&scene.cluster.node("seed").process, "VmHWM:");
     let line = Arc::new(scene.dial("seed").await);
     let length = MAX_GOSSIP_FRAME_BYTES;
     // The last byte stays away.
@@ -426,7 +418,7 @@ async fn frames_as_large_as_allowed_do_not_take_the_memory() {
     for exchange in exchanges {
         exchange.await.unwrap();
     }
-    let grown = high_water_kb(&scene.cluster.node("seed").process) - memory;
+    let grown = memory_kib(&scene.cluster.node("seed").process, "VmHWM:") - memory;
     assert!(grown < MAX_GROWTH_KB, "the frames took {grown} KiB");
     scene.unharmed("large frames").await;
 }

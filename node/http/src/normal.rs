@@ -3,6 +3,7 @@
 //! Pure, so that it can be tested row by row. What it refuses is never forwarded; what it lets through means the same on
 //! HTTP/1.1, 2 and 3 (RFC 9110 §7.6, RFC 9113 §8.2.2, RFC 9114 §4.2).
 
+mod cookies;
 mod fields;
 mod request;
 mod response;
@@ -10,12 +11,13 @@ mod trailers;
 
 use http::StatusCode;
 
-pub(crate) use self::{fields::content_length, trailers::clean_trailers};
 pub use self::{
+    cookies::join_cookies,
     fields::number,
     request::{Checked, normalise_request},
     response::normalise_response,
 };
+pub(crate) use self::{fields::content_length, trailers::clean_trailers};
 
 /// Most fields in a head.
 pub const MAX_FIELDS: usize = 100;

@@ -9,7 +9,7 @@ use std::{
 use http::{Request, Response, StatusCode, Version};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use starling_http::{Body, Guard, Guarded, Problem, ProxyError};
+use starling_http::{Body, Guard, Guarded, Problem, ProxyError, normal};
 use starling_protocol::Protocol;
 use tokio::net::TcpStream;
 
@@ -199,6 +199,7 @@ impl Guard for Place {
 
 /// HTTP/1.1 wants the path as the target and the authority in Host.
 fn origin_form(mut request: Request<Body>) -> Request<Body> {
+    normal::join_cookies(request.headers_mut());
     let host = request.uri().authority().and_then(|a| http::HeaderValue::from_str(a.as_str()).ok());
     if let Some(host) = host {
         request.headers_mut().insert(http::header::HOST, host);

@@ -190,6 +190,10 @@ impl Exchange {
             }
             answered = answered => answered,
         };
+        if let Some(code) = upload.as_ref().and_then(Upload::broken_so_far) {
+            // Whatever the answer is, it was made of less than the whole request.
+            return sender.reset(code);
+        }
         let (method, response) = match answered {
             Ok(answered) => answered,
             Err(problem) => return send_problem(sender, problem).await,

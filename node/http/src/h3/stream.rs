@@ -203,6 +203,8 @@ pub(crate) struct Receiver {
     input: Bytes,
     /// What [`Receiver::look_ahead`] found.
     ahead: Option<Event>,
+    /// Trailers whose end has not come.
+    trailers: Option<Box<HeaderMap>>,
     length: Option<Length>,
     on_drop: Code,
     ended: bool,
@@ -211,7 +213,17 @@ pub(crate) struct Receiver {
 impl Receiver {
     pub(crate) fn new(stream: quinn::RecvStream, connection: Arc<Connection>, on_drop: Code) -> Self {
         let message = Message::new(connection.role(), MAX_SECTION_BYTES);
-        Self { stream, connection, message, input: Bytes::new(), ahead: None, length: None, on_drop, ended: false }
+        Self {
+            stream,
+            connection,
+            message,
+            input: Bytes::new(),
+            ahead: None,
+            trailers: None,
+            length: None,
+            on_drop,
+            ended: false,
+        }
     }
 
     /// Holds the body to a length (RFC 9114 §4.1.2).
@@ -225,7 +237,7 @@ impl Receiver {
     }
 
     pub(crate) fn has_ended(&self) -> bool {
-        self.ended
+        self.ended && self.ahead.is_none() && self.trailers.is_none()
     }
 
     /// Looks, without waiting, what comes next: an end that is there already shows in [`Receiver::has_ended`].
@@ -289,19 +301,22 @@ impl Receiver {
         }
     }
 
-    /// The body as `http_body` has it: data, then trailers.
+    /// The body as `http_body` has it: data, then trailers. These come with the end, because whoever reads them reads no
+    /// further, and what is wrong behind them would pass.
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        Poll::Ready(match ready!(self.poll_event(cx)) {
-            Ok(Some(Event::Data(data))) => Some(Ok(Frame::data(data))),
-            Ok(Some(Event::Head(section) | Event::Trailers(section))) => {
-                match head::decode_trailers(&section, MAX_SECTION_BYTES) {
-                    Ok(trailers) => Some(Ok(Frame::trailers(trailers))),
-                    Err(fault) => Some(Err(self.break_off(fault))),
+        loop {
+            match ready!(self.poll_event(cx)) {
+                Ok(Some(Event::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Some(Event::Head(section) | Event::Trailers(section))) => {
+                    match head::decode_trailers(&section, MAX_SECTION_BYTES) {
+                        Ok(trailers) => self.trailers = Some(Box::new(trailers)),
+                        Err(fault) => return Poll::Ready(Some(Err(self.break_off(fault)))),
+                    }
                 }
+                Ok(None) => return Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(*trailers)))),
+                Err(broken) => return Poll::Ready(Some(Err(broken))),
             }
-            Ok(None) => None,
-            Err(broken) => Some(Err(broken)),
-        })
+        }
     }
 
     /// Whether the peer gave the stream up, without reading on: for when nobody wants more data at the moment. `Ready(None)`

@@ -77,6 +77,11 @@ impl Upload {
         }
     }
 
+    /// The same, as far as the reader has seen it already.
+    pub(crate) fn broken_so_far(&self) -> Option<Code> {
+        lock(&self.0).broken
+    }
+
     /// The answer is on its way: an upload that nobody wants may be stopped now.
     pub(crate) fn release(&self) {
         let mut state = lock(&self.0);

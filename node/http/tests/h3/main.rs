@@ -1,0 +1,7 @@
+//! HTTP/3 over real QUIC connections: against itself, against the `h3` crate in both roles, and against an end that answers
+//! by hand what no decent server would.
+
+mod answers;
+mod exchanges;
+mod interop;
+mod wire;

@@ -566,7 +566,7 @@ async fn heads_have_a_limit_and_a_polite_answer() {
     scene.assert_calm();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_caller_that_goes_is_noticed_by_the_service() {
     let scene = Scene::new().await;
     let mut told = 0;
@@ -774,7 +774,7 @@ impl Scene {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn other_clients_understand_us_and_we_them() {
     let scene = Scene::new().await;
     let url = format!("https://{HOST}:{}/", scene.public.port());

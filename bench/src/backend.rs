@@ -48,7 +48,7 @@ fn configuration(dir: &Path, port: u16, body: &str) -> String {
     let answer = if body.len() <= BODY.len() {
         format!("return 200 \"{body}\";")
     } else {
-        format!("alias {}/body;", dir.display())
+        format!("root {}; try_files /body =500;", dir.display())
     };
     let temp: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|name| format!("    {name}_temp_path {}/{name};\n", dir.display()))

@@ -14,6 +14,7 @@ use http::HeaderName;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde::{Deserialize, Deserializer, de};
+use starling_node::config::{self, Config, Diagnostic};
 use starling_protocol::Name;
 
 use crate::{jwt, route};
@@ -26,6 +27,23 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Largest burst: what a structured field can say without loss is larger, what a plan needs is far smaller.
 const MAX_BURST: u32 = 1_000_000_000;
+
+/// Reads an edge's file, which is a node's and one part more, and every problem in it with its line. What it says is there
+/// only if there is no problem.
+pub fn read_config(text: &str) -> (Option<(Config, EdgeSections)>, Vec<Diagnostic>) {
+    let (node, mut found) = config::read_part::<Config>(text, |name| !EdgeSections::TABLES.contains(&name));
+    let (edge, more) = config::read_part::<EdgeSections>(text, |name| EdgeSections::TABLES.contains(&name));
+    // What is no TOML at all is found twice.
+    found.extend(more.into_iter().filter(|problem| !found.contains(problem)).collect::<Vec<_>>());
+    let (Some(node), Some(edge)) = (node, edge) else { return (None, found) };
+    let problems = node.problems().into_iter().chain(check(&edge));
+    let located = |(key, what): (String, String)| Diagnostic {
+        line: config::line_of(text, &key),
+        problem: format!("{key}: {what}"),
+    };
+    let problems: Vec<Diagnostic> = problems.map(located).collect();
+    if problems.is_empty() { (Some((node, edge)), problems) } else { (None, problems) }
+}
 
 /// What an edge has in its file beside the keys of a node.
 #[derive(Debug, Clone, Deserialize)]
@@ -47,6 +65,11 @@ pub struct EdgeSections {
     pub plan: Vec<Plan>,
     /// Who issues tokens, if anybody.
     pub jwt: Option<Jwt>,
+}
+
+impl EdgeSections {
+    /// Its tables, by the names of the fields.
+    const TABLES: [&str; 6] = ["edge", "certificate", "route", "version", "plan", "jwt"];
 }
 
 /// `[edge]`: the public listeners.

@@ -10,20 +10,14 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 use notify::{RecursiveMode, Watcher};
-use serde::Deserialize;
-use starling_node::{
-    ExtraRoutes, Node, StartError, StateDir,
-    config::{
-        self, AdminConfig, Config, Diagnostic, GossipConfig, NodeConfig, OutboundConfig, ServiceConfig, UpstreamConfig,
-    },
-};
+use starling_node::{ExtraRoutes, Node, StartError, StateDir, config::Config};
 use starling_protocol::{NodeKind, admin};
 use tokio::sync::mpsc;
 
 use crate::{
     access_log::AccessLog,
     certificates::Certificates,
-    config::{AuthMethod, Certificate, Edge as EdgeSection, EdgeSections, Jwt, Plan, Route, Version, check},
+    config::{AuthMethod, EdgeSections, Route, read_config},
     gateway::{Gateway, Policy, Standing},
     key_file::{KeyError, KeyFile},
     listener,
@@ -31,50 +25,6 @@ use crate::{
 
 /// Editors and orchestrators write in several steps; files are read once these are over.
 const SETTLE: Duration = Duration::from_millis(200);
-
-/// An edge's file: a node's keys and the edge's own.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    #[serde(default)]
-    node: NodeConfig,
-    #[serde(default)]
-    admin: AdminConfig,
-    #[serde(default)]
-    outbound: OutboundConfig,
-    #[serde(default)]
-    service: Vec<ServiceConfig>,
-    #[serde(default)]
-    upstream: Vec<UpstreamConfig>,
-    #[serde(default)]
-    gossip: GossipConfig,
-    edge: EdgeSection,
-    #[serde(default)]
-    certificate: Vec<Certificate>,
-    #[serde(default)]
-    route: Vec<Route>,
-    #[serde(default)]
-    version: Vec<Version>,
-    #[serde(default)]
-    plan: Vec<Plan>,
-    jwt: Option<Jwt>,
-}
-
-/// Reads an edge's file, and every problem in it with its line. The configuration is there only if there is no problem.
-pub fn read_config(text: &str) -> (Option<(Config, EdgeSections)>, Vec<Diagnostic>) {
-    let (file, found) = config::read::<File>(text);
-    let Some(file) = file else { return (None, found) };
-    let File { node, admin, outbound, service, upstream, gossip, edge, certificate, route, version, plan, jwt } = file;
-    let node = Config { node, admin, outbound, service, upstream, gossip };
-    let edge = EdgeSections { edge, certificate, route, version, plan, jwt };
-    let problems: Vec<Diagnostic> = node
-        .problems()
-        .into_iter()
-        .chain(check(&edge))
-        .map(|(key, what)| Diagnostic { line: config::line_of(text, &key), problem: format!("{key}: {what}") })
-        .collect();
-    if problems.is_empty() { (Some((node, edge)), problems) } else { (None, problems) }
-}
 
 /// Why an edge does not start.
 #[derive(Debug, thiserror::Error)]

@@ -17,6 +17,6 @@ mod rate;
 mod route;
 mod version;
 
-pub use config::EdgeSections;
-pub use edge::{Edge, EdgeError, read_config};
+pub use config::{EdgeSections, read_config};
+pub use edge::{Edge, EdgeError};
 pub use key_file::{KeyError, KeyFile};

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
 use starling_gossip::Profile;
 use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
+use toml::de::DeTable;
 
 /// Everything that a node can be told.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -248,16 +249,26 @@ pub struct Diagnostic {
 
 /// Reads a TOML file and collects *every* error: after each one, the offending line is left out and the rest read again.
 pub fn read<T: DeserializeOwned>(text: &str) -> (Option<T>, Vec<Diagnostic>) {
+    read_part(text, |_| true)
+}
+
+/// The same for a part of a file that others have parts in, too: the tables on top whose names are this part's own.
+pub fn read_part<T: DeserializeOwned>(text: &str, is_own: impl Fn(&str) -> bool) -> (Option<T>, Vec<Diagnostic>) {
     /// A file with more errors than this is not a configuration.
     const MAX_ERRORS: usize = 50;
     let mut lines: Vec<&str> = text.lines().collect();
     let mut found: Vec<Diagnostic> = Vec::new();
     while found.len() < MAX_ERRORS {
-        let error = match toml::from_str::<T>(&lines.join("\n")) {
+        let joined = lines.join("\n");
+        let parsed = DeTable::parse(&joined).and_then(|mut table| {
+            *table.get_mut() =
+                std::mem::take(table.get_mut()).into_iter().filter(|(name, _)| is_own(name.get_ref())).collect();
+            T::deserialize(toml::de::Deserializer::from(table))
+        });
+        let error = match parsed {
             Ok(value) => return (found.is_empty().then_some(value), found),
             Err(error) => error,
         };
-        let joined = lines.join("\n");
         let line = error.span().map_or(0, |span| joined[..span.start.min(joined.len())].matches('\n').count() + 1);
         let problem = error.message().replace('\n', " ");
         let at = line.checked_sub(1).filter(|i| lines.get(*i).is_some_and(|l| !l.trim().is_empty()));

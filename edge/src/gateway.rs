@@ -56,7 +56,7 @@ pub(crate) struct Arrival {
     pub(crate) sni: Option<String>,
 }
 
-/// Everything that a reload replaces.
+/// The rules that a reload replaces as one.
 pub(crate) struct Policy {
     routes: Routes<Route>,
     versions: Versions,

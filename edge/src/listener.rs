@@ -139,9 +139,7 @@ fn redirect(request: Request<Body>, public_port: u16) -> Response<Body> {
     let (mut parts, _) = request.into_parts();
     let checked = starling_http::normal::normalise_request(&mut parts, starling_http::normal::Origin::Outside);
     let location = checked.map_err(Problem::from).and_then(|checked| {
-        let host = checked.authority.rsplit_once(':').map_or(checked.authority.as_str(), |(host, port)| {
-            if port.bytes().all(|b| b.is_ascii_digit()) { host } else { &checked.authority }
-        });
+        let host = checked.host();
         let port = if public_port == 443 { String::new() } else { format!(":{public_port}") };
         let path = parts.uri.path_and_query().map_or("/", |p| p.as_str());
         HeaderValue::from_str(&format!("https://{host}{port}{path}")).map_err(|_| {

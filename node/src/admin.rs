@@ -11,6 +11,7 @@ use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Serialize, de::DeserializeOwned};
 use starling_gossip::Snapshot;
+use starling_http::Body;
 use starling_protocol::{DocumentEdition, admin};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -20,7 +21,6 @@ use tokio::{
 use self::view::services;
 pub(crate) use self::view::{members, name_of, rfc3339, sights, status_of};
 use crate::MeshClient;
-use starling_http::Body;
 
 /// Longest request body, in bytes.
 const MAX_BODY_BYTES: usize = 512 << 10;

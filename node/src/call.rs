@@ -22,14 +22,16 @@ use starling_http::{Body, Guarded, ProxyError, Source, normal::number};
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
-use crate::{
-    call::choose::{Candidate, pick},
-    call::connect::Pool,
+pub use self::{
+    attempt::Carried,
+    error::{CallError, Fault, Sent},
 };
-
-pub use self::attempt::Carried;
-pub use self::error::{CallError, Fault, Sent};
-use self::{attempt::Timing, budget::RetryBudget};
+use self::{
+    attempt::Timing,
+    budget::RetryBudget,
+    choose::{Candidate, pick},
+    connect::Pool,
+};
 
 /// Attempts per call, the first one included.
 const MAX_ATTEMPTS: u32 = 3;
@@ -37,7 +39,7 @@ const MAX_ATTEMPTS: u32 = 3;
 const MAX_TOTAL_ATTEMPTS: u32 = 6;
 /// How often one call may pass through the same node before it is a loop.
 const MAX_VISITS: usize = 4;
-/// Pause before a second attempt, at most; a first retry elsewhere needs hardly any.
+/// Pause before a third attempt, at most; a first retry elsewhere needs none.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
 /// A call into the mesh.

@@ -36,7 +36,7 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Calls at once; beyond it they are refused at once, not queued.
 const MAX_IN_FLIGHT: usize = 10_000;
 
-/// Serves the calls of one worker.
+/// Serves the calls of other nodes.
 #[derive(Clone)]
 pub(crate) struct Inbound(Arc<Services>);
 
@@ -101,7 +101,7 @@ impl Inbound {
             Ok(checked) => checked,
             Err(malformed) => return (None, Err((Sent::No, malformed.into()))),
         };
-        let host = checked.authority.rsplit_once(':').map_or(checked.authority.as_str(), |(host, _)| host);
+        let host = checked.host();
         let Some((service, local)) = service_of_host(host).and_then(|s| self.0.services.get_key_value(&s)) else {
             let detail = format!("this node does not serve {host}");
             let problem = Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail);
@@ -125,12 +125,12 @@ impl Inbound {
         }
         let timeout = number(&parts.headers, headers::DEADLINE).map_or(DEFAULT_TIMEOUT, Duration::from_millis);
         let timeout = timeout.min(MAX_TIMEOUT);
-        let late = || {
+        let too_late = || {
             let detail = format!("no answer within {} ms", timeout.as_millis());
             (Sent::Maybe, Problem::proxy(StatusCode::GATEWAY_TIMEOUT, ProxyError::HttpResponseTimeout, detail))
         };
         if timeout.is_zero() {
-            return Err(late());
+            return Err(too_late());
         }
         // What the local service reads: who called, and nothing else of ours.
         parts.headers.remove(headers::DEADLINE);
@@ -151,7 +151,7 @@ impl Inbound {
         let answered = local.send(Request::from_parts(parts, body));
         let response = tokio::select! {
             answered = answered => answered.map_err(|e| (e.sent, e.problem))?,
-            () = starling_http::late(source.as_ref(), timeout) => return Err(late()),
+            () = starling_http::late(source.as_ref(), timeout) => return Err(too_late()),
         };
         let (mut head, body) = response.into_parts();
         let length =

@@ -68,7 +68,7 @@ impl Door {
         let service = match &self.service {
             Some(service) => service.clone(),
             None => {
-                let host = checked.authority.rsplit_once(':').map_or(checked.authority.as_str(), |(host, _)| host);
+                let host = checked.host();
                 service_of_host(host).ok_or_else(|| {
                     let detail = format!("{host} is not a service of the mesh; call <service>.mesh.internal");
                     Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail)

@@ -3,15 +3,14 @@
 mod addresses;
 mod error;
 mod establish;
-mod house;
 mod life;
 mod reception;
 mod reload;
 mod subject;
+mod upkeep;
 mod worker;
 
 use std::{
-    io,
     net::SocketAddr,
     sync::{Arc, Mutex, atomic::AtomicBool},
     time::{Duration, Instant},
@@ -34,22 +33,20 @@ use crate::{
         authority::{Authority, SharedAuthority},
         renewal, unix_now,
     },
-    inbound::Inbound,
-    inbound::health,
+    inbound::{Inbound, health},
     mesh::links::Links,
     outbound::Door,
     port::endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, load_or_create_reset_key},
-    port::reuseport,
     state::{StateDir, StateLock},
 };
 
 pub use self::error::StartError;
 use self::{
-    addresses::{advertised, bind_tcp, tokio_listener},
+    addresses::{Bound, MESH_PORT, tokio_listener},
     establish::establish_identity,
-    house::{keep_house, resolve_seeds},
     life::{announcement, next_generation, remembered_peers},
     reception::Reception,
+    upkeep::{resolve_seeds, take_stock},
     worker::Worker,
 };
 
@@ -108,22 +105,7 @@ impl Node {
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
         let lock = state.lock()?;
 
-        let listen = config.node.listen;
-        let mut sockets = reuseport::bind_group(listen, 2)
-            .map_err(|e| StartError::bind("the mesh port (UDP)", listen, e))?
-            .into_iter();
-        let (Some(control_socket), Some(worker_socket)) = (sockets.next(), sockets.next()) else {
-            return Err(StartError::bind("the mesh port (UDP)", listen, io::ErrorKind::Other.into()));
-        };
-        let bound = control_socket.local_addr().map_err(|e| StartError::bind("the mesh port (UDP)", listen, e))?;
-        let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
-        let outbound_listener = config.outbound.listen.map(|addr| bind_tcp("the outbound port", addr)).transpose()?;
-        let upstream_listeners = config
-            .upstream
-            .iter()
-            .map(|u| Ok((u.service.clone(), bind_tcp("an upstream port", u.listen)?)))
-            .collect::<Result<Vec<_>, StartError>>()?;
-        let advertise = advertised(config, bound);
+        let Bound { listen, advertise, control_socket, worker_socket, admin_listener, doors } = Bound::all(config)?;
 
         let authority = Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl)));
         let (identity, peers_told) = establish_identity(config, kind, &state, &authority).await?;
@@ -135,7 +117,7 @@ impl Node {
         let identity = Arc::new(identity);
         let generation = next_generation(&state)?;
         let reset_key = load_or_create_reset_key(&state)?;
-        let io_error = |e| StartError::bind("the mesh port (UDP)", listen, e);
+        let io_error = |e| StartError::bind(MESH_PORT, listen, e);
 
         let control = MeshEndpoint::new(control_socket, CONTROL, &identity, &reset_key).map_err(io_error)?;
         let worker = Worker::start();
@@ -181,9 +163,9 @@ impl Node {
             drain_asked: drain_asked.clone(),
             generation,
             kind,
-            listen: bound,
+            listen,
             advertise,
-            outbound: outbound_listener.as_ref().and_then(|l| l.local_addr().ok()),
+            outbound: doors.iter().find(|(service, _)| service.is_none()).and_then(|(_, l)| l.local_addr().ok()),
             started: Instant::now(),
             met_somebody: AtomicBool::new(false),
             seeds: watch::Sender::new(config.node.seeds.clone()),
@@ -198,7 +180,7 @@ impl Node {
         worker.handle.spawn(reception.accept(worker_endpoint.listening.clone()));
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
         tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
-        tokio::spawn(keep_house(running.clone()));
+        tokio::spawn(take_stock(running.clone()));
         health::spawn(&config.service, &gossip);
 
         let admin_listener =
@@ -207,9 +189,7 @@ impl Node {
         let (socket, subject) = (state.path().join("admin.sock"), running.clone());
         tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
 
-        let outbound = outbound_listener.map(|listener| (None, listener));
-        for (service, listener) in outbound.into_iter().chain(upstream_listeners.into_iter().map(|(s, l)| (Some(s), l)))
-        {
+        for (service, listener) in doors {
             let door = Door { client: client.clone(), service, metrics: metrics.clone() };
             let of = drain.clone();
             worker.handle.spawn(async move {

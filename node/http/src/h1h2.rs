@@ -18,6 +18,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest head, in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
+/// How often a quiet HTTP/2 connection is asked whether it is still there, and how long it may take to answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
 /// What a connection speaks. Only a trusted client may leave it open: finding out waits for its first bytes without limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Speaks {
@@ -28,9 +31,6 @@ pub enum Speaks {
     /// Whichever its first bytes show.
     Either,
 }
-
-/// How often a quiet HTTP/2 connection is asked whether it is still there, and how long it may take to answer.
-const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
 /// Bounds of a connection that depend on who is at its other end.
 #[derive(Debug, Clone, Copy)]

@@ -36,6 +36,15 @@ pub enum Origin {
     Edge,
 }
 
+impl Origin {
+    fn max_fields(self) -> usize {
+        match self {
+            Self::Outside => MAX_FIELDS,
+            Self::Mesh | Self::Edge => MAX_MESH_FIELDS,
+        }
+    }
+}
+
 /// Why a message is refused. `status` is what the sender gets.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]

@@ -30,7 +30,7 @@ impl MeshClient {
         parts: &mut request::Parts,
         source: Option<&Source>,
         timing: Timing,
-    ) -> Result<Answer, CallError> {
+    ) -> Result<Attempted, CallError> {
         let Candidate { instance, load } = candidate;
         let connection = self.0.pool.connection(instance).await.map_err(|e| {
             CallError::new(
@@ -80,7 +80,7 @@ impl MeshClient {
             starling_http::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status");
         let body = if is_trailers_only { Body::empty() } else { body.with_length(length) };
         let carried = Carried { _pending: pending, _connection: connection, _upload: upload };
-        Ok(Answer { response: Response::from_parts(head, Guarded::new(body, carried)), unanswered })
+        Ok(Attempted { response: Response::from_parts(head, Guarded::new(body, carried)), unanswered })
     }
 }
 
@@ -93,8 +93,8 @@ pub struct Carried {
 
 impl Guard for Carried {}
 
-/// A response, and whether it was made by the service's node in place of the service.
-pub(super) struct Answer {
+/// What an attempt brought: a response, and whether it was made by the service's node in place of the service.
+pub(super) struct Attempted {
     pub(super) response: Response<Guarded<Carried>>,
     pub(super) unanswered: Option<Sent>,
 }

@@ -1,5 +1,4 @@
-//! Which instance gets a call: two random choices, the less loaded one wins (Mitzenmacher 2001), load being the peak-sensitive
-//! moving average of latency times the calls in flight, as in Finagle's and Linkerd's PeakEWMA.
+//! Choosing an instance: what this node has experienced with peers, and who gets the next call.
 
 mod experience;
 mod pick;

@@ -13,7 +13,7 @@ use starling_http::h3::client::Client;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::pool::{DialError, Pool};
+pub(crate) use self::{dial::DialError, pool::Pool};
 
 /// A live connection to a peer. Cheap to clone.
 #[derive(Clone)]

@@ -11,8 +11,10 @@ use starling_protocol::{
 use super::{Identity, authority::SharedAuthority};
 use crate::{
     identity::tls,
-    port::endpoint::{CONTROL, MeshEndpoint},
-    port::frames,
+    port::{
+        endpoint::{CONTROL, MeshEndpoint},
+        frames,
+    },
 };
 
 /// A joiner that says nothing for this long is let go.

@@ -12,8 +12,10 @@ use starling_protocol::{
 use super::{Identity, authority::Authority, csr, load_or_create_key};
 use crate::{
     identity::tls,
-    port::endpoint::{CONTROL, client_config, joining_endpoint},
-    port::frames::{self, StreamFault},
+    port::{
+        endpoint::{CONTROL, client_config, joining_endpoint},
+        frames::{self, StreamFault},
+    },
     state::{StateDir, StateError},
 };
 

@@ -27,10 +27,14 @@ use self::{
 };
 use crate::{
     Documents,
-    identity::Identity,
-    identity::tls::{self, Peer},
-    port::endpoint::{self, CONTROL, MeshEndpoint},
-    port::frames,
+    identity::{
+        Identity,
+        tls::{self, Peer},
+    },
+    port::{
+        endpoint::{self, CONTROL, MeshEndpoint},
+        frames,
+    },
     state::StateDir,
 };
 

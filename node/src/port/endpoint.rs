@@ -13,8 +13,7 @@ use rand::RngExt;
 use starling_http::{Datagrams, Transport};
 
 use crate::{
-    identity::Identity,
-    identity::tls,
+    identity::{Identity, tls},
     state::{StateDir, StateError},
 };
 

@@ -1,13 +1,56 @@
 //! Where a node listens, and what it tells others.
 
-use std::{io, net::SocketAddr};
+use std::{
+    io,
+    net::{SocketAddr, UdpSocket},
+};
 
+use starling_protocol::Name;
 use tokio::net::TcpListener;
 
 use super::StartError;
-use crate::config::Config;
+use crate::{config::Config, port::reuseport};
 
-pub(super) fn bind_tcp(what: &'static str, addr: SocketAddr) -> Result<std::net::TcpListener, StartError> {
+/// What the mesh port is called where it cannot be had.
+pub(super) const MESH_PORT: &str = "the mesh port (UDP)";
+
+/// Everything that a node listens on. Once it is there, a token may be spent.
+pub(super) struct Bound {
+    /// Address of the mesh port.
+    pub(super) listen: SocketAddr,
+    /// What others are told.
+    pub(super) advertise: SocketAddr,
+    pub(super) control_socket: UdpSocket,
+    pub(super) worker_socket: UdpSocket,
+    pub(super) admin_listener: std::net::TcpListener,
+    /// The application's doors: the service that each leads to, or by host name.
+    pub(super) doors: Vec<(Option<Name>, std::net::TcpListener)>,
+}
+
+impl Bound {
+    /// Binds every address of the configuration, or says which one cannot be had.
+    pub(super) fn all(config: &Config) -> Result<Self, StartError> {
+        let wanted = config.node.listen;
+        let failed = |e| StartError::bind(MESH_PORT, wanted, e);
+        let mut sockets = reuseport::bind_group(wanted, 2).map_err(failed)?.into_iter();
+        let (Some(control_socket), Some(worker_socket)) = (sockets.next(), sockets.next()) else {
+            return Err(failed(io::ErrorKind::Other.into()));
+        };
+        let listen = control_socket.local_addr().map_err(failed)?;
+        let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
+        let mut doors = Vec::new();
+        if let Some(addr) = config.outbound.listen {
+            doors.push((None, bind_tcp("the outbound port", addr)?));
+        }
+        for upstream in &config.upstream {
+            doors.push((Some(upstream.service.clone()), bind_tcp("an upstream port", upstream.listen)?));
+        }
+        let advertise = advertised(config, listen);
+        Ok(Self { listen, advertise, control_socket, worker_socket, admin_listener, doors })
+    }
+}
+
+fn bind_tcp(what: &'static str, addr: SocketAddr) -> Result<std::net::TcpListener, StartError> {
     let listener = std::net::TcpListener::bind(addr).map_err(|e| StartError::bind(what, addr, e))?;
     listener.set_nonblocking(true).map_err(|e| StartError::bind(what, addr, e))?;
     Ok(listener)
@@ -18,7 +61,7 @@ pub(super) fn tokio_listener(listener: std::net::TcpListener) -> io::Result<TcpL
 }
 
 /// The address that others are told: as configured, or as bound, or the one that this host uses towards its seeds.
-pub(super) fn advertised(config: &Config, bound: SocketAddr) -> SocketAddr {
+fn advertised(config: &Config, bound: SocketAddr) -> SocketAddr {
     if let Some(advertise) = config.node.advertise {
         return advertise;
     }

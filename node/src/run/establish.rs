@@ -7,12 +7,11 @@ use starling_protocol::{JoinToken, Name, NodeKind};
 use super::StartError;
 use crate::{
     config::Config,
-    identity::tls::{self},
     identity::{
         Identity,
         authority::SharedAuthority,
         join::{Application, JoinError, join},
-        load_or_create_key, unix_now,
+        load_or_create_key, tls, unix_now,
     },
     state::StateDir,
 };

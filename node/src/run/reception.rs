@@ -6,9 +6,9 @@ use starling_http::accept::{self, Room};
 use starling_protocol::{CloseCode, alpn};
 
 use super::Running;
-use crate::{
-    identity::admission::Admission,
-    identity::tls::{self, Peer},
+use crate::identity::{
+    admission::Admission,
+    tls::{self, Peer},
 };
 
 /// Connections of one endpoint on the mesh port.

@@ -14,8 +14,7 @@ use crate::{
     MeshClient,
     admin::{self, ExtraRoutes, Subject},
     identity::unix_now,
-    mesh::documents,
-    mesh::survey,
+    mesh::{documents, survey},
     observe::metrics::GossipFigures,
 };
 

@@ -161,7 +161,7 @@ impl Exchange {
             }
             Ok(Err(broken)) => {
                 patience.cancelled();
-                return sender.reset(broken.answer());
+                return sender.reset(broken.reset_code());
             }
             Err(_) => return sender.reset(Code::H3_REQUEST_INCOMPLETE),
         };

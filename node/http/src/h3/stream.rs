@@ -175,7 +175,7 @@ pub enum Broken {
 
 impl Broken {
     /// What the other half of the stream is to be reset with.
-    pub(crate) fn answer(&self) -> Code {
+    pub(crate) fn reset_code(&self) -> Code {
         match self {
             Self::Fault(fault) => fault.code(),
             Self::Reset(_) | Self::Lost(_) => Code::H3_REQUEST_CANCELLED,

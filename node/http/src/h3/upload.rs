@@ -103,7 +103,7 @@ impl State {
         match &mut self.receiver {
             // The reader's waker must stay the one that quinn wakes.
             Some(receiver) if !self.reading => match ready!(receiver.poll_given_up(cx)) {
-                Some(broken) => Poll::Ready(broken.answer()),
+                Some(broken) => Poll::Ready(broken.reset_code()),
                 None => Poll::Pending,
             },
             _ => Poll::Pending,
@@ -124,7 +124,7 @@ impl UploadBody {
         match &frame {
             Some(Ok(_)) => {}
             Some(Err(broken)) => {
-                state.broken = Some(broken.answer());
+                state.broken = Some(broken.reset_code());
                 state.receiver = None;
                 state.watcher.wake_by_ref();
             }

@@ -7,7 +7,7 @@ use http::{
 use starling_protocol::headers;
 
 use super::{
-    MAX_FIELDS, Malformed, Origin, bad,
+    Malformed, Origin, bad,
     fields::{content_length, remove_hop_by_hop, remove_own_fields},
 };
 
@@ -20,10 +20,21 @@ pub struct Checked {
     pub length: Option<u64>,
 }
 
+impl Checked {
+    /// The authority's host, without its port.
+    pub fn host(&self) -> &str {
+        match self.authority.rsplit_once(':') {
+            Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+            // An IPv6 address, whose last part is no port.
+            _ => &self.authority,
+        }
+    }
+}
+
 /// Checks a request and brings it into normal form: path and query as the target, no Host, no hop-by-hop fields, at most
 /// one Content-Length, none of our own fields from outside.
 pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<Checked, Malformed> {
-    if parts.headers.len() > MAX_FIELDS {
+    if parts.headers.len() > origin.max_fields() {
         return Err(Malformed {
             status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             reason: "too many header fields",

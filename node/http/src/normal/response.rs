@@ -4,7 +4,7 @@ use http::{Method, StatusCode, response};
 use starling_protocol::headers;
 
 use super::{
-    MAX_FIELDS, Malformed, Origin,
+    Malformed, Origin,
     fields::{content_length, remove_hop_by_hop, remove_own_fields},
 };
 
@@ -15,7 +15,7 @@ pub fn normalise_response(
     method: &Method,
     origin: Origin,
 ) -> Result<Option<u64>, Malformed> {
-    if parts.headers.len() > MAX_FIELDS {
+    if parts.headers.len() > origin.max_fields() {
         return Err(Malformed { status: StatusCode::BAD_GATEWAY, reason: "too many header fields in the response" });
     }
     let bad_gateway = |m: Malformed| Malformed { status: StatusCode::BAD_GATEWAY, ..m };

@@ -1,4 +1,5 @@
-//! Which instance gets a call: two random choices, the less loaded one wins.
+//! Which instance gets a call: two random choices, the less loaded one wins (Mitzenmacher 2001), load being the
+//! peak-sensitive moving average of latency times the calls in flight, as in Finagle's and Linkerd's PeakEWMA.
 
 use std::sync::Arc;
 

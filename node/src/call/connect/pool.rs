@@ -3,44 +3,41 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use starling_gossip::Instance;
 use starling_protocol::NodeId;
 use tokio::sync::watch;
 
-use super::{Connection, dial::dial};
+use super::{
+    Connection, DialError,
+    dial::{DIAL_TIMEOUT, dial},
+    silence::watch_for_silence,
+};
 use crate::{
     call::choose::{Candidate, PeerLoad},
     identity::Identity,
     port::endpoint::MeshEndpoint,
 };
 
-/// How long a handshake may take.
-pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
-/// Why there is no connection. Nothing was sent.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct DialError(pub(super) String);
-
 #[derive(Default)]
-pub(super) enum Slot {
+enum Slot {
     #[default]
     Idle,
     Dialling(watch::Receiver<Option<Result<(), DialError>>>),
     Ready(Connection),
 }
 
-pub(super) struct PeerSlot {
-    pub(super) load: Arc<PeerLoad>,
-    pub(super) slot: Mutex<Slot>,
+struct PeerSlot {
+    load: Arc<PeerLoad>,
+    slot: Mutex<Slot>,
 }
 
 /// The pool of one worker.
 pub(crate) struct Pool {
-    pub(super) identity: Arc<Identity>,
-    pub(super) endpoint: MeshEndpoint,
+    identity: Arc<Identity>,
+    endpoint: MeshEndpoint,
     peers: Mutex<HashMap<NodeId, Arc<PeerSlot>>>,
 }
 
@@ -88,7 +85,7 @@ impl Pool {
                     Slot::Idle | Slot::Ready(_) => {
                         let (done, dialled) = watch::channel(None);
                         *slot = Slot::Dialling(dialled.clone());
-                        tokio::spawn(dial(self.clone(), peer.clone(), instance.clone(), done));
+                        tokio::spawn(self.clone().fill(peer.clone(), instance.clone(), done));
                         dialled
                     }
                 }
@@ -108,10 +105,35 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// Dials for everybody who waits, and says how it went.
+    async fn fill(
+        self: Arc<Self>,
+        peer: Arc<PeerSlot>,
+        instance: Arc<Instance>,
+        done: watch::Sender<Option<Result<(), DialError>>>,
+    ) {
+        let outcome = match dial(&self.identity, &self.endpoint, &instance).await {
+            Ok(made) => {
+                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.load.clone()));
+                *lock(&peer.slot) = Slot::Ready(made);
+                Ok(())
+            }
+            Err(error) => {
+                tracing::debug!(node = %instance.node_name, addr = %instance.addr, %error, "cannot connect");
+                peer.load.unreachable();
+                *lock(&peer.slot) = Slot::Idle;
+                Err(error)
+            }
+        };
+        done.send_replace(Some(outcome));
+    }
+}
+
 fn new_peer() -> Arc<PeerSlot> {
     Arc::new(PeerSlot { load: Arc::new(PeerLoad::new()), slot: Mutex::default() })
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

@@ -1,11 +1,11 @@
 //! A peer that answers no more.
 
 use std::{
-    sync::{Arc, Weak, atomic::Ordering::Relaxed},
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
-use super::State;
+use super::{Connection, State};
 use crate::call::choose::PeerLoad;
 
 /// How often a connection with calls in flight is looked at.
@@ -45,8 +45,9 @@ pub(super) async fn watch_for_silence(of: Weak<State>, load: Arc<PeerLoad>) {
                     tracing::debug!(peer = %connection.remote_address(), ?quiet, "peer is silent");
                     load.unreachable();
                     if let Some(state) = of.upgrade() {
-                        state.retired.store(true, Relaxed);
-                        state.silent.cancel();
+                        let connection = Connection(state);
+                        connection.retire();
+                        connection.0.silent.cancel();
                     }
                     return;
                 }

@@ -150,10 +150,10 @@ pub fn decode_trailers(section: &[u8], max_section_bytes: u64) -> Result<HeaderM
 
 /// Pseudo-fields first, each once; names in lower case; nothing that concerns a connection.
 fn decode(section: &[u8], max_section_bytes: u64) -> Result<(Pseudo, HeaderMap), Fault> {
-    let mut reader = Fields::new(section, max_section_bytes)?;
     let mut pseudo = Pseudo::default();
     let mut fields = HeaderMap::with_capacity(16);
-    while let Some(field) = reader.next()? {
+    for field in Fields::new(section, max_section_bytes)? {
+        let field = field?;
         if let [b':', ..] = field.name.as_bytes() {
             if !fields.is_empty() {
                 return Err(Fault::malformed("a pseudo-field behind a field"));

@@ -41,7 +41,7 @@ pub struct Field {
     pub sensitive: bool,
 }
 
-/// Reads the fields of a section one by one. What was not in the static table shares one allocation.
+/// Reads the fields of a section one by one, up to its end or an error. What was not in the static table shares one allocation.
 #[derive(Debug)]
 pub struct Fields<'a> {
     rest: &'a [u8],
@@ -67,9 +67,8 @@ impl<'a> Fields<'a> {
         Ok(Self { rest, texts: BytesMut::with_capacity(rest.len() * 5 / 4), left: max_bytes })
     }
 
-    /// The next field; `None` at the end.
-    pub fn next(&mut self) -> Result<Option<Field>, Fault> {
-        let Some(first) = self.rest.first().copied() else { return Ok(None) };
+    /// The field that starts with that byte, which is still in `rest`.
+    fn field(&mut self, first: u8) -> Result<Field, Fault> {
         let dynamic = failed("a reference to a dynamic table of size 0");
         let field = if first & 0x80 != 0 {
             if first & 0x40 == 0 {
@@ -91,7 +90,7 @@ impl<'a> Fields<'a> {
         };
         let counts = (field.name.as_bytes().len() + field.value.as_bytes().len()) as u64 + FIELD_OVERHEAD_BYTES;
         self.left = self.left.checked_sub(counts).ok_or(Fault::TooLarge)?;
-        Ok(Some(field))
+        Ok(field)
     }
 
     fn entry(&mut self, prefix: u8) -> Result<(u8, (&'static str, &'static str)), Fault> {
@@ -113,6 +112,19 @@ impl<'a> Fields<'a> {
             self.texts.extend_from_slice(bytes);
         }
         Ok(Text::Sent(self.texts.split().freeze()))
+    }
+}
+
+impl Iterator for Fields<'_> {
+    type Item = Result<Field, Fault>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let first = *self.rest.first()?;
+        let field = self.field(first);
+        if field.is_err() {
+            self.rest = &[];
+        }
+        Some(field)
     }
 }
 
@@ -201,12 +213,11 @@ mod tests {
     type Plain = (Vec<u8>, Vec<u8>, bool);
 
     fn decode(section: &[u8], max_bytes: u64) -> Result<Vec<Plain>, Code> {
-        let mut fields = Fields::new(section, max_bytes).map_err(Fault::code)?;
-        let mut out = Vec::new();
-        while let Some(field) = fields.next().map_err(Fault::code)? {
-            out.push((field.name.as_bytes().to_vec(), field.value.as_bytes().to_vec(), field.sensitive));
-        }
-        Ok(out)
+        let plain = |field: Result<Field, Fault>| {
+            let field = field.map_err(Fault::code)?;
+            Ok((field.name.as_bytes().to_vec(), field.value.as_bytes().to_vec(), field.sensitive))
+        };
+        Fields::new(section, max_bytes).map_err(Fault::code)?.map(plain).collect()
     }
 
     fn plain(name: &str, value: &str) -> Plain {

@@ -38,7 +38,7 @@ pub(super) async fn resolve_seeds(
     }
 }
 
-pub(super) async fn keep_house(running: Arc<Running>) {
+pub(super) async fn take_stock(running: Arc<Running>) {
     let mut watch = running.gossip.watch();
     while watch.changed().await.is_ok() {
         let snapshot = watch.borrow_and_update().clone();

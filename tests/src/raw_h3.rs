@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use quinn::{ReadError, VarInt, WriteError, crypto::rustls::QuicClientConfig};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::rogue::AnyServer;
 
@@ -77,11 +78,18 @@ pub fn head(fields: &[(&str, &str)]) -> Vec<u8> {
     frame(HEADERS, section(fields))
 }
 
+/// A certificate's chain and its key.
+pub type Shown = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
 /// A client endpoint that believes every server, and shows a certificate if it has one.
-pub fn endpoint(
-    identity: Option<(Vec<rustls::pki_types::CertificateDer<'static>>, rustls::pki_types::PrivateKeyDer<'static>)>,
-    protocol: &[u8],
-) -> Result<quinn::Endpoint> {
+pub fn endpoint(identity: Option<Shown>, protocol: &[u8]) -> Result<quinn::Endpoint> {
+    let mut endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into())?;
+    endpoint.set_default_client_config(client_config(identity, protocol)?);
+    Ok(endpoint)
+}
+
+/// How such an endpoint dials.
+pub fn client_config(identity: Option<Shown>, protocol: &[u8]) -> Result<quinn::ClientConfig> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -92,7 +100,6 @@ pub fn endpoint(
         None => tls.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![protocol.to_vec()];
-    let mut endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into())?;
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     // On a mesh port, the first byte aims a connection at the thread that takes calls.
     config.initial_dst_cid_provider(Arc::new(|| {
@@ -100,8 +107,7 @@ pub fn endpoint(
         id[0] = 1;
         quinn::ConnectionId::new(&id)
     }));
-    endpoint.set_default_client_config(config);
-    Ok(endpoint)
+    Ok(config)
 }
 
 /// A connection to a server, on which nothing of HTTP/3 has been said.
@@ -118,9 +124,24 @@ impl RawClient {
 
     /// Dials and opens a control stream with empty SETTINGS.
     pub async fn dial(endpoint: &quinn::Endpoint, to: SocketAddr, name: &str) -> Result<Self> {
-        let mut client = Self::silent(endpoint, to, name).await?;
+        Self::silent(endpoint, to, name).await?.introduced().await
+    }
+
+    /// The same, not as the endpoint is used to.
+    pub async fn dial_with(
+        endpoint: &quinn::Endpoint,
+        config: quinn::ClientConfig,
+        to: SocketAddr,
+        name: &str,
+    ) -> Result<Self> {
+        let connection = endpoint.connect_with(config, to, name)?.await?;
+        Self { connection, control: None }.introduced().await
+    }
+
+    async fn introduced(mut self) -> Result<Self> {
+        let client = &mut self;
         client.control = Some(client.one_way(&[varint(0), frame(SETTINGS, [])].concat()).await?);
-        Ok(client)
+        Ok(self)
     }
 
     /// The connection.

@@ -55,6 +55,12 @@ impl Rogue {
         &self.calls
     }
 
+    /// How it dials for calls.
+    pub fn calls_config(&self) -> quinn::ClientConfig {
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()));
+        raw_h3::client_config(Some((self.chain.clone(), key)), alpn::CALLS).expect("it was good once")
+    }
+
     /// Signs a record, whatever it says.
     pub fn sign(&self, record: &NodeRecord) -> SignedRecord {
         let body = SignedRecord::encode_body(record);

@@ -110,6 +110,16 @@ mod tests {
     }
 
     #[test]
+    fn a_target_starts_with_a_slash() {
+        for (uri, target) in [("http://a", "/"), ("http://a?x=1", "/?x=1"), ("http://a#/b", "/"), ("http://a/b", "/b")]
+        {
+            let mut parts = request(Version::HTTP_11, uri, &[("host", "a")]);
+            normalise_request(&mut parts, Origin::Outside).unwrap();
+            assert_eq!(parts.uri.path_and_query().unwrap().as_str(), target, "{uri}");
+        }
+    }
+
+    #[test]
     fn connection_fields_go_or_are_refused() {
         let fields = [("host", "a"), ("connection", "x-hop, close"), ("x-hop", "1"), ("x-end", "2"), ("te", "gzip")];
         let mut parts = request(Version::HTTP_11, "/", &fields);

@@ -47,7 +47,7 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
     let authority = take_authority(parts)?;
     let target = match (parts.uri.path_and_query(), &parts.method) {
         (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),
-        (Some(target), _) if target.path().starts_with('/') => target.clone(),
+        (Some(target), _) if target.path().starts_with('/') => rooted(target)?,
         (None, _) => PathAndQuery::from_static("/"),
         _ => return Err(bad("the request target is not a path")),
     };
@@ -72,6 +72,15 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
     parts.headers.remove(headers::XFCC);
     parts.uri = Uri::from(target);
     Ok(Checked { authority, length })
+}
+
+/// `https://host?x` has the path `/`, which the parser tells but does not write.
+fn rooted(target: &PathAndQuery) -> Result<PathAndQuery, Malformed> {
+    match target.as_str() {
+        "/" => Ok(PathAndQuery::from_static("/")),
+        text if text.starts_with('/') => Ok(target.clone()),
+        text => PathAndQuery::try_from(format!("/{text}")).map_err(|_| Malformed::bad_target()),
+    }
 }
 
 fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {

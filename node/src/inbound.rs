@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderValue, Request, Response, StatusCode, Uri, uri};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, request, uri};
 use starling_http::{
     Body, Drain, Guard, Guarded, Problem, ProxyError, Source,
     h3::server,
@@ -74,7 +74,11 @@ impl Inbound {
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
         let begun = Instant::now();
-        let (service, outcome) = self.forward(request, origin, caller).await;
+        let (parts, body) = request.into_parts();
+        let (service, outcome) = match self.plan(parts, origin, caller) {
+            Ok(plan) => (Some(plan.service), plan.carry_out(body).await),
+            Err((service, problem)) => (service, Err((Sent::No, problem))),
+        };
         let mut response = match outcome {
             Ok(response) => response,
             Err((sent, problem)) => {
@@ -85,52 +89,33 @@ impl Inbound {
             }
         };
         response.headers_mut().insert(headers::LOAD, HeaderValue::from(self.in_flight().saturating_sub(1)));
-        let service = service.as_ref().map_or("unknown", Name::as_str);
+        let service = service.map_or("unknown", Name::as_str);
         self.0.metrics.server_call(service, &method, response.status(), begun.elapsed());
         response.map(|body| body.map_guard(|place| Served { _counted: counted, place }))
     }
 
-    async fn forward(
+    /// Decides everything about a call before anything of it is sent. A refusal names the service, if it is one of ours.
+    fn plan(
         &self,
-        request: Request<Body>,
+        mut parts: request::Parts,
         origin: Origin,
         caller: HeaderValue,
-    ) -> (Option<Name>, Result<Response<Guarded<Place>>, (Sent, Problem)>) {
-        let (mut parts, body) = request.into_parts();
-        let checked = match normal::normalise_request(&mut parts, origin) {
-            Ok(checked) => checked,
-            Err(malformed) => return (None, Err((Sent::No, malformed.into()))),
-        };
+    ) -> Result<Plan<'_>, (Option<&Name>, Problem)> {
+        let checked = normal::normalise_request(&mut parts, origin).map_err(|malformed| (None, malformed.into()))?;
         let host = checked.host();
         let Some((service, local)) = service_of_host(host).and_then(|s| self.0.services.get_key_value(&s)) else {
             let detail = format!("this node does not serve {host}");
-            let problem = Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail);
-            return (None, Err((Sent::No, problem)));
+            return Err((None, Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail)));
         };
-        (Some(service.clone()), self.forward_to(local, parts, body, &checked, caller).await)
-    }
-
-    async fn forward_to(
-        &self,
-        local: &LocalService,
-        mut parts: http::request::Parts,
-        body: Body,
-        checked: &normal::Checked,
-        caller: HeaderValue,
-    ) -> Result<Response<Guarded<Place>>, (Sent, Problem)> {
         if self.in_flight() > MAX_IN_FLIGHT {
             let status = StatusCode::SERVICE_UNAVAILABLE;
             let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, "too many calls in flight");
-            return Err((Sent::No, problem.retry_after(Duration::from_secs(1))));
+            return Err((Some(service), problem.retry_after(Duration::from_secs(1))));
         }
         let timeout = number(&parts.headers, headers::DEADLINE).map_or(DEFAULT_TIMEOUT, Duration::from_millis);
         let timeout = timeout.min(MAX_TIMEOUT);
-        let too_late = || {
-            let detail = format!("no answer within {} ms", timeout.as_millis());
-            (Sent::Maybe, Problem::proxy(StatusCode::GATEWAY_TIMEOUT, ProxyError::HttpResponseTimeout, detail))
-        };
         if timeout.is_zero() {
-            return Err(too_late());
+            return Err((Some(service), too_late(timeout)));
         }
         // What the local service reads: who called, and nothing else of ours.
         parts.headers.remove(headers::DEADLINE);
@@ -142,22 +127,43 @@ impl Inbound {
             .authority(checked.authority.as_str())
             .path_and_query(target)
             .build()
-            .map_err(|_| (Sent::No, Problem::from(normal::Malformed::bad_target())))?;
+            .map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
+        Ok(Plan { service, local, parts, length: checked.length, timeout })
+    }
+}
 
+/// A call that may go to the service.
+struct Plan<'a> {
+    service: &'a Name,
+    local: &'a LocalService,
+    parts: request::Parts,
+    /// Of the body, if the head promises one.
+    length: Option<u64>,
+    timeout: Duration,
+}
+
+impl Plan<'_> {
+    async fn carry_out(self, body: Body) -> Result<Response<Guarded<Place>>, (Sent, Problem)> {
+        let Self { local, parts, length, timeout, .. } = self;
         let method = parts.method.clone();
-        let body = body.with_length(checked.length);
+        let body = body.with_length(length);
         let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::new(body));
         let body = source.as_ref().map_or_else(Body::empty, Source::attempt);
-        let answered = local.send(Request::from_parts(parts, body));
         let response = tokio::select! {
-            answered = answered => answered.map_err(|e| (e.sent, e.problem))?,
-            () = starling_http::late(source.as_ref(), timeout) => return Err(too_late()),
+            biased;
+            answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|e| (e.sent, e.problem))?,
+            () = starling_http::late(source.as_ref(), timeout) => return Err((Sent::Maybe, too_late(timeout))),
         };
         let (mut head, body) = response.into_parts();
         let length =
             normal::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
         Ok(Response::from_parts(head, body.with_length(length)))
     }
+}
+
+fn too_late(timeout: Duration) -> Problem {
+    let detail = format!("no answer within {} ms", timeout.as_millis());
+    Problem::proxy(StatusCode::GATEWAY_TIMEOUT, ProxyError::HttpResponseTimeout, detail)
 }
 
 /// What the body of an answer keeps: the count of its call, and its place at the service.

@@ -254,6 +254,7 @@ fn parse_status(section: &[u8]) -> Result<u16> {
         [0, 0, 0xda, ..] => 304,
         [0, 0, 0xdb, ..] => 404,
         [0, 0, 0xdc, ..] => 503,
+        [0, 0, 0xff, n @ 0..=8, ..] => [100, 204, 206, 302, 400, 403, 421, 425, 500][*n as usize],
         [0, 0, 0x5f, 0x09, 3, a, b, c, ..] => std::str::from_utf8(&[*a, *b, *c])?.parse()?,
         other => bail!("an answer starts with {:x?}", &other[..other.len().min(8)]),
     })

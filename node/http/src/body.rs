@@ -107,6 +107,13 @@ impl Body {
         Ok(self)
     }
 
+    /// Whoever read it does not, for now: somebody else has to notice if its sender gives up.
+    pub(crate) fn pause(&self) {
+        if let Kind::Upload(upload) = &self.kind {
+            upload.pause();
+        }
+    }
+
     fn poll_kind(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut self.kind {
             Kind::Empty => Poll::Ready(None),

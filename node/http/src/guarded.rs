@@ -72,9 +72,10 @@ impl<G: Guard> http_body::Body for Guarded<G> {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         match &frame {
-            Some(Ok(_)) => {}
+            Some(Ok(frame)) if !frame.is_trailers() => {}
             Some(Err(_)) => self.guard = None,
-            None => {
+            // Nothing comes behind trailers, and not everybody asks.
+            Some(Ok(_)) | None => {
                 if let Some(mut guard) = self.guard.take() {
                     guard.ended();
                 }

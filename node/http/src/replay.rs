@@ -15,6 +15,11 @@ use crate::body::{Body, BodyError};
 /// How much of a body is kept for another attempt, in bytes.
 const KEEP_BYTES: usize = 64 << 10;
 
+/// What a piece of it costs beside its bytes.
+const CHUNK_BYTES: usize = 64;
+/// Pieces below this size are copied.
+const COPY_BYTES: usize = 1024;
+
 /// The body of a call, over all of its attempts.
 #[derive(Clone)]
 pub struct Source(Arc<Mutex<Progress>>);
@@ -88,6 +93,9 @@ impl Replay {
             self.next += 1;
             return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
         }
+        if shared.broken {
+            return Poll::Ready(Some(Err(BodyError::Broken("the request's body broke off".into()))));
+        }
         if shared.ended {
             return Poll::Ready(None);
         }
@@ -96,11 +104,12 @@ impl Replay {
         match &frame {
             Some(Ok(frame)) => match frame.data_ref() {
                 Some(data) => {
-                    shared.kept_bytes += data.len();
+                    shared.kept_bytes += data.len() + CHUNK_BYTES;
                     if shared.kept_bytes > KEEP_BYTES {
                         shared.kept = None;
                     } else if let Some(kept) = &mut shared.kept {
-                        kept.push(data.clone());
+                        // A small piece must not keep the packet alive that it came in.
+                        kept.push(if data.len() < COPY_BYTES { Bytes::copy_from_slice(data) } else { data.clone() });
                         self.next += 1;
                     }
                 }
@@ -124,6 +133,13 @@ impl Replay {
 
     pub(crate) fn size_hint(&self) -> SizeHint {
         self.hint.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        // An attempt that ends while it waits for data leaves nobody waiting.
+        self.source.lock().rest.pause();
     }
 }
 

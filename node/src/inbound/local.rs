@@ -68,7 +68,7 @@ impl LocalService {
         // unsent, or is sent again if that is harmless: without a body, and idempotent.
         let repeatable = http_body::Body::is_end_stream(request.body()) && request.method().is_idempotent();
         loop {
-            let kept = idle.lock().unwrap_or_else(|e| e.into_inner()).pop();
+            let kept = take_ready(idle);
             let is_fresh = kept.is_none();
             let mut connection = match kept {
                 Some(kept) => kept,
@@ -178,6 +178,15 @@ impl LocalService {
         let problem = Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::ConnectionTerminated, detail);
         LocalError { sent, problem }
     }
+}
+
+/// The newest of the kept connections that can be used. One whose request is still being written, though its answer has ended,
+/// cannot: whoever took it would wait for somebody else's upload.
+fn take_ready(idle: &Mutex<Vec<http1::SendRequest<Body>>>) -> Option<http1::SendRequest<Body>> {
+    let mut idle = idle.lock().unwrap_or_else(|e| e.into_inner());
+    idle.retain(|kept| !kept.is_closed());
+    let newest = idle.iter().rposition(http1::SendRequest::is_ready)?;
+    Some(idle.remove(newest))
 }
 
 /// A connection that carries an answer. Kept for the next request if the answer ends whole; else it closes, which is how

@@ -85,7 +85,7 @@ impl Client {
         self.0.0.quinn()
     }
 
-    /// Whether the server neither goes away nor is gone.
+    /// Whether the server neither goes away nor is gone. When it does not, another connection is needed for the next request.
     pub fn takes_requests(&self) -> bool {
         self.0.0.takes_requests()
     }
@@ -98,6 +98,10 @@ impl Client {
             connection.quinn().open_bi().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
         let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);
         let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
+        if !self.takes_requests() {
+            // It said so while we waited for our turn; the stream goes with a reset.
+            return Err(RequestError::NotSent("the server goes away".into()));
+        }
         sender.request(head.method, head.authority, head.path, head.fields).map_err(|_| RequestError::TooLarge)?;
 
         let Some(body) = body else {
@@ -108,7 +112,12 @@ impl Client {
         };
         let mut upload = Box::pin(async move {
             let stopped = sender.stopped();
-            pump(&mut sender, body, stopped).await
+            let sent = pump(&mut sender, Some(body), stopped).await;
+            if let Err(Cut::Unwanted(Some(code))) = &sent {
+                // RFC 9000 §3.5: a stream that was stopped is reset with the code that it was stopped with.
+                sender.reset(*code);
+            }
+            sent
         });
         let mut uploading = true;
         let answer_head = {

@@ -2,11 +2,11 @@
 
 use std::sync::{
     Arc, OnceLock,
-    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 
 use super::{
     Code, Fault,
@@ -28,6 +28,10 @@ const PUSH: u64 = 0x01;
 const ENCODER: u64 = 0x02;
 const DECODER: u64 = 0x03;
 
+/// Streams that we may reset before the connection is replaced, when its other requests are done: quinn remembers some hundred
+/// bytes of each that was waited for with `stopped` (its map of that name), as long as the connection lives.
+const MAX_RESETS: u32 = 4096;
+
 /// No GOAWAY came.
 const STAYS: u64 = u64::MAX;
 
@@ -39,6 +43,8 @@ pub(crate) struct Connection {
     /// From which stream id on the peer takes nothing.
     goaway: AtomicU64,
     ended: AtomicBool,
+    resets: AtomicU32,
+    worn_out: Notify,
     /// Which of the streams that there may be only one of have come: a bit for each type.
     seen: AtomicU8,
     /// Our control stream. It stays open as long as the connection: to close it would be an error.
@@ -54,6 +60,8 @@ impl Connection {
             peer: OnceLock::new(),
             goaway: AtomicU64::new(STAYS),
             ended: AtomicBool::new(false),
+            resets: AtomicU32::new(0),
+            worn_out: Notify::new(),
             seen: AtomicU8::new(0),
             control: Mutex::new(None),
         });
@@ -74,9 +82,9 @@ impl Connection {
         self.peer.get().and_then(|settings| settings.max_field_section_bytes).unwrap_or(u64::MAX)
     }
 
-    /// Whether the peer neither goes away nor is gone.
+    /// Whether the peer neither goes away nor is gone, and the connection is as good as new.
     pub(crate) fn takes_requests(&self) -> bool {
-        self.goaway.load(Relaxed) == STAYS && !self.ended.load(Relaxed)
+        self.goaway.load(Relaxed) == STAYS && !self.ended.load(Relaxed) && self.resets.load(Relaxed) < MAX_RESETS
     }
 
     /// The peer broke the protocol: closes everything.
@@ -85,18 +93,33 @@ impl Connection {
         self.quinn.close(code.var_int(), reason.as_bytes());
     }
 
-    /// Says that nothing from this stream id on will be processed (RFC 9114 §5.2). `false` if the connection is gone.
-    pub(crate) async fn go_away(&self, from: u64) -> bool {
-        let mut out = BytesMut::new();
+    /// Says that nothing from this stream id on will be processed (RFC 9114 §5.2), as soon as the peer lets us.
+    pub(crate) fn go_away(self: &Arc<Self>, from: u64) {
         let mut id = BytesMut::new();
         varint::encode(from, &mut id);
+        let mut out = BytesMut::new();
         varint::encode(frame::GOAWAY, &mut out);
         varint::encode(id.len() as u64, &mut out);
         out.extend_from_slice(&id);
-        match &mut *self.control.lock().await {
-            Some(control) => control.write_all(&out).await.is_ok(),
-            None => false,
+        let connection = self.clone();
+        tokio::spawn(async move {
+            // Whoever comes second waits here for the first: the ids must not go up.
+            if let Some(control) = &mut *connection.control.lock().await {
+                let _ = control.write_all(&out).await;
+            }
+        });
+    }
+
+    /// Counts a stream that was reset by us.
+    pub(crate) fn count_reset(&self) {
+        if self.resets.fetch_add(1, Relaxed) + 1 == MAX_RESETS {
+            self.worn_out.notify_one();
         }
+    }
+
+    /// Resolves when the connection has seen so many resets that it had better be replaced. Cancel safe.
+    pub(crate) async fn worn_out(&self) {
+        self.worn_out.notified().await;
     }
 
     async fn drive(self: Arc<Self>) {
@@ -117,10 +140,10 @@ impl Connection {
         varint::encode(CONTROL, &mut out);
         settings.encode(&mut out);
         let Ok(mut control) = self.quinn.open_uni().await else { return };
-        if control.write_all(&out).await.is_err() {
+        let stopped = control.stopped();
+        if let Err(quinn::WriteError::ConnectionLost(_)) = control.write_all(&out).await {
             return;
         }
-        let stopped = control.stopped();
         *self.control.lock().await = Some(control);
         if let Ok(Some(_)) = stopped.await {
             self.fail(Code::H3_CLOSED_CRITICAL_STREAM, "our control stream was stopped");

@@ -23,11 +23,11 @@ pub(crate) enum Cut {
     Unwanted(Option<Code>),
 }
 
-/// Sends what is queued, then the body and its trailers, and ends the stream. What is there at once leaves in one write. Ends
+/// Sends what is queued, then the body and its trailers, if there is one, and ends the stream. What is there at once leaves in one write. Ends
 /// early when `unwanted` resolves; the sender is to be reset then, as after any error.
 pub(crate) async fn pump<B>(
     sender: &mut Sender,
-    body: B,
+    body: Option<B>,
     unwanted: impl Future<Output = Option<Code>>,
 ) -> Result<(), Cut>
 where
@@ -40,14 +40,14 @@ where
     }
 }
 
-async fn copy<B>(sender: &mut Sender, mut body: B) -> Result<(), Cut>
+async fn copy<B>(sender: &mut Sender, mut body: Option<B>) -> Result<(), Cut>
 where
     B: Body<Data = Bytes, Error = BodyError> + Unpin,
 {
-    while !body.is_end_stream() {
+    while let Some(body) = body.as_mut().filter(|body| !body.is_end_stream()) {
         let has_queued = sender.has_queued();
         // `None` when nothing more comes at once: then what is queued goes first.
-        let next = poll_fn(|cx| match Pin::new(&mut body).poll_frame(cx) {
+        let next = poll_fn(|cx| match Pin::new(&mut *body).poll_frame(cx) {
             Poll::Ready(frame) => Poll::Ready(Some(frame)),
             Poll::Pending if has_queued => Poll::Ready(None),
             Poll::Pending => Poll::Pending,

@@ -2,7 +2,7 @@
 
 use std::{
     future::Future,
-    pin::pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, request};
+use http::{Method, Request, Response, StatusCode, header, request};
 use tokio_util::task::TaskTracker;
 
 use super::{
@@ -58,16 +58,24 @@ where
     };
     // From which stream id on requests are refused.
     let mut bound = 0;
-    loop {
-        tokio::select! {
-            accepted = connection.accept_bi() => match accepted {
-                Ok((send, receive)) => bound = server.take(send, receive),
-                Err(_) => return,
-            },
-            () = drain.draining() => break,
+    let goes_away = async {
+        loop {
+            tokio::select! {
+                accepted = connection.accept_bi() => match accepted {
+                    Ok((send, receive)) => bound = server.take(send, receive),
+                    Err(_) => return,
+                },
+                () = drain.draining() => break,
+                () = server.connection.worn_out() => break,
+            }
         }
+        server.go_away(&connection, bound).await;
+    };
+    tokio::select! {
+        () = goes_away => {}
+        () = drain.closing() => {}
     }
-    server.go_away(&connection, bound, &drain).await;
+    connection.close(Code::H3_NO_ERROR.var_int(), b"");
 }
 
 struct Server<H> {
@@ -96,8 +104,8 @@ where
     }
 
     /// Two-step GOAWAY, then waits for what was taken.
-    async fn go_away(self, connection: &quinn::Connection, mut bound: u64, drain: &Drain) {
-        self.connection.go_away(GOAWAY_ALL).await;
+    async fn go_away(&self, connection: &quinn::Connection, mut bound: u64) {
+        self.connection.go_away(GOAWAY_ALL);
         let grace = tokio::time::sleep(GOAWAY_GRACE.max(connection.rtt() * 2));
         tokio::pin!(grace);
         loop {
@@ -109,31 +117,23 @@ where
                 () = &mut grace => break,
             }
         }
-        self.connection.go_away(bound).await;
+        self.connection.go_away(bound);
         self.requests.close();
-        let finished = async {
-            loop {
-                tokio::select! {
-                    () = self.requests.wait() => return,
-                    accepted = connection.accept_bi() => match accepted {
-                        // Nothing was done: the client may send it to somebody else (RFC 9114 §4.1.1).
-                        Ok((mut send, mut receive)) => {
-                            let _ = send.reset(Code::H3_REQUEST_REJECTED.var_int());
-                            let _ = receive.stop(Code::H3_REQUEST_REJECTED.var_int());
-                        }
-                        Err(_) => return self.requests.wait().await,
-                    },
-                }
+        loop {
+            tokio::select! {
+                () = self.requests.wait() => break,
+                accepted = connection.accept_bi() => match accepted {
+                    // Nothing was done: the client may send it to somebody else (RFC 9114 §4.1.1).
+                    Ok((mut send, mut receive)) => {
+                        let _ = send.reset(Code::H3_REQUEST_REJECTED.var_int());
+                        let _ = receive.stop(Code::H3_REQUEST_REJECTED.var_int());
+                    }
+                    Err(_) => return self.requests.wait().await,
+                },
             }
-        };
-        tokio::select! {
-            () = finished => {
-                // The last bytes are written, not yet received: give them a moment before the connection goes.
-                tokio::time::sleep(connection.rtt() * 2).await;
-            }
-            () = drain.closing() => {}
         }
-        connection.close(Code::H3_NO_ERROR.var_int(), b"");
+        // The last bytes are written, not yet received: give them a moment before the connection goes.
+        tokio::time::sleep(connection.rtt() * 2).await;
     }
 }
 
@@ -157,14 +157,21 @@ impl Exchange {
             Ok(Err(Broken::Fault(Fault::TooLarge))) => {
                 let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
                 let detail = "the header fields are too large";
-                return send_problem(sender, Problem::proxy(status, ProxyError::HttpRequestError, detail)).await;
+                // Without content, because the method is not known: it may be HEAD.
+                return send_problem(sender, Problem::proxy(status, ProxyError::HttpRequestError, detail), None).await;
             }
             Ok(Err(broken)) => {
                 patience.cancelled();
                 return sender.reset(broken.reset_code());
             }
-            Err(_) => return sender.reset(Code::H3_REQUEST_INCOMPLETE),
+            Err(_) => {
+                receiver.stop(Code::H3_REQUEST_INCOMPLETE);
+                return sender.reset(Code::H3_REQUEST_INCOMPLETE);
+            }
         };
+        let method = head.method.clone();
+        let expects =
+            head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
         // Mostly the end comes along with the head; then there is no body, and nothing to watch but the answer.
         let (upload, body) = if receiver.has_ended() {
             (None, Body::empty())
@@ -174,51 +181,60 @@ impl Exchange {
         };
         let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
         let worn_out = &patience;
-        let answered = async move {
+        let mut answered = pin!(async move {
             let body = body.settle(&head.method, &head.headers).await?;
             if worn_out.is_worn_out() {
                 tokio::time::sleep(HOLD).await;
             }
-            let method = head.method.clone();
-            Ok((method, handler(Request::from_parts(head, body)).await))
-        };
-        let answered: Result<_, Problem> = tokio::select! {
-            biased;
-            code = &mut unwanted => {
-                patience.cancelled();
-                return sender.reset(code);
+            // Boxed, because it is by far the largest part of this task, and a task is copied when it is spawned.
+            Ok(Box::pin(handler(Request::from_parts(head, body))).await)
+        });
+        let mut expects = upload.as_ref().filter(|_| expects);
+        let answered: Result<_, Problem> = loop {
+            tokio::select! {
+                biased;
+                code = &mut unwanted => {
+                    patience.cancelled();
+                    return sender.reset(code);
+                }
+                answered = &mut answered => break answered,
+                // The body is asked for, and the client waits to be (RFC 9110 §10.1.1).
+                () = wanted(expects), if expects.is_some() => {
+                    expects = None;
+                    sender.go_on();
+                    if sender.flush().await.is_err() {
+                        return;
+                    }
+                }
             }
-            answered = answered => answered,
         };
         if let Some(code) = upload.as_ref().and_then(Upload::broken_so_far) {
             // Whatever the answer is, it was made of less than the whole request.
             return sender.reset(code);
         }
-        let (method, response) = match answered {
-            Ok(answered) => answered,
-            Err(problem) => return send_problem(sender, problem).await,
+        let response = match answered {
+            Ok(response) => response,
+            Err(problem) => return send_problem(sender, problem, Some(&method)).await,
         };
         let (head, body) = response.into_parts();
         if sender.response(head.status, &head.headers).is_err() {
             let detail = "the head of the answer is larger than the client takes";
-            return send_problem(
-                sender,
-                Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail),
-            )
-            .await;
+            let problem = Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail);
+            return send_problem(sender, problem, Some(&method)).await;
         }
         if let Some(upload) = &upload {
             upload.release();
         }
         let unwanted = async { Some(unwanted.await) };
         // An answer to HEAD has no content, whoever made it (RFC 9110 §9.3.2).
-        let sent = if method == Method::HEAD {
-            pump(&mut sender, Body::empty(), unwanted).await
-        } else {
-            pump(&mut sender, body, unwanted).await
-        };
-        match sent {
-            Ok(()) => {}
+        let body = (method != Method::HEAD).then_some(body);
+        match pump(&mut sender, body, unwanted).await {
+            Ok(()) => {
+                if let Some(upload) = &upload {
+                    upload.answered();
+                }
+                sender.delivered().await;
+            }
             Err(Cut::Unwanted(code)) => sender.reset(code.unwrap_or(Code::H3_REQUEST_CANCELLED)),
             Err(Cut::Body(error)) => {
                 tracing::debug!(%error, "an answer broke off");
@@ -226,6 +242,14 @@ impl Exchange {
             }
             Err(Cut::TrailersTooLarge) => sender.reset(Code::H3_INTERNAL_ERROR),
         }
+    }
+}
+
+/// Resolves when somebody asks for the body of a request.
+async fn wanted(upload: Option<&Upload>) {
+    match upload {
+        Some(upload) => upload.wanted().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -258,13 +282,23 @@ async fn unwanted(stopped: impl Future<Output = Option<Code>>, upload: Option<&U
     Code::H3_REQUEST_CANCELLED
 }
 
-async fn send_problem(mut sender: Sender, problem: Problem) {
-    let (head, body) = problem.into_response("starling", false).into_parts();
-    let stopped = sender.stopped();
-    if sender.response(head.status, &head.headers).is_ok() && pump(&mut sender, body, stopped).await.is_ok() {
-        return;
-    }
-    sender.reset(Code::H3_INTERNAL_ERROR);
+/// Answers in place of the handler; with content only to a method that is known, and not HEAD. Boxed, to keep the room for it
+/// out of every request's task.
+fn send_problem(
+    mut sender: Sender,
+    problem: Problem,
+    method: Option<&Method>,
+) -> Pin<Box<impl Future<Output = ()> + use<>>> {
+    let has_content = method.is_some_and(|method| *method != Method::HEAD);
+    Box::pin(async move {
+        let (head, body) = problem.into_response("starling", false).into_parts();
+        let stopped = sender.stopped();
+        let sent = sender.response(head.status, &head.headers).is_ok()
+            && pump(&mut sender, has_content.then_some(body), stopped).await.is_ok();
+        if !sent {
+            sender.reset(Code::H3_INTERNAL_ERROR);
+        }
+    })
 }
 
 /// How much a client may give up: whoever opens requests only to reset them (CVE-2023-44487) makes its own next ones wait for

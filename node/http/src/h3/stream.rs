@@ -25,6 +25,8 @@ use crate::BodyError;
 
 /// Payloads up to this size are copied behind their frame's header: one buffer is cheaper than two.
 const COPY_BYTES: usize = 1024;
+/// Messages above this size may take more than a round trip to arrive.
+const LARGE_BYTES: usize = 16 << 10;
 /// Buffers that are handed to QUIC at a time.
 const MAX_CHUNKS: usize = 8;
 /// What is gathered before it is handed over, in bytes.
@@ -37,9 +39,10 @@ pub(crate) struct Sender {
     connection: Arc<Connection>,
     /// Frames, and the headers of those whose payload is in `chunks`.
     queued: BytesMut,
-    chunks: [Bytes; MAX_CHUNKS],
-    filled: usize,
+    chunks: Vec<Bytes>,
     gathered: usize,
+    /// Bytes written so far.
+    written: usize,
     on_drop: Code,
     open: bool,
 }
@@ -50,9 +53,9 @@ impl Sender {
             stream,
             connection,
             queued: BytesMut::new(),
-            chunks: [const { Bytes::new() }; MAX_CHUNKS],
-            filled: 0,
+            chunks: Vec::new(),
             gathered: 0,
+            written: 0,
             on_drop,
             open: true,
         }
@@ -77,6 +80,13 @@ impl Sender {
         head::encode_response(status, fields, self.connection.peer_max_section_bytes(), &mut self.queued)
     }
 
+    /// Queues an interim head, which says nothing but to go on.
+    pub(crate) fn go_on(&mut self) {
+        let none = HeaderMap::new();
+        // It always fits: a limit that is below one field is nobody's.
+        let _ = head::encode_response(StatusCode::CONTINUE, &none, u64::MAX, &mut self.queued);
+    }
+
     /// Queues trailers.
     pub(crate) fn trailers(&mut self, fields: &HeaderMap) -> Result<(), TooLarge> {
         head::encode_trailers(fields, self.connection.peer_max_section_bytes(), &mut self.queued)
@@ -97,26 +107,28 @@ impl Sender {
     }
 
     pub(crate) fn has_queued(&self) -> bool {
-        self.filled > 0 || !self.queued.is_empty()
+        !self.chunks.is_empty() || !self.queued.is_empty()
     }
 
     /// Whether enough is queued to be written.
     pub(crate) fn is_full(&self) -> bool {
         // A payload takes two places, and what is queued behind it one.
-        self.filled + 3 > MAX_CHUNKS || self.gathered + self.queued.len() >= MAX_GATHERED
+        self.chunks.len() + 3 > MAX_CHUNKS || self.gathered + self.queued.len() >= MAX_GATHERED
     }
 
     /// Writes what is queued, as far as the peer lets. If dropped half way, only a reset makes sense, which the drop of the
     /// sender does.
     pub(crate) async fn flush(&mut self) -> Result<(), quinn::WriteError> {
-        self.put_queued();
-        let filled = std::mem::take(&mut self.filled);
-        self.gathered = 0;
-        match &mut self.chunks[..filled] {
-            [] => Ok(()),
-            [one] => self.stream.write_chunk(std::mem::take(one)).await,
-            more => self.stream.write_all_chunks(more).await,
+        self.written += self.gathered + self.queued.len();
+        if self.chunks.is_empty() {
+            let queued = self.queued.split().freeze();
+            return if queued.is_empty() { Ok(()) } else { self.stream.write_chunk(queued).await };
         }
+        self.put_queued();
+        self.gathered = 0;
+        self.stream.write_all_chunks(&mut self.chunks).await?;
+        self.chunks.clear();
+        Ok(())
     }
 
     /// Ends the stream: everything that was to be sent has been written.
@@ -128,7 +140,16 @@ impl Sender {
     /// Breaks the stream off.
     pub(crate) fn reset(&mut self, code: Code) {
         self.open = false;
+        self.connection.count_reset();
         let _ = self.stream.reset(code.var_int());
+    }
+
+    /// Waits until the peer has all of a large message that was finished, so that the connection is not closed over it. A small
+    /// one is on its way.
+    pub(crate) async fn delivered(&self) {
+        if self.written > LARGE_BYTES {
+            let _ = self.stream.stopped().await;
+        }
     }
 
     /// Resolves when the peer wants no more of this stream, with its code, or when the connection is gone.
@@ -146,15 +167,14 @@ impl Sender {
 
     fn put(&mut self, bytes: Bytes) {
         self.gathered += bytes.len();
-        self.chunks[self.filled] = bytes;
-        self.filled += 1;
+        self.chunks.push(bytes);
     }
 }
 
 impl Drop for Sender {
     fn drop(&mut self) {
         if self.open {
-            let _ = self.stream.reset(self.on_drop.var_int());
+            self.reset(self.on_drop);
         }
     }
 }
@@ -189,6 +209,18 @@ impl From<Broken> for BodyError {
     }
 }
 
+/// What a look at a stream finds.
+pub(crate) enum Sight {
+    /// Nothing new; the task that looked is woken when there is.
+    Nothing,
+    /// Data that nobody has read. It hides whatever comes behind it, and nobody is woken.
+    Data,
+    /// It is over, well.
+    Over,
+    /// It broke off.
+    Broken(Broken),
+}
+
 /// What Content-Length promised, and what came.
 struct Length {
     promised: u64,
@@ -207,7 +239,17 @@ pub(crate) struct Receiver {
     trailers: Option<Box<HeaderMap>>,
     length: Option<Length>,
     on_drop: Code,
-    ended: bool,
+    end: End,
+}
+
+/// How far a receiving half has come.
+enum End {
+    /// More may come.
+    Open,
+    /// All of the message is here.
+    Whole,
+    /// It broke off, and stays so: whoever asks again must not take it for whole.
+    Broken(Broken),
 }
 
 impl Receiver {
@@ -222,7 +264,7 @@ impl Receiver {
             trailers: None,
             length: None,
             on_drop,
-            ended: false,
+            end: End::Open,
         }
     }
 
@@ -237,7 +279,7 @@ impl Receiver {
     }
 
     pub(crate) fn has_ended(&self) -> bool {
-        self.ended && self.ahead.is_none() && self.trailers.is_none()
+        matches!(self.end, End::Whole) && self.ahead.is_none() && self.trailers.is_none()
     }
 
     /// Looks, without waiting, what comes next: an end that is there already shows in [`Receiver::has_ended`].
@@ -259,8 +301,10 @@ impl Receiver {
         if let Some(event) = self.ahead.take() {
             return Poll::Ready(Ok(Some(event)));
         }
-        if self.ended {
-            return Poll::Ready(Ok(None));
+        match &self.end {
+            End::Open => {}
+            End::Whole => return Poll::Ready(Ok(None)),
+            End::Broken(broken) => return Poll::Ready(Err(broken.clone())),
         }
         loop {
             match self.message.next(&mut self.input) {
@@ -290,7 +334,7 @@ impl Receiver {
                     };
                     return Poll::Ready(match end {
                         Ok(()) => {
-                            self.ended = true;
+                            self.end = End::Whole;
                             Ok(None)
                         }
                         Err(fault) => Err(self.break_off(fault)),
@@ -319,29 +363,38 @@ impl Receiver {
         }
     }
 
-    /// Whether the peer gave the stream up, without reading on: for when nobody wants more data at the moment. `Ready(None)`
-    /// if there is nothing more to find out here.
-    pub(crate) fn poll_given_up(&mut self, cx: &mut Context<'_>) -> Poll<Option<Broken>> {
-        if self.ended {
-            return Poll::Ready(None);
+    /// What can be found out without reading on, for when nobody wants more data at the moment.
+    pub(crate) fn look(&mut self, cx: &mut Context<'_>) -> Sight {
+        match &self.end {
+            End::Open => {}
+            End::Whole => return Sight::Over,
+            End::Broken(broken) => return Sight::Broken(broken.clone()),
         }
         // A read of no bytes finds a reset, which makes quinn forget the data, and leaves data where it is.
         match self.poll_chunk(0, cx) {
-            Poll::Ready(Err(error)) => Poll::Ready(Some(self.lose(error))),
-            Poll::Ready(Ok(_)) | Poll::Pending => Poll::Pending,
+            Poll::Ready(Err(error)) => Sight::Broken(self.lose(error)),
+            Poll::Ready(Ok(Some(_))) => Sight::Data,
+            // The end is there, and will be found by whoever reads.
+            Poll::Ready(Ok(None)) => Sight::Over,
+            Poll::Pending => Sight::Nothing,
         }
     }
 
     /// Ends the stream, or the connection, as the fault asks for.
     pub(crate) fn break_off(&mut self, fault: Fault) -> Broken {
-        self.ended = true;
         match fault {
             Fault::Connection(code, reason) => self.connection.fail(code, reason),
-            Fault::Stream(..) | Fault::TooLarge => {
-                let _ = self.stream.stop(fault.code().var_int());
-            }
+            Fault::Stream(code, _) => drop(self.stream.stop(code.var_int())),
+            // An answer may say so first; the drop stops the rest.
+            Fault::TooLarge => drop(self.stream.stop(self.on_drop.var_int())),
         }
+        self.end = End::Broken(Broken::Fault(fault));
         Broken::Fault(fault)
+    }
+
+    /// Tells the peer that the rest is not wanted, and why.
+    pub(crate) fn stop(mut self, code: Code) {
+        self.on_drop = code;
     }
 
     fn poll_chunk(&mut self, max: usize, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, quinn::ReadError>> {
@@ -350,17 +403,18 @@ impl Receiver {
     }
 
     fn lose(&mut self, error: quinn::ReadError) -> Broken {
-        self.ended = true;
-        match error {
+        let broken = match error {
             quinn::ReadError::Reset(code) => Broken::Reset(code.into()),
             other => Broken::Lost(other.to_string()),
-        }
+        };
+        self.end = End::Broken(broken.clone());
+        broken
     }
 }
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        if !self.ended {
+        if matches!(self.end, End::Open) {
             let _ = self.stream.stop(self.on_drop.var_int());
         }
     }

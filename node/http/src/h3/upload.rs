@@ -13,14 +13,15 @@ use http_body::Frame;
 
 use super::{
     Code,
-    stream::{Broken, Receiver},
+    stream::{Broken, Receiver, Sight},
 };
 use crate::BodyError;
 
-/// How often an upload that nobody reads is looked at.
+/// How often an upload with data that nobody reads is looked at: the data hides what comes behind it.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// The request task's hold on the upload.
+/// The request task's hold on the upload. Dropped without [`Upload::answered`], it breaks the upload off for its reader, too:
+/// a part of a request whose call is over must not look like all of it.
 pub(crate) struct Upload(Arc<Mutex<State>>);
 
 /// The reader's hold on it: what is inside a [`crate::Body`].
@@ -29,16 +30,28 @@ pub(crate) struct UploadBody(Arc<Mutex<State>>);
 struct State {
     /// `None` once it is over.
     receiver: Option<Receiver>,
+    /// What went wrong, whoever saw it.
+    broken: Option<Code>,
+    /// Somebody has asked for data.
+    wanted: bool,
     /// The reader waits for data, and will be the first to see what happens.
     reading: bool,
     /// The reader does not want the rest.
     abandoned: bool,
-    /// The request task is done.
+    /// The answer is on its way, or out.
     released: bool,
-    /// What the reader saw go wrong.
-    broken: Option<Code>,
+    answered: bool,
     /// The request task.
     watcher: Waker,
+    reader: Waker,
+}
+
+enum Watched {
+    Broken(Code),
+    /// Well over, or not wanted: what the caller does with the rest of it means nothing.
+    Over,
+    /// Something may be hidden behind data.
+    Hidden,
 }
 
 impl Upload {
@@ -46,11 +59,14 @@ impl Upload {
     pub(crate) fn divide(receiver: Receiver) -> (Self, UploadBody) {
         let state = Arc::new(Mutex::new(State {
             receiver: Some(receiver),
+            broken: None,
+            wanted: false,
             reading: false,
             abandoned: false,
             released: false,
-            broken: None,
+            answered: false,
             watcher: Waker::noop().clone(),
+            reader: Waker::noop().clone(),
         }));
         (Self(state.clone()), UploadBody(state))
     }
@@ -59,30 +75,35 @@ impl Upload {
     /// resolves once the upload is over. Cancel safe.
     pub(crate) async fn broken(&self) -> Code {
         loop {
-            let broken = poll_fn(|cx| {
-                let mut state = lock(&self.0);
-                state.watcher.clone_from(cx.waker());
-                match state.broken {
-                    Some(code) => Poll::Ready(Some(code)),
-                    None if state.receiver.is_some() && !state.abandoned => state.look(cx).map(Some),
-                    // Over, or not wanted: what the caller does with the rest of it means nothing.
-                    None => Poll::Ready(None),
+            match poll_fn(|cx| lock(&self.0).watch(cx)).await {
+                Watched::Broken(code) => return code,
+                Watched::Over => std::future::pending().await,
+                Watched::Hidden => {
+                    // Until the reader has moved, or a moment has passed.
+                    let moved = poll_fn(|cx| lock(&self.0).moved(cx));
+                    let _ = tokio::time::timeout(LOOK, moved).await;
                 }
-            });
-            match tokio::time::timeout(LOOK, broken).await {
-                Ok(Some(code)) => return code,
-                Ok(None) => std::future::pending().await,
-                Err(_) => {}
             }
         }
     }
 
-    /// The same, as far as the reader has seen it already.
+    /// The same, as far as it is known.
     pub(crate) fn broken_so_far(&self) -> Option<Code> {
         lock(&self.0).broken
     }
 
-    /// The answer is on its way: an upload that nobody wants may be stopped now.
+    /// Resolves when somebody asks for the body. Cancel safe.
+    pub(crate) async fn wanted(&self) {
+        poll_fn(|cx| {
+            let mut state = lock(&self.0);
+            state.watcher.clone_from(cx.waker());
+            if state.wanted { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// The answer is on its way: an upload that nobody wants may be stopped now. Before, its caller might take that for the
+    /// answer.
     pub(crate) fn release(&self) {
         let mut state = lock(&self.0);
         state.released = true;
@@ -90,23 +111,58 @@ impl Upload {
             state.receiver = None;
         }
     }
+
+    /// The whole answer is out; whoever reads the upload may go on doing so.
+    pub(crate) fn answered(&self) {
+        lock(&self.0).answered = true;
+    }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        self.release();
+        let mut state = lock(&self.0);
+        if !state.answered {
+            state.break_off(Code::H3_REQUEST_CANCELLED);
+            state.reader.wake_by_ref();
+        }
     }
 }
 
 impl State {
-    fn look(&mut self, cx: &mut Context<'_>) -> Poll<Code> {
+    fn watch(&mut self, cx: &mut Context<'_>) -> Poll<Watched> {
+        self.watcher.clone_from(cx.waker());
+        if let Some(code) = self.broken {
+            return Poll::Ready(Watched::Broken(code));
+        }
         match &mut self.receiver {
             // The reader's waker must stay the one that quinn wakes.
-            Some(receiver) if !self.reading => match ready!(receiver.poll_given_up(cx)) {
-                Some(broken) => Poll::Ready(broken.reset_code()),
-                None => Poll::Pending,
+            Some(_) if self.reading && !self.abandoned => Poll::Pending,
+            Some(receiver) if !self.abandoned => match receiver.look(cx) {
+                Sight::Nothing => Poll::Pending,
+                Sight::Data => Poll::Ready(Watched::Hidden),
+                Sight::Over => Poll::Ready(Watched::Over),
+                Sight::Broken(broken) => {
+                    self.break_off(broken.reset_code());
+                    Poll::Ready(Watched::Broken(broken.reset_code()))
+                }
             },
-            _ => Poll::Pending,
+            _ => Poll::Ready(Watched::Over),
+        }
+    }
+
+    fn moved(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.watcher.clone_from(cx.waker());
+        let still = self.broken.is_none() && self.receiver.is_some() && !self.reading && !self.abandoned;
+        if still { Poll::Pending } else { Poll::Ready(()) }
+    }
+
+    /// Makes what was not read yet an error for the reader.
+    fn break_off(&mut self, code: Code) {
+        if let Some(receiver) = self.receiver.take() {
+            if !receiver.has_ended() {
+                self.broken.get_or_insert(code);
+            }
+            receiver.stop(code);
         }
     }
 }
@@ -114,11 +170,21 @@ impl State {
 impl UploadBody {
     pub(crate) fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let mut state = lock(&self.0);
+        if !state.wanted {
+            state.wanted = true;
+            state.watcher.wake_by_ref();
+        }
         if let Some(code) = state.broken {
             return Poll::Ready(Some(Err(Broken::Reset(code).into())));
         }
         let Some(receiver) = &mut state.receiver else { return Poll::Ready(None) };
         let polled = receiver.poll_frame(cx);
+        if polled.is_pending() {
+            state.reader.clone_from(cx.waker());
+        } else if state.reading {
+            // From now on it is the watcher who has to look.
+            state.watcher.wake_by_ref();
+        }
         state.reading = polled.is_pending();
         let frame = ready!(polled);
         match &frame {
@@ -133,6 +199,14 @@ impl UploadBody {
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
     }
 
+    /// Whoever read does not read any more, for now.
+    pub(crate) fn pause(&self) {
+        let mut state = lock(&self.0);
+        if std::mem::take(&mut state.reading) {
+            state.watcher.wake_by_ref();
+        }
+    }
+
     pub(crate) fn is_end_stream(&self) -> bool {
         let state = lock(&self.0);
         state.receiver.as_ref().is_none_or(Receiver::has_ended) && state.broken.is_none()
@@ -144,10 +218,10 @@ impl Drop for UploadBody {
         let mut state = lock(&self.0);
         state.abandoned = true;
         state.reading = false;
-        // Before the answer is out, the caller is not told to stop: it might take that for the answer.
         if state.released {
             state.receiver = None;
         }
+        state.watcher.wake_by_ref();
     }
 }
 

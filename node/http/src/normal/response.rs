@@ -1,6 +1,6 @@
 //! Responses in normal form.
 
-use http::{Method, StatusCode, response};
+use http::{Method, StatusCode, header, response};
 use starling_protocol::headers;
 
 use super::{
@@ -21,6 +21,7 @@ pub fn normalise_response(
     let bad_gateway = |m: Malformed| Malformed { status: StatusCode::BAD_GATEWAY, ..m };
     let length = content_length(&parts.headers).map_err(bad_gateway)?;
     remove_hop_by_hop(&mut parts.headers);
+    parts.headers.remove(header::TE);
     remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
     let bodiless = *method == Method::HEAD
         || parts.status == StatusCode::NO_CONTENT

@@ -11,7 +11,7 @@ use super::{
 pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
     remove_hop_by_hop(trailers);
     remove_own_fields(trailers, Origin::Outside, &[]);
-    for name in [header::CONTENT_LENGTH, header::HOST, header::TRANSFER_ENCODING, header::AUTHORIZATION] {
+    for name in [header::TE, header::CONTENT_LENGTH, header::HOST, header::TRANSFER_ENCODING, header::AUTHORIZATION] {
         trailers.remove(name);
     }
 }

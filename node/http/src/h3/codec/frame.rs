@@ -20,6 +20,9 @@ pub const GOAWAY: u64 = 0x07;
 /// How many pushes may be made.
 pub const MAX_PUSH_ID: u64 = 0x0d;
 
+/// What is set aside for a frame that is kept, before its bytes have come.
+const FIRST_BYTES: usize = 4096;
+
 /// Frames of HTTP/2 that have no meaning here, and must not come (RFC 9114 §7.2.8).
 pub fn is_forbidden(kind: u64) -> bool {
     matches!(kind, 0x02 | 0x06 | 0x08 | 0x09)
@@ -86,9 +89,11 @@ impl Frames {
                             self.state = State::default();
                             return Ok(Some(Piece::Frame(kind, input.split_to(length as usize))));
                         }
-                        Handling::Keep => {
-                            State::Keeping(kind, length as usize, BytesMut::with_capacity(length as usize))
-                        }
+                        Handling::Keep => State::Keeping(
+                            kind,
+                            length as usize,
+                            BytesMut::with_capacity(FIRST_BYTES.min(length as usize)),
+                        ),
                         _ if length == 0 => State::default(),
                         Handling::Pass => State::Passing(length),
                         Handling::Skip => State::Skipping(length),

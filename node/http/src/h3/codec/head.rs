@@ -71,7 +71,7 @@ impl Pseudo {
 
 /// A request's head.
 pub fn decode_request(section: &[u8], limits: Limits) -> Result<Checked<request::Parts>, Fault> {
-    let (pseudo, fields) = decode(section, limits.max_section_bytes)?;
+    let (pseudo, fields) = decode(section, limits.max_section_bytes, b"trailers")?;
     if pseudo.status.is_some() {
         return Err(Fault::malformed(":status in a request"));
     }
@@ -121,7 +121,7 @@ pub fn decode_request(section: &[u8], limits: Limits) -> Result<Checked<request:
 
 /// A response's head, an interim one too.
 pub fn decode_response(section: &[u8], max_section_bytes: u64) -> Result<Checked<response::Parts>, Fault> {
-    let (pseudo, fields) = decode(section, max_section_bytes)?;
+    let (pseudo, fields) = decode(section, max_section_bytes, NO_TE)?;
     let Pseudo { method: None, scheme: None, authority: None, path: None, protocol: None, status } = pseudo else {
         return Err(Fault::malformed("a request's pseudo-field in an answer"));
     };
@@ -141,15 +141,18 @@ pub fn decode_response(section: &[u8], max_section_bytes: u64) -> Result<Checked
 
 /// Trailers.
 pub fn decode_trailers(section: &[u8], max_section_bytes: u64) -> Result<HeaderMap, Fault> {
-    let (pseudo, fields) = decode(section, max_section_bytes)?;
+    let (pseudo, fields) = decode(section, max_section_bytes, NO_TE)?;
     match pseudo {
         Pseudo { method: None, scheme: None, authority: None, path: None, protocol: None, status: None } => Ok(fields),
         _ => Err(Fault::malformed("a pseudo-field in trailers")),
     }
 }
 
+/// TE is a request's, and there it has one value (RFC 9114 §4.2).
+const NO_TE: &[u8] = b"";
+
 /// Pseudo-fields first, each once; names in lower case; nothing that concerns a connection.
-fn decode(section: &[u8], max_section_bytes: u64) -> Result<(Pseudo, HeaderMap), Fault> {
+fn decode(section: &[u8], max_section_bytes: u64, te: &[u8]) -> Result<(Pseudo, HeaderMap), Fault> {
     let mut pseudo = Pseudo::default();
     let mut fields = HeaderMap::with_capacity(16);
     for field in Fields::new(section, max_section_bytes)? {
@@ -165,8 +168,8 @@ fn decode(section: &[u8], max_section_bytes: u64) -> Result<(Pseudo, HeaderMap),
         if is_connection_specific(&name) {
             return Err(Fault::malformed("a connection-specific field"));
         }
-        if name == header::TE && !field.value.as_bytes().eq_ignore_ascii_case(b"trailers") {
-            return Err(Fault::malformed("TE other than trailers"));
+        if name == header::TE && (te.is_empty() || !field.value.as_bytes().eq_ignore_ascii_case(te)) {
+            return Err(Fault::malformed("TE other than a request's trailers"));
         }
         let mut value = match field.value {
             Text::Entry(_, text) => HeaderValue::from_static(text),
@@ -490,6 +493,7 @@ mod tests {
             &[("x", "1"), (":status", "200")],
             &[(":status", "200"), (":path", "/")],
             &[(":status", "200"), ("connection", "close")],
+            &[(":status", "200"), ("te", "trailers")],
             &[(":status", "200"), ("Server", "x")],
             &[(":status", "200"), ("content-length", "1"), ("content-length", "2")],
         ] {

@@ -59,7 +59,10 @@ where
             Some(Some(Ok(frame))) => match frame.into_data() {
                 Ok(data) => sender.data(data),
                 Err(frame) => {
-                    if let Ok(trailers) = frame.into_trailers() {
+                    // An empty section is allowed, but some decoders stumble over it.
+                    if let Ok(trailers) = frame.into_trailers()
+                        && !trailers.is_empty()
+                    {
                         sender.trailers(&trailers).map_err(|_| Cut::TrailersTooLarge)?;
                     }
                     break;

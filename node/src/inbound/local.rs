@@ -200,6 +200,10 @@ impl Guard for Place {
     fn ended(&mut self) {
         let Some(connection) = self.connection.take().filter(|c| !c.is_closed()) else { return };
         let mut idle = self.idle.lock().unwrap_or_else(|e| e.into_inner());
+        if idle.len() >= MAX_IDLE {
+            // One that somebody's upload holds is no use to anybody.
+            idle.retain(http1::SendRequest::is_ready);
+        }
         if idle.len() < MAX_IDLE {
             idle.push(connection);
         }

@@ -85,9 +85,10 @@ impl Client {
         self.0.0.quinn()
     }
 
-    /// Whether the server neither goes away nor is gone. When it does not, another connection is needed for the next request.
+    /// Whether new requests should go over this connection: the server neither goes away nor is gone, and the connection has
+    /// not seen so many resets that another one is better.
     pub fn takes_requests(&self) -> bool {
-        self.0.0.takes_requests()
+        self.0.0.takes_requests() && !self.0.0.is_worn_out()
     }
 
     /// Sends a request and waits for the head of the final answer. Interim ones are passed over. Dropping the future cancels
@@ -98,7 +99,7 @@ impl Client {
             connection.quinn().open_bi().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
         let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);
         let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
-        if !self.takes_requests() {
+        if !connection.takes_requests() {
             // It said so while we waited for our turn; the stream goes with a reset.
             return Err(RequestError::NotSent("the server goes away".into()));
         }

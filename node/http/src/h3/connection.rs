@@ -82,9 +82,14 @@ impl Connection {
         self.peer.get().and_then(|settings| settings.max_field_section_bytes).unwrap_or(u64::MAX)
     }
 
-    /// Whether the peer neither goes away nor is gone, and the connection is as good as new.
+    /// Whether the peer neither goes away nor is gone.
     pub(crate) fn takes_requests(&self) -> bool {
-        self.goaway.load(Relaxed) == STAYS && !self.ended.load(Relaxed) && self.resets.load(Relaxed) < MAX_RESETS
+        self.goaway.load(Relaxed) == STAYS && !self.ended.load(Relaxed)
+    }
+
+    /// Whether the connection had better be replaced.
+    pub(crate) fn is_worn_out(&self) -> bool {
+        self.resets.load(Relaxed) >= MAX_RESETS
     }
 
     /// The peer broke the protocol: closes everything.

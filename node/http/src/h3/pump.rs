@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http_body::Body;
+use http_body::{Body, Frame};
 
 use super::{Code, stream::Sender};
 use crate::BodyError;
@@ -46,17 +46,23 @@ where
 {
     while let Some(body) = body.as_mut().filter(|body| !body.is_end_stream()) {
         let has_queued = sender.has_queued();
-        // `None` when nothing more comes at once: then what is queued goes first.
         let next = poll_fn(|cx| match Pin::new(&mut *body).poll_frame(cx) {
             Poll::Ready(frame) => Poll::Ready(Some(frame)),
             Poll::Pending if has_queued => Poll::Ready(None),
             Poll::Pending => Poll::Pending,
         });
-        match pin!(next).await {
-            None => flush(sender).await?,
-            Some(None) => break,
-            Some(Some(Err(error))) => return Err(Cut::Body(error)),
-            Some(Some(Ok(frame))) => match frame.into_data() {
+        let frame = match pin!(next).await {
+            Some(frame) => frame,
+            // Nothing more comes at once: what is queued goes first.
+            None => match flush_beside(sender, body).await? {
+                Some(frame) => frame,
+                None => continue,
+            },
+        };
+        match frame {
+            None => break,
+            Some(Err(error)) => return Err(Cut::Body(error)),
+            Some(Ok(frame)) => match frame.into_data() {
                 Ok(data) => sender.data(data),
                 Err(frame) => {
                     // An empty section is allowed, but some decoders stumble over it.
@@ -76,6 +82,32 @@ where
     flush(sender).await?;
     sender.finish();
     Ok(())
+}
+
+/// Flushes, and goes on reading meanwhile: the body's sender may give up while the receiver takes nothing, and whoever waits for
+/// data is the first to see that. Reads one frame at most.
+async fn flush_beside<B>(
+    sender: &mut Sender,
+    body: &mut B,
+) -> Result<Option<Option<Result<Frame<Bytes>, BodyError>>>, Cut>
+where
+    B: Body<Data = Bytes, Error = BodyError> + Unpin,
+{
+    let mut flushing = pin!(flush(sender));
+    let read = poll_fn(|cx| {
+        if let Poll::Ready(flushed) = flushing.as_mut().poll(cx) {
+            return Poll::Ready(flushed.map(|()| None));
+        }
+        Pin::new(&mut *body).poll_frame(cx).map(|frame| Ok(Some(frame)))
+    })
+    .await?;
+    if let Some(Some(Err(error))) = read {
+        return Err(Cut::Body(error));
+    }
+    if read.is_some() {
+        flushing.await?;
+    }
+    Ok(read)
 }
 
 async fn flush(sender: &mut Sender) -> Result<(), Cut> {

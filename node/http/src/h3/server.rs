@@ -36,7 +36,9 @@ const GOAWAY_GRACE: Duration = Duration::from_millis(100);
 /// The first GOAWAY names no request at all, because RFC 9114 §5.2 lets a client take anything from the named id on for
 /// unprocessed; the second one names the real bound.
 const GOAWAY_ALL: u64 = varint::MAX - 3;
-/// Requests that a client may give up before they are answered, at once and each second, before its next ones have to wait.
+/// A request that is given up as soon as this was perhaps never meant. Whoever changes his mind takes longer.
+const RAPID: Duration = Duration::from_millis(50);
+/// How many of these a client may send, at once and each second, before its next requests have to wait.
 const CANCELLED_AT_ONCE: f64 = 32.0;
 const CANCELLED_PER_SECOND: f64 = 16.0;
 /// How long each request of such a client waits, to see whether it is given up, too.
@@ -119,21 +121,25 @@ where
         }
         self.connection.go_away(bound);
         self.requests.close();
-        loop {
-            tokio::select! {
-                () = self.requests.wait() => break,
-                accepted = connection.accept_bi() => match accepted {
-                    // Nothing was done: the client may send it to somebody else (RFC 9114 §4.1.1).
-                    Ok((mut send, mut receive)) => {
-                        let _ = send.reset(Code::H3_REQUEST_REJECTED.var_int());
-                        let _ = receive.stop(Code::H3_REQUEST_REJECTED.var_int());
-                    }
-                    Err(_) => return self.requests.wait().await,
-                },
-            }
-        }
+        self.reject_until(connection, self.requests.wait()).await;
         // The last bytes are written, not yet received: give them a moment before the connection goes.
-        tokio::time::sleep(connection.rtt() * 2).await;
+        self.reject_until(connection, tokio::time::sleep(connection.rtt() * 2)).await;
+    }
+
+    /// Rejects every request that comes before `end`: nothing is done, so that the client may send it to somebody else
+    /// (RFC 9114 §4.1.1).
+    async fn reject_until(&self, connection: &quinn::Connection, end: impl Future<Output = ()>) {
+        let rejecting = async {
+            while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+                let _ = send.reset(Code::H3_REQUEST_REJECTED.var_int());
+                let _ = receive.stop(Code::H3_REQUEST_REJECTED.var_int());
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = end => {}
+            () = rejecting => {}
+        }
     }
 }
 
@@ -152,6 +158,7 @@ impl Exchange {
         B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
     {
         let Self { mut sender, mut receiver, patience } = self;
+        let begun = Instant::now();
         let head = match tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut receiver)).await {
             Ok(Ok(head)) => head,
             Ok(Err(Broken::Fault(Fault::TooLarge))) => {
@@ -161,7 +168,7 @@ impl Exchange {
                 return send_problem(sender, Problem::proxy(status, ProxyError::HttpRequestError, detail), None).await;
             }
             Ok(Err(broken)) => {
-                patience.cancelled();
+                patience.cancelled(begun);
                 return sender.reset(broken.reset_code());
             }
             Err(_) => {
@@ -170,8 +177,6 @@ impl Exchange {
             }
         };
         let method = head.method.clone();
-        let expects =
-            head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
         // Mostly the end comes along with the head; then there is no body, and nothing to watch but the answer.
         let (upload, body) = if receiver.has_ended() {
             (None, Body::empty())
@@ -179,70 +184,126 @@ impl Exchange {
             let (upload, body) = Upload::divide(receiver);
             (Some(upload), Body::from(body))
         };
-        let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
-        let worn_out = &patience;
-        let mut answered = pin!(async move {
-            let body = body.settle(&head.method, &head.headers).await?;
-            if worn_out.is_worn_out() {
-                tokio::time::sleep(HOLD).await;
-            }
-            // Boxed, because it is by far the largest part of this task, and a task is copied when it is spawned.
-            Ok(Box::pin(handler(Request::from_parts(head, body))).await)
-        });
-        let mut expects = upload.as_ref().filter(|_| expects);
-        let answered: Result<_, Problem> = loop {
-            tokio::select! {
-                biased;
-                code = &mut unwanted => {
-                    patience.cancelled();
-                    return sender.reset(code);
+        let outcome = {
+            let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
+            match ask(&mut sender, head, body, upload.as_ref(), &patience, handler, unwanted.as_mut()).await {
+                Ok(response) => reply(&mut sender, &method, response, upload.as_ref(), unwanted).await,
+                Err(Unanswered::Unwanted(code)) => {
+                    patience.cancelled(begun);
+                    Err(Unanswered::Unwanted(code))
                 }
-                answered = &mut answered => break answered,
-                // The body is asked for, and the client waits to be (RFC 9110 §10.1.1).
-                () = wanted(expects), if expects.is_some() => {
-                    expects = None;
-                    sender.go_on();
-                    if sender.flush().await.is_err() {
-                        return;
-                    }
-                }
+                Err(problem) => Err(problem),
             }
         };
-        if let Some(code) = upload.as_ref().and_then(Upload::broken_so_far) {
-            // Whatever the answer is, it was made of less than the whole request.
-            return sender.reset(code);
-        }
-        let response = match answered {
-            Ok(response) => response,
-            Err(problem) => return send_problem(sender, problem, Some(&method)).await,
-        };
-        let (head, body) = response.into_parts();
-        if sender.response(head.status, &head.headers).is_err() {
-            let detail = "the head of the answer is larger than the client takes";
-            let problem = Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail);
-            return send_problem(sender, problem, Some(&method)).await;
-        }
-        if let Some(upload) = &upload {
-            upload.release();
-        }
-        let unwanted = async { Some(unwanted.await) };
-        // An answer to HEAD has no content, whoever made it (RFC 9110 §9.3.2).
-        let body = (method != Method::HEAD).then_some(body);
-        match pump(&mut sender, body, unwanted).await {
+        match outcome {
             Ok(()) => {
-                if let Some(upload) = &upload {
+                if let Some(upload) = upload {
                     upload.answered();
                 }
                 sender.delivered().await;
             }
-            Err(Cut::Unwanted(code)) => sender.reset(code.unwrap_or(Code::H3_REQUEST_CANCELLED)),
-            Err(Cut::Body(error)) => {
-                tracing::debug!(%error, "an answer broke off");
-                sender.reset(Code::H3_INTERNAL_ERROR);
+            Err(Unanswered::Unwanted(code)) => sender.reset(code),
+            Err(Unanswered::Problem(problem)) => {
+                if let Some(upload) = &upload {
+                    upload.release();
+                }
+                send_problem(sender, *problem, Some(&method)).await;
             }
-            Err(Cut::TrailersTooLarge) => sender.reset(Code::H3_INTERNAL_ERROR),
         }
     }
+}
+
+/// Why a request gets no answer of the handler's, or not all of it.
+enum Unanswered {
+    /// The stream is to be reset with that code.
+    Unwanted(Code),
+    /// An answer of our own making takes its place.
+    Problem(Box<Problem>),
+}
+
+/// Hands the request to the handler and waits for its answer, as long as the caller does.
+async fn ask<H, F, B>(
+    sender: &mut Sender,
+    head: request::Parts,
+    body: Body,
+    upload: Option<&Upload>,
+    patience: &Patience,
+    handler: H,
+    mut unwanted: Pin<&mut impl Future<Output = Code>>,
+) -> Result<Response<B>, Unanswered>
+where
+    H: Fn(Request<Body>) -> F,
+    F: Future<Output = Response<B>>,
+{
+    let expects = head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let mut answered = pin!(async move {
+        let body = body.settle(&head.method, &head.headers).await?;
+        if patience.is_worn_out() {
+            tokio::time::sleep(HOLD).await;
+        }
+        if upload.is_some_and(|upload| upload.broken_so_far().is_some()) {
+            // Given up already; whoever watches says so in a moment.
+            std::future::pending::<()>().await;
+        }
+        // Boxed, because it is by far the largest part of this task, and a task is copied when it is spawned.
+        Ok(Box::pin(handler(Request::from_parts(head, body))).await)
+    });
+    let mut expects = upload.filter(|_| expects);
+    let answered: Result<_, Problem> = loop {
+        tokio::select! {
+            biased;
+            code = unwanted.as_mut() => return Err(Unanswered::Unwanted(code)),
+            answered = &mut answered => break answered,
+            // The body is asked for, and the client waits to be (RFC 9110 §10.1.1).
+            () = wanted(expects), if expects.is_some() => {
+                expects = None;
+                sender.go_on();
+                tokio::select! {
+                    _ = sender.flush() => {}
+                    code = unwanted.as_mut() => return Err(Unanswered::Unwanted(code)),
+                }
+            }
+        }
+    };
+    if let Some(code) = upload.and_then(Upload::broken_so_far) {
+        // Whatever the answer is, it was made of less than the whole request.
+        return Err(Unanswered::Unwanted(code));
+    }
+    answered.map_err(|problem| Unanswered::Problem(Box::new(problem)))
+}
+
+/// Sends the handler's answer, as long as the caller wants it.
+async fn reply<B>(
+    sender: &mut Sender,
+    method: &Method,
+    response: Response<B>,
+    upload: Option<&Upload>,
+    unwanted: Pin<&mut impl Future<Output = Code>>,
+) -> Result<(), Unanswered>
+where
+    B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
+{
+    let (head, body) = response.into_parts();
+    if sender.response(head.status, &head.headers).is_err() {
+        let detail = "the head of the answer is larger than the client takes";
+        let problem = Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail);
+        return Err(Unanswered::Problem(Box::new(problem)));
+    }
+    if let Some(upload) = upload {
+        upload.release();
+    }
+    // An answer to HEAD has no content, whoever made it (RFC 9110 §9.3.2).
+    let body = (*method != Method::HEAD).then_some(body);
+    pump(sender, body, async { Some(unwanted.await) }).await.map_err(|cut| {
+        Unanswered::Unwanted(match cut {
+            Cut::Unwanted(code) => code.unwrap_or(Code::H3_REQUEST_CANCELLED),
+            Cut::Body(error) => {
+                tracing::debug!(%error, "an answer broke off");
+                Code::H3_INTERNAL_ERROR
+            }
+            Cut::TrailersTooLarge => Code::H3_INTERNAL_ERROR,
+        })
+    })
 }
 
 /// Resolves when somebody asks for the body of a request.
@@ -316,7 +377,11 @@ impl Default for Patience {
 }
 
 impl Patience {
-    fn cancelled(&self) {
+    /// A request that began then was given up before its answer.
+    fn cancelled(&self, begun: Instant) {
+        if begun.elapsed() > RAPID {
+            return;
+        }
         let left = self.earn(1.0);
         self.worn_out.store(left < 1.0, Relaxed);
     }
@@ -346,12 +411,16 @@ mod tests {
     #[test]
     fn patience_wears_out_and_comes_back() {
         let patience = Patience::default();
+        let long_ago = Instant::now() - RAPID * 2;
+        for _ in 0..100 {
+            patience.cancelled(long_ago);
+        }
         for _ in 0..CANCELLED_AT_ONCE as usize - 1 {
-            patience.cancelled();
+            patience.cancelled(Instant::now());
         }
         assert!(!patience.is_worn_out());
-        patience.cancelled();
-        patience.cancelled();
+        patience.cancelled(Instant::now());
+        patience.cancelled(Instant::now());
         assert!(patience.is_worn_out());
         patience.credit.lock().unwrap().1 -= Duration::from_secs(1);
         assert!(!patience.is_worn_out());

@@ -385,7 +385,7 @@ impl Receiver {
         match fault {
             Fault::Connection(code, reason) => self.connection.fail(code, reason),
             Fault::Stream(code, _) => drop(self.stream.stop(code.var_int())),
-            // An answer may say so first; the drop stops the rest.
+            // There is an answer to it, and nothing else is wrong.
             Fault::TooLarge => drop(self.stream.stop(self.on_drop.var_int())),
         }
         self.end = End::Broken(Broken::Fault(fault));

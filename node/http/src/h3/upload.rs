@@ -74,10 +74,18 @@ impl Upload {
     /// Resolves when the caller gave the upload up, or it turned out malformed: with the code to reset the answer with. Never
     /// resolves once the upload is over. Cancel safe.
     pub(crate) async fn broken(&self) -> Code {
+        match self.over().await {
+            Some(code) => code,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Resolves when nothing more comes of the upload, with a code if it broke off. Cancel safe.
+    async fn over(&self) -> Option<Code> {
         loop {
             match poll_fn(|cx| lock(&self.0).watch(cx)).await {
-                Watched::Broken(code) => return code,
-                Watched::Over => std::future::pending().await,
+                Watched::Broken(code) => return Some(code),
+                Watched::Over => return None,
                 Watched::Hidden => {
                     // Until the reader has moved, or a moment has passed.
                     let moved = poll_fn(|cx| lock(&self.0).moved(cx));
@@ -112,9 +120,16 @@ impl Upload {
         }
     }
 
-    /// The whole answer is out; whoever reads the upload may go on doing so.
-    pub(crate) fn answered(&self) {
-        lock(&self.0).answered = true;
+    /// The whole answer is out. Whoever reads the upload may go on doing so, and it is watched as long as that.
+    pub(crate) fn answered(self) {
+        let is_over = {
+            let mut state = lock(&self.0);
+            state.answered = true;
+            state.receiver.is_none()
+        };
+        if !is_over {
+            tokio::spawn(async move { self.over().await });
+        }
     }
 }
 
@@ -123,7 +138,6 @@ impl Drop for Upload {
         let mut state = lock(&self.0);
         if !state.answered {
             state.break_off(Code::H3_REQUEST_CANCELLED);
-            state.reader.wake_by_ref();
         }
     }
 }
@@ -138,9 +152,9 @@ impl State {
             // The reader's waker must stay the one that quinn wakes.
             Some(_) if self.reading && !self.abandoned => Poll::Pending,
             Some(receiver) if !self.abandoned => match receiver.look(cx) {
-                Sight::Nothing => Poll::Pending,
+                // Behind an end of the stream the reader may still find that the message has none.
+                Sight::Nothing | Sight::Over => Poll::Pending,
                 Sight::Data => Poll::Ready(Watched::Hidden),
-                Sight::Over => Poll::Ready(Watched::Over),
                 Sight::Broken(broken) => {
                     self.break_off(broken.reset_code());
                     Poll::Ready(Watched::Broken(broken.reset_code()))
@@ -163,6 +177,7 @@ impl State {
                 self.broken.get_or_insert(code);
             }
             receiver.stop(code);
+            self.reader.wake_by_ref();
         }
     }
 }
@@ -194,7 +209,10 @@ impl UploadBody {
                 state.receiver = None;
                 state.watcher.wake_by_ref();
             }
-            None => state.receiver = None,
+            None => {
+                state.receiver = None;
+                state.watcher.wake_by_ref();
+            }
         }
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
     }

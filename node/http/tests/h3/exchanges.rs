@@ -375,11 +375,16 @@ async fn an_end_in_a_packet_of_its_own_makes_no_body() {
 async fn rapid_resets_reach_nobody_for_long() {
     let pair = pair().await;
     let get = head(&[(":method", "GET"), (":scheme", "https"), (":authority", "x"), (":path", "/never")]);
-    for _ in 0..2000 {
-        let (mut send, mut receive) = pair.open(&get).await;
-        let _ = send.finish();
-        tokio::task::yield_now().await;
-        receive.stop(Code::H3_REQUEST_CANCELLED.into()).unwrap();
+    let upload_to_length = post("/length");
+    for n in 0..2000 {
+        // A whole request whose answer is stopped; or an upload that is only reset.
+        let is_upload = n % 2 == 0;
+        let (mut send, mut receive) = pair.open(if is_upload { &upload_to_length } else { &get }).await;
+        if !is_upload {
+            let _ = send.finish();
+            tokio::task::yield_now().await;
+            receive.stop(Code::H3_REQUEST_CANCELLED.into()).unwrap();
+        }
         let _ = send.reset(Code::H3_REQUEST_CANCELLED.into());
         // Time for the server to begin, if it wants to.
         tokio::time::sleep(Duration::from_micros(300)).await;

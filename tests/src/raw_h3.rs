@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use quinn::{ReadError, VarInt, WriteError, crypto::rustls::QuicClientConfig};
+use quinn::{ConnectionId, ConnectionIdGenerator, ReadError, VarInt, WriteError, crypto::rustls::QuicClientConfig};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::rogue::AnyServer;
@@ -102,12 +102,28 @@ pub fn client_config(identity: Option<Shown>, protocol: &[u8]) -> Result<quinn::
     tls.alpn_protocols = vec![protocol.to_vec()];
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     // On a mesh port, the first byte aims a connection at the thread that takes calls.
-    config.initial_dst_cid_provider(Arc::new(|| {
+    config.initial_dst_cid_provider(Arc::new(|| ForCalls.generate_cid()));
+    Ok(config)
+}
+
+/// Connection ids of the thread that takes calls.
+#[derive(Debug)]
+pub struct ForCalls;
+
+impl ConnectionIdGenerator for ForCalls {
+    fn generate_cid(&mut self) -> ConnectionId {
         let mut id: [u8; 8] = rand::random();
         id[0] = 1;
-        quinn::ConnectionId::new(&id)
-    }));
-    Ok(config)
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        8
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// A connection to a server, on which nothing of HTTP/3 has been said.

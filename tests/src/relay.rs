@@ -1,6 +1,6 @@
-//! A bad network: a UDP relay that doubles packets and lets later ones overtake.
+//! UDP relays: a bad network, and a member of whom one half has gone bad.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use tokio::net::UdpSocket;
 
@@ -39,5 +39,37 @@ async fn shuffle(from: &UdpSocket, to: &UdpSocket) {
         if let Some((late, _)) = held.take_if(|(_, since)| n >= *since + 3) {
             let _ = to.send(&late).await;
         }
+    }
+}
+
+/// Stands where a node is advertised, and parts what comes for it as the node's own sockets do: by the first byte of the
+/// connection id, calls to `calls` and all else to `control`.
+pub async fn parting_relay(at: SocketAddr, control: SocketAddr, calls: SocketAddr) {
+    let front = Arc::new(UdpSocket::bind(at).await.expect("the port is free"));
+    tokio::spawn(async move {
+        let mut ways: HashMap<(SocketAddr, SocketAddr), Arc<UdpSocket>> = HashMap::new();
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let Ok((length, client)) = front.recv_from(&mut buffer).await else { continue };
+            let packet = &buffer[..length];
+            let is_long = packet.first().is_some_and(|first| first & 0x80 != 0);
+            let to = if packet.get(if is_long { 6 } else { 1 }) == Some(&1) { calls } else { control };
+            if !ways.contains_key(&(client, to)) {
+                let way = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
+                way.connect(to).await.expect("an address of this machine");
+                tokio::spawn(carry_back(way.clone(), front.clone(), client));
+                ways.insert((client, to), way);
+            }
+            let _ = ways[&(client, to)].send(packet).await;
+        }
+    });
+}
+
+async fn carry_back(way: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketAddr) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        // An unreachable port is told as an error of the next read.
+        let Ok(length) = way.recv(&mut buffer).await else { continue };
+        let _ = front.send_to(&buffer[..length], client).await;
     }
 }

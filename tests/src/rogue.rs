@@ -61,6 +61,25 @@ impl Rogue {
         raw_h3::client_config(Some((self.chain.clone(), key)), alpn::CALLS).expect("it was good once")
     }
 
+    /// An endpoint that takes the node's calls in its name, on a port of the system's choice; its connection ids say that they
+    /// are calls'.
+    pub fn answering(&self) -> Result<quinn::Endpoint> {
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()));
+        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut tls = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(self.chain.clone(), key)?;
+        tls.alpn_protocols = vec![alpn::CALLS.to_vec()];
+        let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(tls)?;
+        let mut config = quinn::EndpointConfig::default();
+        config.cid_generator(|| Box::new(raw_h3::ForCalls));
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+        let server = quinn::ServerConfig::with_crypto(std::sync::Arc::new(crypto));
+        let runtime = std::sync::Arc::new(quinn::TokioRuntime);
+        Ok(quinn::Endpoint::new(config, Some(server), socket, runtime)?)
+    }
+
     /// Signs a record, whatever it says.
     pub fn sign(&self, record: &NodeRecord) -> SignedRecord {
         let body = SignedRecord::encode_body(record);

@@ -1,6 +1,10 @@
 //! UDP relays: a bad network, and a member of whom one half has gone bad.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    net::SocketAddr,
+    sync::Arc,
+};
 
 use tokio::net::UdpSocket;
 
@@ -54,13 +58,16 @@ pub async fn parting_relay(at: SocketAddr, control: SocketAddr, calls: SocketAdd
             let packet = &buffer[..length];
             let is_long = packet.first().is_some_and(|first| first & 0x80 != 0);
             let to = if packet.get(if is_long { 6 } else { 1 }) == Some(&1) { calls } else { control };
-            if !ways.contains_key(&(client, to)) {
-                let way = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
-                way.connect(to).await.expect("an address of this machine");
-                tokio::spawn(carry_back(way.clone(), front.clone(), client));
-                ways.insert((client, to), way);
-            }
-            let _ = ways[&(client, to)].send(packet).await;
+            let way = match ways.entry((client, to)) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    let way = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a port"));
+                    way.connect(to).await.expect("an address of this machine");
+                    tokio::spawn(carry_back(way.clone(), front.clone(), client));
+                    new.insert(way)
+                }
+            };
+            let _ = way.send(packet).await;
         }
     });
 }

@@ -197,6 +197,9 @@ async fn who_calls_is_asked_on_every_protocol() {
         assert_eq!(query.status, 401, "a key in the query is no key");
         assert_eq!(edge.get(door, "/nowhere", &[]).await.status, 404);
         assert_eq!(edge.get(door, "/nobody", &[]).await.status, 404);
+        let head = Request::head(format!("https://{HOST}:{}/nobody", edge.addr.port())).body(Bytes::new()).unwrap();
+        let answer = edge.client.send(door, edge.addr, head).await.unwrap_or_else(|e| panic!("{door:?}: HEAD: {e:#}"));
+        assert_eq!((answer.status, answer.body.len()), (404, 0), "{door:?}: no content for HEAD");
     }
     // Revoked is revoked, at once, on every protocol.
     let admin = format!("http://{}", edge.cluster.node("edge").admin);

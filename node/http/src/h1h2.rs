@@ -3,7 +3,7 @@
 use std::{convert::Infallible, future::Future, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -55,7 +55,16 @@ where
         async move {
             let (head, body) = request.map(Body::from).into_parts();
             Ok::<_, Infallible>(match body.settle(&head.method, &head.headers).await {
-                Ok(body) => handler(Request::from_parts(head, body)).await,
+                Ok(body) => {
+                    let is_head = head.method == Method::HEAD;
+                    let response = handler(Request::from_parts(head, body)).await;
+                    // An answer to HEAD has no content, whoever made it (RFC 9110 §9.3.2).
+                    if is_head && !response.body().is_end_stream() {
+                        response.map(|_| B::from(Body::empty()))
+                    } else {
+                        response
+                    }
+                }
                 Err(problem) => problem.into_response("starling", false).map(B::from),
             })
         }

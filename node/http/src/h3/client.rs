@@ -85,8 +85,8 @@ impl Client {
         self.0.0.quinn()
     }
 
-    /// Whether new requests should go over this connection: the server neither goes away nor is gone, and the connection has
-    /// not seen so many resets that another one is better.
+    /// Whether new requests should go over this connection: the server neither goes away nor is gone, and the connection
+    /// does not carry so much of the past that another one is better.
     pub fn takes_requests(&self) -> bool {
         self.0.0.takes_requests() && !self.0.0.is_worn_out()
     }

@@ -28,9 +28,9 @@ const PUSH: u64 = 0x01;
 const ENCODER: u64 = 0x02;
 const DECODER: u64 = 0x03;
 
-/// Streams that we may reset before the connection is replaced, when its other requests are done: quinn remembers some hundred
-/// bytes of each that was waited for with `stopped` (its map of that name), as long as the connection lives.
-const MAX_RESETS: u32 = 4096;
+/// Streams that we may reset, without their peer having stopped them, before the connection is replaced when its other requests
+/// are done: quinn keeps some hundred bytes for each that was waited for with `stopped`, as long as the connection lives.
+const MAX_REMEMBERED: u32 = 4096;
 
 /// No GOAWAY came.
 const STAYS: u64 = u64::MAX;
@@ -43,7 +43,7 @@ pub(crate) struct Connection {
     /// From which stream id on the peer takes nothing.
     goaway: AtomicU64,
     ended: AtomicBool,
-    resets: AtomicU32,
+    remembered: AtomicU32,
     worn_out: Notify,
     /// Which of the streams that there may be only one of have come: a bit for each type.
     seen: AtomicU8,
@@ -60,7 +60,7 @@ impl Connection {
             peer: OnceLock::new(),
             goaway: AtomicU64::new(STAYS),
             ended: AtomicBool::new(false),
-            resets: AtomicU32::new(0),
+            remembered: AtomicU32::new(0),
             worn_out: Notify::new(),
             seen: AtomicU8::new(0),
             control: Mutex::new(None),
@@ -89,7 +89,7 @@ impl Connection {
 
     /// Whether the connection had better be replaced.
     pub(crate) fn is_worn_out(&self) -> bool {
-        self.resets.load(Relaxed) >= MAX_RESETS
+        self.remembered.load(Relaxed) >= MAX_REMEMBERED
     }
 
     /// The peer broke the protocol: closes everything.
@@ -115,14 +115,14 @@ impl Connection {
         });
     }
 
-    /// Counts a stream that was reset by us.
-    pub(crate) fn count_reset(&self) {
-        if self.resets.fetch_add(1, Relaxed) + 1 == MAX_RESETS {
+    /// Counts a stream that quinn remembers: see [`MAX_REMEMBERED`].
+    pub(crate) fn count_remembered(&self) {
+        if self.remembered.fetch_add(1, Relaxed) + 1 == MAX_REMEMBERED {
             self.worn_out.notify_one();
         }
     }
 
-    /// Resolves when the connection has seen so many resets that it had better be replaced. Cancel safe.
+    /// Resolves when the connection remembers so many streams that it had better be replaced. Cancel safe.
     pub(crate) async fn worn_out(&self) {
         self.worn_out.notified().await;
     }

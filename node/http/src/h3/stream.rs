@@ -4,7 +4,7 @@ use std::{
     future::Future,
     pin::pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -44,6 +44,8 @@ pub(crate) struct Sender {
     /// Bytes written so far.
     written: usize,
     on_drop: Code,
+    /// Somebody waits, or waited, for the peer to stop the stream.
+    watched: bool,
     open: bool,
 }
 
@@ -57,6 +59,7 @@ impl Sender {
             gathered: 0,
             written: 0,
             on_drop,
+            watched: false,
             open: true,
         }
     }
@@ -140,7 +143,9 @@ impl Sender {
     /// Breaks the stream off.
     pub(crate) fn reset(&mut self, code: Code) {
         self.open = false;
-        self.connection.count_reset();
+        if self.watched && !self.is_stopped() {
+            self.connection.count_remembered();
+        }
         let _ = self.stream.reset(code.var_int());
     }
 
@@ -152,8 +157,15 @@ impl Sender {
         }
     }
 
+    /// Whether the peer has stopped the stream.
+    fn is_stopped(&self) -> bool {
+        let stopped = pin!(self.stream.stopped()).poll(&mut Context::from_waker(Waker::noop()));
+        matches!(stopped, Poll::Ready(Ok(Some(_))))
+    }
+
     /// Resolves when the peer wants no more of this stream, with its code, or when the connection is gone.
-    pub(crate) fn stopped(&self) -> impl Future<Output = Option<Code>> + Send + use<> {
+    pub(crate) fn stopped(&mut self) -> impl Future<Output = Option<Code>> + Send + use<> {
+        self.watched = true;
         let stopped = self.stream.stopped();
         async move { stopped.await.ok().flatten().map(Code::from) }
     }

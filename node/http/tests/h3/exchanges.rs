@@ -398,6 +398,50 @@ async fn rapid_resets_reach_nobody_for_long() {
 }
 
 #[tokio::test]
+async fn a_connection_that_remembers_too_much_is_replaced() {
+    const MAX: usize = 4096;
+    let pair = pair().await;
+    let slow = send(&pair.client, Method::POST, "/echo", &HeaderMap::new(), Some(upload(1, true).await)).await.unwrap();
+    let get = head(&[(":method", "GET"), (":scheme", "https"), (":authority", "x"), (":path", "/never")]);
+    // Answers that the caller stops leave nothing behind.
+    for _ in 0..MAX + 200 {
+        let (mut send, mut receive) = pair.open(&get).await;
+        receive.stop(Code::H3_REQUEST_CANCELLED.into()).unwrap();
+        let _ = send.finish();
+    }
+    assert!(crate::wire::get(&pair.client, "/echo").await.is_ok());
+    assert!(pair.client.takes_requests(), "stopped streams do not count");
+    // Uploads that turn out wrong while they are read do: nobody stops their answers.
+    let mut fields = vec![(":method", "POST"), (":scheme", "https"), (":authority", "x"), (":path", "/length")];
+    fields.push(("content-length", "3"));
+    let wrong = [&head(&fields)[..], &[0, 2, 1, 2], &[0, 2, 1, 2]].concat();
+    // Many at a time, because each has to wait a little once there were some.
+    for _ in 0..=MAX / 200 {
+        let mut asking = tokio::task::JoinSet::new();
+        for _ in 0..200 {
+            let (connection, wrong) = (pair.client.connection().clone(), wrong.clone());
+            asking.spawn(async move {
+                let Ok((mut send, mut receive)) = connection.open_bi().await else { return };
+                let _ = send.write_all(&wrong).await;
+                let _ = send.finish();
+                let _ = receive.read_to_end(1000).await;
+            });
+        }
+        while asking.join_next().await.is_some() {}
+    }
+    tokio::time::timeout(LIMIT, async {
+        while pair.client.takes_requests() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .expect("the server goes away");
+    assert!(pair.server.close_reason().is_none(), "with a request under way");
+    drop(slow);
+    tokio::time::timeout(LIMIT, pair.server.closed()).await.expect("and closes with its last request");
+}
+
+#[tokio::test]
 async fn a_drain_waits_until_a_large_answer_has_arrived() {
     let pair = pair().await;
     let big = Bytes::from(vec![b'x'; 3 << 20]);

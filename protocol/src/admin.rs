@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DocumentState, Name, NodeKind, Protocol, ServiceState};
+use crate::{DocumentState, Name, NodeKind, Protocol, ServiceState, wire::open_enum};
 
 /// A member as the answering node sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,57 @@ pub struct MemberDetail {
     /// Hash of all records and documents that it last said to have, hex. The same everywhere in a calm mesh.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub root: Option<String>,
+    /// Version of its software, as it says.
+    #[serde(skip_serializing_if = "String::is_empty", default)]
+    pub software: String,
+    /// Things of it that were refused since the answering node's start; absent if there were none.
+    #[serde(skip_serializing_if = "Refused::is_nothing", default)]
+    pub refused: Refused,
+}
+
+/// What was refused of a member: a liar, or one with a bad link.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Signed things whose signature, certificate or content is wrong.
+    pub forged: u64,
+    /// Messages that are not in the protocol's form, or speak for somebody else.
+    pub malformed: u64,
+    /// Mentions of members of which there is no record.
+    pub strangers: u64,
+    /// Complaints about members that turned out to be there.
+    pub complaints: u64,
+}
+
+impl Refused {
+    /// Whether there is nothing.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// All together.
+    pub fn total(&self) -> u64 {
+        self.forged + self.malformed + self.strangers + self.complaints
+    }
+}
+
+/// A name and the key that it belongs to, as an issuer has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedName {
+    /// The name.
+    pub name: Name,
+    /// Id of the key, hex.
+    pub id: String,
+    /// Since when, RFC 3339 in UTC.
+    pub since: String,
+    /// Until when, unless it is renewed; RFC 3339 in UTC.
+    pub until: String,
+}
+
+/// Body of `POST /v1/names/free`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreeName {
+    /// The name.
+    pub name: Name,
 }
 
 /// How one node sees the mesh, as another was told.
@@ -147,31 +198,22 @@ pub struct Forget {
     /// Not even to be shown any more.
     #[serde(default)]
     pub prune: bool,
+    /// The strike as the admin key or an issuer has signed it, base64. Without it, the node signs it itself, if it is an issuer.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub signed: Option<String>,
 }
 
-/// How a member is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MemberStatus {
-    /// Answers.
-    Alive,
-    /// Missed a probe.
-    Suspect,
-    /// Dead by the mesh's judgement.
-    Down,
-    /// Gone by its own word.
-    Left,
-}
-
-impl MemberStatus {
-    /// As in JSON.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Alive => "alive",
-            Self::Suspect => "suspect",
-            Self::Down => "down",
-            Self::Left => "left",
-        }
+open_enum! {
+    /// How a member is.
+    MemberStatus {
+        /// Answers.
+        0 Alive "alive",
+        /// Missed a probe.
+        1 Suspect "suspect",
+        /// Dead by the mesh's judgement.
+        2 Down "down",
+        /// Gone by its own word.
+        3 Left "left",
     }
 }
 

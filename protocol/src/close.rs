@@ -15,4 +15,6 @@ pub enum CloseCode {
     Leaving = 4,
     /// The peer restarted, or was given up: this connection belongs to its former life.
     Stale = 5,
+    /// There is no place for more; later there may be.
+    Busy = 6,
 }

@@ -1,59 +1,73 @@
-//! Length-bounded postcard frames: a big-endian u32 length, then that many bytes of postcard.
+//! Messages on a stream: what it is, how long it is, and the message.
 
-use serde::{Serialize, de::DeserializeOwned};
+use crate::wire::{Message, WireError, message, put_varint, take_varint};
 
-/// Bytes in front of each frame's body.
-pub const FRAME_HEADER_BYTES: usize = 4;
+/// Most bytes in front of a frame's body: two variable-length integers.
+pub const MAX_FRAME_HEADER_BYTES: usize = 20;
 
-/// Why bytes are not a frame.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum FrameError {
-    /// The announced length is over the reader's limit; nothing was allocated for it.
-    #[error("frame of {length} bytes is over the limit of {limit}")]
-    TooLong {
-        /// The length that the frame announces, in bytes.
-        length: usize,
-        /// The reader's limit, in bytes.
-        limit: usize,
-    },
-    /// The body is not the postcard encoding of the expected type, or bytes are left over.
-    #[error("frame does not decode: {0}")]
-    Malformed(String),
+/// A message that can stand on a stream by itself.
+pub trait Framed: Message {
+    /// Number of its kind, in front of it.
+    const KIND: u64;
 }
 
-/// Postcard encoding of `value`, without a length.
-///
-/// # Panics
-/// Never for the types of this crate: they hold nothing that postcard cannot encode.
-pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_stdvec(value).expect("protocol types are encodable")
+/// Says what the messages of a protocol are.
+macro_rules! kinds {
+    ($($number:literal $type:ty),+ $(,)?) => {
+        $( impl $crate::frame::Framed for $type { const KIND: u64 = $number; } )+
+    };
+}
+pub(crate) use kinds;
+
+/// Answer to a frame of a kind that the reader does not know: no offence, the asker is newer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsupported {
+    /// The kind that is not known.
+    pub kind: u64,
+}
+message!(Unsupported { 1 kind });
+kinds!(0 Unsupported);
+
+/// `message` as a frame: kind, length and body.
+pub fn frame<T: Framed>(message: &T) -> Vec<u8> {
+    frame_of(T::KIND, &crate::wire::encode(message))
 }
 
-/// Decodes the whole of `bytes`; left-over bytes are an error, so that one value has one encoding length.
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, FrameError> {
-    match postcard::take_from_bytes(bytes) {
-        Ok((value, [])) => Ok(value),
-        Ok((_, rest)) => Err(FrameError::Malformed(format!("{} bytes left over", rest.len()))),
-        Err(e) => Err(FrameError::Malformed(e.to_string())),
-    }
-}
-
-/// `value` as a frame: length and body.
-pub fn frame<T: Serialize>(value: &T) -> Vec<u8> {
-    let body = encode(value);
-    let mut out = Vec::with_capacity(FRAME_HEADER_BYTES + body.len());
-    out.extend_from_slice(&u32::try_from(body.len()).expect("frames are far below 4 GiB").to_be_bytes());
-    out.extend_from_slice(&body);
+/// A body that is encoded already, as a frame.
+pub fn frame_of(kind: u64, body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(MAX_FRAME_HEADER_BYTES + body.len());
+    put_varint(kind, &mut out);
+    put_varint(body.len() as u64, &mut out);
+    out.extend_from_slice(body);
     out
 }
 
-/// The body's length that a frame header announces, refused when over `limit` bytes.
-pub fn frame_length(header: [u8; FRAME_HEADER_BYTES], limit: usize) -> Result<usize, FrameError> {
-    let length = u32::from_be_bytes(header) as usize;
-    if length > limit {
-        return Err(FrameError::TooLong { length, limit });
+/// What stands before the body of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameHeader<'a> {
+    /// Of the message.
+    pub kind: u64,
+    /// Of the body, in bytes.
+    pub length: usize,
+    /// What follows of the bytes that it was read from.
+    pub rest: &'a [u8],
+}
+
+/// Reads a frame's header; `None` while it is incomplete. Errors if it cannot become one, or announces more than `limit` bytes.
+pub fn frame_header(bytes: &[u8], limit: usize) -> Result<Option<FrameHeader<'_>>, WireError> {
+    let mut rest = bytes;
+    let header = take_varint(&mut rest).and_then(|kind| Some((kind, take_varint(&mut rest)?)));
+    match header {
+        Some((kind, length)) => {
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            if length > limit {
+                return Err(WireError::TooLong { length, limit });
+            }
+            Ok(Some(FrameHeader { kind, length, rest }))
+        }
+        None if bytes.len() >= MAX_FRAME_HEADER_BYTES => Err(WireError::Malformed("no frame".into())),
+        None => Ok(None),
     }
-    Ok(length)
 }
 
 #[cfg(test)]
@@ -62,22 +76,21 @@ mod tests {
 
     #[test]
     fn a_frame_comes_back() {
-        let bytes = frame(&("orders".to_string(), 7u32));
-        let length = frame_length(bytes[..4].try_into().unwrap(), 100).unwrap();
-        assert_eq!(length, bytes.len() - 4);
-        assert_eq!(decode::<(String, u32)>(&bytes[4..]).unwrap(), ("orders".into(), 7));
+        let bytes = frame(&Unsupported { kind: 300 });
+        for cut in 0..2 {
+            assert_eq!(frame_header(&bytes[..cut], 100), Ok(None));
+        }
+        let FrameHeader { kind, length, rest: body } = frame_header(&bytes, 100).unwrap().unwrap();
+        assert_eq!((kind, length), (0, body.len()));
+        assert_eq!(crate::decode::<Unsupported>(body), Ok(Unsupported { kind: 300 }));
     }
 
     #[test]
     fn over_the_limit_is_refused_before_the_body_is_read() {
-        let err = frame_length(u32::MAX.to_be_bytes(), 1024).unwrap_err();
-        assert_eq!(err, FrameError::TooLong { length: u32::MAX as usize, limit: 1024 });
-    }
-
-    #[test]
-    fn left_over_bytes_are_refused() {
-        let mut bytes = encode(&1u8);
-        bytes.push(0);
-        assert!(matches!(decode::<u8>(&bytes), Err(FrameError::Malformed(_))));
+        let mut bytes = vec![1];
+        put_varint(u64::MAX, &mut bytes);
+        let error = WireError::TooLong { length: usize::MAX, limit: 1024 };
+        assert_eq!(frame_header(&bytes, 1024), Err(error));
+        assert!(frame_header(&[0xff; MAX_FRAME_HEADER_BYTES], 1024).is_err());
     }
 }

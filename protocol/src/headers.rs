@@ -8,8 +8,11 @@ pub const ATTEMPT: &str = "starling-attempt";
 pub const LOAD: &str = "starling-load";
 /// On responses made by the answering node: `no` when the service saw nothing of the call, `maybe` otherwise.
 pub const SENT: &str = "starling-sent";
-/// To the local service: the calling node's services or name, from its certificate, never from the wire.
+/// To the local service: the calling node's name, from its certificate, never from the wire.
 pub const CALLER: &str = "starling-caller";
+/// To the local service: the services that the caller's certificate grants, separated by commas; absent if there are none.
+/// Names are given by whoever makes tokens; a service can be served by none but those who were granted it.
+pub const CALLER_SERVICES: &str = "starling-caller-services";
 /// To the service behind an edge: the authenticated consumer.
 pub const CONSUMER: &str = "starling-consumer";
 /// Prefix of every field that is ours; nothing under it is believed when it comes from outside.

@@ -9,26 +9,38 @@ mod frame;
 mod gossip;
 mod join;
 mod name;
+mod packet;
 mod record;
+mod strike;
 mod token;
+mod wire;
 
 pub mod admin;
 pub mod alpn;
 pub mod headers;
 
 pub use close::CloseCode;
-pub use document::{DocumentHash, MAX_DOCUMENT_BYTES, MAX_DOCUMENTS, MeshDocument, SignedDocument};
-pub use frame::{FRAME_HEADER_BYTES, FrameError, decode, encode, frame, frame_length};
+pub use document::{
+    DocumentEdition, DocumentHash, DocumentState, MAX_DOCUMENT_BYTES, MAX_DOCUMENTS, MeshDocument, SignedDocument,
+};
+pub use frame::{FrameHeader, Framed, MAX_FRAME_HEADER_BYTES, Unsupported, frame, frame_header, frame_of};
 pub use gossip::{
-    Delta, DocumentEdition, DocumentSight, DocumentState, Forgotten, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES,
-    MAX_PUSH_BYTES, MemberHealth, MemberState, Pong, ROOT_HASH_BYTES, RecordEdition, Sight, Summary, View,
+    Delta, DocumentSight, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, MemberHealth, MemberState, Ping,
+    Pong, Sight, StrikeEdition, Summary, View, Word,
 };
-pub use join::{Grant, Join, JoinReply, JoinRequest, MAX_JOIN_FRAME_BYTES, Refusal, Renew};
+pub use join::{
+    Answer, Application, Floor, Grant, Join, Ledger, MAX_JOIN_FRAME_BYTES, MAX_LEDGER_BYTES, Refusal, RefusalCode,
+    Relayed, Renew, Reservation, SignedAnswer, SignedReservation,
+};
 pub use name::{InvalidName, MeshName, Name, NodeId, service_of_host};
+pub use packet::{Life, MAX_PACKET_BYTES, News, Packet, PacketError, Purpose};
 pub use record::{
-    MAX_RECORD_BYTES, MAX_SERVICES, NodeKind, NodeRecord, Phase, Protocol, ServiceRecord, ServiceState, SignedRecord,
+    Capabilities, IssuerProof, MAX_LABEL_BYTES, MAX_RECORD_BYTES, MAX_SERVICES, MAX_WEIGHT, NodeKind, NodeRecord,
+    Phase, Protocol, RecordEdition, ServiceRecord, ServiceState, SignedRecord, is_label,
 };
-pub use token::{Grants, JoinToken, TokenClaims, TokenError};
+pub use strike::{SignedStrike, Strike};
+pub use token::{Grants, JoinToken, NamePattern, TokenClaims, TokenError};
+pub use wire::{MAX_REPEATED, Message, Unknown, WireError, decode, encode, put_varint, take_varint};
 
 /// Default UDP port of the mesh.
 pub const MESH_PORT: u16 = 7400;

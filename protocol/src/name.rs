@@ -2,6 +2,8 @@ use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::wire::{Unknown, Value, WireError, once, put_field};
+
 /// Why a text is not a name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{text:?} is not a valid {what}: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'")]
@@ -57,6 +59,16 @@ macro_rules! checked_name {
         impl Serialize for $type {
             fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
                 s.serialize_str(&self.0)
+            }
+        }
+
+        impl Value for $type {
+            fn put(&self, tag: u64, out: &mut Vec<u8>) {
+                put_field(tag, self.0.as_bytes(), out);
+            }
+            fn take(slot: &mut Option<Self>, value: &[u8], _: Unknown) -> Result<(), WireError> {
+                let text = String::from_utf8_lossy(value);
+                once(slot, text.parse().map_err(|e: InvalidName| WireError::Malformed(e.to_string()))?)
             }
         }
 
@@ -123,6 +135,18 @@ pub struct NodeId(pub [u8; 16]);
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+/// From 32 hex digits.
+impl FromStr for NodeId {
+    type Err = WireError;
+    fn from_str(hex: &str) -> Result<Self, WireError> {
+        let wrong = || WireError::Malformed("an id has 32 hex digits".into());
+        let digits: Option<Vec<u8>> = hex.chars().map(|c| c.to_digit(16).map(|digit| digit as u8)).collect();
+        let digits = digits.filter(|digits| digits.len() == 32).ok_or_else(wrong)?;
+        let bytes: Vec<u8> = digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect();
+        bytes.try_into().map(Self).map_err(|_| wrong())
     }
 }
 

@@ -1,11 +1,16 @@
 use std::{fmt, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use serde::{Deserialize, Serialize};
+use bytes::Bytes;
 
-use crate::{MeshName, Name, NodeId, decode, encode};
+use crate::{
+    InvalidName, MeshName, Name, NodeId, decode, encode,
+    wire::{Unknown, Value, WireError, message, nested, once, take_array},
+};
 
 const PREFIX: &str = "stl1.";
+/// The format of claims that this version writes.
+const FORMAT: u8 = 1;
 /// Longest token text that is looked at, in bytes.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
 
@@ -18,21 +23,24 @@ pub enum TokenError {
     /// Starts as one, and is cut short or altered.
     #[error("the join token is incomplete or altered; copy it again, it is one line")]
     Damaged,
+    /// Says something that this version cannot act upon.
+    #[error("the join token was made by a newer version of starling; use that version here, too")]
+    Newer,
 }
 
 /// What a token says. Everything here is covered by the issuer's secret.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenClaims {
-    /// The mesh.
-    pub mesh: MeshName,
-    /// SHA-256 of the root certificate (DER): the joiner trusts this root and no other.
-    pub root: [u8; 32],
     /// The issuer that made the token and counts its uses.
     pub issuer: NodeId,
     /// Makes each token its own.
     pub id: [u8; 16],
     /// End, in unix seconds.
     pub expires: u64,
+    /// The mesh.
+    pub mesh: MeshName,
+    /// SHA-256 of the root certificate (DER): the joiner trusts this root and no other.
+    pub root: [u8; 32],
     /// How many nodes may join with it.
     pub uses: u32,
     /// What they may be.
@@ -41,8 +49,51 @@ pub struct TokenClaims {
     pub seeds: Vec<String>,
 }
 
+message!(TokenClaims, given (issuer: NodeId, id: [u8; 16], expires: u64) { 1 mesh, 2 root, 3 uses, 4 grants, 5 seeds });
+
+impl TokenClaims {
+    /// Prefix and fields.
+    pub fn encode(&self) -> Bytes {
+        let mut out = Vec::with_capacity(256);
+        out.extend_from_slice(&self.issuer.0);
+        out.extend_from_slice(&self.id);
+        out.extend_from_slice(&self.expires.to_be_bytes());
+        out.push(FORMAT);
+        self.write_fields(&mut out);
+        out.into()
+    }
+
+    /// Who made the token, by its prefix: all that is needed to carry it there, whatever else it says.
+    pub fn peek_issuer(bytes: &[u8]) -> Result<NodeId, WireError> {
+        let mut rest = bytes;
+        take_array(&mut rest).map(NodeId)
+    }
+
+    /// Reads what anybody may read: unknown fields are passed over, unless they are critical.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        Self::read(bytes, Unknown::Ignored)
+    }
+
+    /// Reads what the issuer acts upon: it made the token, so it knows every field, or a newer version of it made it, and
+    /// may have meant a restriction.
+    pub fn decode_in_full(bytes: &[u8]) -> Result<Self, WireError> {
+        Self::read(bytes, Unknown::Refused)
+    }
+
+    fn read(bytes: &[u8], unknown: Unknown) -> Result<Self, WireError> {
+        let mut rest = bytes;
+        let issuer = NodeId(take_array(&mut rest)?);
+        let id = take_array(&mut rest)?;
+        let expires = u64::from_be_bytes(take_array(&mut rest)?);
+        match take_array(&mut rest)? {
+            [FORMAT] => Self::read_fields(rest, unknown, issuer, id, expires),
+            [format] => Err(WireError::NotUnderstood(format.into())),
+        }
+    }
+}
+
 /// What a token lets its bearer be.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Grants {
     /// Services that it may serve.
     pub services: Vec<Name>,
@@ -50,29 +101,94 @@ pub struct Grants {
     pub edge: bool,
     /// Whether it may admit others.
     pub issuer: bool,
+    /// Names that it may take; any, if there is none.
+    pub names: Vec<NamePattern>,
+    /// The zone that it stands in, and may say that it stands in; any, if empty.
+    pub zone: String,
+}
+
+message!(Grants { 1 services, 2 edge, 3 issuer, 4 names, 5 zone });
+nested!(Grants);
+
+impl Grants {
+    /// Whether a node of that name may join.
+    pub fn admits_name(&self, name: &Name) -> bool {
+        self.names.is_empty() || self.names.iter().any(|pattern| pattern.fits(name))
+    }
+}
+
+/// A name, or, with `*` at its end, the beginning of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamePattern(String);
+
+impl NamePattern {
+    /// Whether that name is meant.
+    pub fn fits(&self, name: &Name) -> bool {
+        match self.0.strip_suffix('*') {
+            Some(beginning) => name.as_str().starts_with(beginning),
+            None => name.as_str() == self.0,
+        }
+    }
+}
+
+impl fmt::Display for NamePattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl FromStr for NamePattern {
+    type Err = InvalidName;
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        match text.strip_suffix('*') {
+            // A beginning is one of a name if some name begins so.
+            Some(beginning) => format!("{beginning}x").parse::<Name>().map(|_| Self(text.into())),
+            None => text.parse::<Name>().map(|_| Self(text.into())),
+        }
+    }
+}
+
+impl Value for NamePattern {
+    fn put(&self, tag: u64, out: &mut Vec<u8>) {
+        self.0.put(tag, out);
+    }
+    fn take(slot: &mut Option<Self>, value: &[u8], unknown: Unknown) -> Result<(), WireError> {
+        let mut text: Option<String> = None;
+        String::take(&mut text, value, unknown)?;
+        let pattern = text.unwrap_or_default().parse().map_err(|e: InvalidName| WireError::Malformed(e.to_string()))?;
+        once(slot, pattern)
+    }
 }
 
 /// A join token: claims, and the secret that proves them. Whoever holds it can join; `Debug` does not print the secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken {
     /// The claims exactly as the issuer encoded them: the proof covers these bytes.
-    pub claims_bytes: Vec<u8>,
+    pub claims_bytes: Bytes,
     /// The same, decoded.
     pub claims: TokenClaims,
     /// HMAC-SHA256 of the claims under the issuer's token key.
     pub secret: [u8; 32],
 }
 
+/// What the text of a token holds.
+struct Envelope {
+    claims: Bytes,
+    secret: [u8; 32],
+}
+message!(Envelope { 1 claims, 2 secret });
+
 impl JoinToken {
-    /// Puts a token together; `secret` must be the issuer's HMAC of `encode(&claims)`.
+    /// Puts a token together; `secret` must be the issuer's HMAC of [`TokenClaims::encode`].
     pub fn new(claims: TokenClaims, secret: [u8; 32]) -> Self {
-        Self { claims_bytes: encode(&claims), claims, secret }
+        Self { claims_bytes: claims.encode(), claims, secret }
     }
 }
 
 impl fmt::Display for JoinToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{PREFIX}{}", URL_SAFE_NO_PAD.encode(encode(&(&self.claims_bytes, &self.secret))))
+        let envelope = Envelope { claims: self.claims_bytes.clone(), secret: self.secret };
+        write!(f, "{PREFIX}{}", URL_SAFE_NO_PAD.encode(encode(&envelope)))
     }
 }
 
@@ -89,9 +205,13 @@ impl FromStr for JoinToken {
         if body.len() > MAX_TOKEN_BYTES {
             return Err(TokenError::Damaged);
         }
+        let why = |error: WireError| match error {
+            WireError::NotUnderstood(_) => TokenError::Newer,
+            _ => TokenError::Damaged,
+        };
         let bytes = URL_SAFE_NO_PAD.decode(body).map_err(|_| TokenError::Damaged)?;
-        let (claims_bytes, secret): (Vec<u8>, [u8; 32]) = decode(&bytes).map_err(|_| TokenError::Damaged)?;
-        let claims = decode(&claims_bytes).map_err(|_| TokenError::Damaged)?;
+        let Envelope { claims: claims_bytes, secret } = decode(&bytes).map_err(why)?;
+        let claims = TokenClaims::decode(&claims_bytes).map_err(why)?;
         Ok(Self { claims_bytes, claims, secret })
     }
 }
@@ -110,7 +230,11 @@ mod tests {
             id: [3; 16],
             expires: 1_800_000_000,
             uses: 1,
-            grants: Grants { services: vec!["orders".parse().unwrap()], edge: false, issuer: false },
+            grants: Grants {
+                services: vec!["orders".parse().unwrap()],
+                names: vec!["orders-*".parse().unwrap()],
+                ..Grants::default()
+            },
             seeds: vec!["10.0.0.1:7400".into()],
         };
         JoinToken::new(claims, [7; 32])
@@ -128,6 +252,41 @@ mod tests {
         let text = token().to_string();
         assert_eq!("hello".parse::<JoinToken>(), Err(TokenError::NotAToken));
         assert_eq!(text[..text.len() - 4].parse::<JoinToken>(), Err(TokenError::Damaged));
+    }
+
+    #[test]
+    fn names_are_bound_as_a_whole_or_by_their_beginning() {
+        let grants = |patterns: &[&str]| Grants {
+            names: patterns.iter().map(|pattern| pattern.parse().unwrap()).collect(),
+            ..Grants::default()
+        };
+        for (patterns, name, admitted) in [
+            (&[][..], "anything", true),
+            (&["orders-*"], "orders-1", true),
+            (&["orders-*"], "order", false),
+            (&["orders"], "orders", true),
+            (&["orders"], "orders-1", false),
+            (&["a", "b*"], "bc", true),
+            (&["*"], "anything", true),
+        ] {
+            assert_eq!(grants(patterns).admits_name(&name.parse().unwrap()), admitted, "{patterns:?} {name}");
+        }
+        for bad in ["", "-*", "a*b", "A*", "**"] {
+            assert!(bad.parse::<NamePattern>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_newer_version_means_is_refused_by_who_acts_upon_it() {
+        let claims = token().claims;
+        assert_eq!(TokenClaims::decode_in_full(&claims.encode()), Ok(claims.clone()));
+        let mut later = claims.encode().to_vec();
+        let at = later.len();
+        crate::wire::put_field(40, b"restriction", &mut later);
+        assert_eq!(TokenClaims::decode(&later), Ok(claims));
+        assert!(TokenClaims::decode_in_full(&later).is_err());
+        later[at] |= 1;
+        assert!(TokenClaims::decode(&later).is_err());
     }
 
     #[test]

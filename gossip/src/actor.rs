@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use starling_protocol::{Delta, Items, Name, NodeId, Pong, SignedDocument, Summary};
+use starling_protocol::{Delta, Items, Name, NodeId, Pong, SignedDocument, SignedStrike, Summary};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -30,11 +30,12 @@ enum Command {
     Items { from: NodeId, items: Items, via: Via },
     Summary { from: NodeId, summary: Summary, reply: oneshot::Sender<Delta> },
     Delta { from: NodeId, with: Target, delta: Delta, reply: oneshot::Sender<Items> },
-    Ping { from: NodeId, suspected: Option<u16>, reply: oneshot::Sender<Pong> },
+    Ping { from: NodeId, suspected: Option<u16>, reply: oneshot::Sender<Option<Pong>> },
     Checked { suspect: Ident, incarnation: u16, pong: Option<Pong> },
     Announce(Box<dyn FnOnce(&mut Announcement) + Send>),
     Publish { signed: SignedDocument, reply: oneshot::Sender<Result<(), DocumentError>> },
-    Forget { id: NodeId, prune: bool, reply: oneshot::Sender<Result<(), ForgetError>> },
+    Strike { signed: SignedStrike, reply: oneshot::Sender<Result<(), ForgetError>> },
+    Malformed { from: NodeId },
     Seeds(Vec<SocketAddr>),
     Counters(oneshot::Sender<Counters>),
     Details(oneshot::Sender<Vec<Detail>>),
@@ -86,7 +87,7 @@ impl GossipHandle {
 
     /// Hands over a ping that came on a stream.
     pub async fn answer_ping(&self, from: NodeId, suspected: Option<u16>) -> Option<Pong> {
-        self.ask(|reply| Command::Ping { from, suspected, reply }).await
+        self.ask(|reply| Command::Ping { from, suspected, reply }).await.flatten()
     }
 
     /// Tells what came of a check.
@@ -105,8 +106,14 @@ impl GossipHandle {
     }
 
     /// Strikes a dead member off, mesh-wide; `None` when the actor is gone.
-    pub async fn forget(&self, id: NodeId, prune: bool) -> Option<Result<(), ForgetError>> {
-        self.ask(|reply| Command::Forget { id, prune, reply }).await
+    pub async fn strike(&self, signed: SignedStrike) -> Option<Result<(), ForgetError>> {
+        self.ask(|reply| Command::Strike { signed, reply }).await
+    }
+
+    /// An authenticated peer sent something on a stream that is not in the protocol's form.
+    pub fn malformed(&self, from: NodeId) {
+        // Lost when the actor is far behind: it is counted where it came in, too.
+        let _ = self.commands.try_send(Command::Malformed { from });
     }
 
     /// Replaces the seeds.
@@ -217,7 +224,8 @@ fn handle(gossip: &mut Gossip, command: Command, outputs: &Outputs) {
             gossip.announce(announcement, now);
         }
         Command::Publish { signed, reply } => drop(reply.send(gossip.publish(signed, now))),
-        Command::Forget { id, prune, reply } => drop(reply.send(gossip.forget(&id, prune, now))),
+        Command::Strike { signed, reply } => drop(reply.send(gossip.strike(signed, now))),
+        Command::Malformed { from } => gossip.malformed(from, now),
         Command::Seeds(seeds) => gossip.set_seeds(seeds),
         Command::Counters(reply) => drop(reply.send(gossip.counters())),
         Command::Details(reply) => drop(reply.send(gossip.details(now))),

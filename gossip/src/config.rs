@@ -4,7 +4,8 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 use starling_protocol::{
-    MeshDocument, Name, NodeId, NodeKind, NodeRecord, Phase, ServiceRecord, SignedDocument, SignedRecord,
+    Capabilities, IssuerProof, MeshDocument, Name, NodeKind, NodeRecord, Phase, ServiceRecord, SignedDocument,
+    SignedRecord, SignedStrike, Strike,
 };
 
 use crate::DocumentError;
@@ -46,19 +47,32 @@ impl Config {
     }
 }
 
-/// Why a record is not believed.
+/// Why a record or a strike is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct RecordError(pub String);
+pub enum RecordError {
+    /// Its signature, certificate or content is wrong, for everybody and at any time: who passes it on has not looked.
+    #[error("{0}")]
+    Forged(String),
+    /// It is not for this node, or not now: another may rightly have taken it.
+    #[error("{0}")]
+    Unfit(String),
+}
 
 /// The node's key and its view of who may vouch for keys: the seam to the identity layer.
-pub trait Credentials: Send {
+pub trait Credentials: Send + Sync {
     /// Signs this node's own record with its certificate's key.
     fn sign(&self, record: &NodeRecord) -> SignedRecord;
-    /// Checks signature, chain, id, name and services against the certificate; only then the content may be believed.
+    /// Checks signature, chain, id, name and services against the certificate; only then the content may be believed. What is
+    /// returned ends when the certificate does.
     fn verify(&self, signed: &SignedRecord) -> Result<Arc<NodeRecord>, RecordError>;
+    /// Signs a word of this node's with the same key.
+    fn sign_word(&self, bytes: &[u8]) -> Vec<u8>;
+    /// Whether the signer of that record, which is verified, signed those bytes.
+    fn verify_word(&self, signer: &SignedRecord, bytes: &[u8], signature: &[u8]) -> bool;
     /// Checks signature, certificate and size; only then the content may be believed.
     fn verify_document(&self, signed: &SignedDocument) -> Result<MeshDocument, DocumentError>;
+    /// Checks that the mesh's admin key or an issuer signed it.
+    fn verify_strike(&self, signed: &SignedStrike) -> Result<Strike, RecordError>;
 }
 
 /// What this node tells about itself. Id, address and generation are known already.
@@ -70,14 +84,16 @@ pub struct Announcement {
     pub kind: NodeKind,
     /// Where it stands.
     pub zone: String,
-    /// Its issuing key's id, if it can admit others.
-    pub issuer: Option<NodeId>,
+    /// That it can admit others.
+    pub issuer: Option<IssuerProof>,
     /// What it serves.
     pub services: Vec<ServiceRecord>,
     /// Whether it takes new calls.
     pub phase: Phase,
     /// End of its certificate, unix seconds.
     pub cert_expires: u64,
+    /// What it can speak.
+    pub speaks: Capabilities,
 }
 
 /// What a node has kept from its former life.

@@ -7,8 +7,6 @@ use std::{
 
 use starling_protocol::{DocumentEdition, DocumentHash, MAX_DOCUMENTS, MeshDocument, Name, SignedDocument};
 
-use crate::records::hash_of;
-
 /// How far a version may be ahead of the one before: a slip of the hand must not use up all numbers.
 const MAX_LEAP: u64 = 1 << 20;
 
@@ -131,9 +129,9 @@ impl Documents {
         *floor = document.version.max(*floor);
         let hash = signed.hash();
         let view = DocumentView { document: Arc::new(document), signed, hash };
-        self.root ^= hash_of(&view.edition());
+        self.root ^= view.edition().hash();
         if let Some(old) = self.by_kind.insert(view.document.kind.clone(), view.clone()) {
-            self.root ^= hash_of(&old.edition());
+            self.root ^= old.edition().hash();
         }
         view
     }
@@ -156,10 +154,11 @@ mod tests {
             not_before: 0,
             expires: Some(1000),
             deleted: false,
-            content: vec![version as u8],
+            content: vec![version as u8].into(),
+            understood: true,
         };
         let body = SignedDocument::encode_body(&document);
-        (document, SignedDocument { body, signature: vec![], certificate: vec![] })
+        (document, SignedDocument { body, signature: Default::default(), certificate: Default::default() })
     }
 
     fn taken(documents: &mut Documents, version: u64) -> Result<bool, DocumentError> {

@@ -9,21 +9,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{BufMut, BytesMut};
 use rand::{SeedableRng, rngs::StdRng};
 use starling_protocol::{
-    Forgotten, Items, MAX_PUSH_BYTES, MemberHealth, MemberState, NodeId, NodeRecord, Phase, Pong, ROOT_HASH_BYTES,
-    SignedDocument, SignedRecord,
+    Items, MAX_PUSH_BYTES, MemberHealth, NodeId, NodeRecord, Packet, PacketError, Phase, Pong, SignedDocument,
+    SignedRecord, SignedStrike,
 };
 
 use crate::{
     Announcement, Config, Counters, Credentials, Detail, ForgetError, Memory, Outgoing, Target, Via,
     contacts::Contacts,
     documents::{DocumentError, DocumentView, Documents},
-    membership::{Effect, Ident, MAX_RETOLD, Membership},
+    membership::{Effect, Grounds, Ident, MAX_RETOLD, Membership, PeerState},
     records::Records,
     roster::{Peer, Roster},
     snapshot::{MemberView, Photographer, Snapshot},
+    trust::Trust,
 };
 
 /// How often contacts are looked over.
@@ -44,6 +44,15 @@ const DISPUTE: Duration = Duration::from_millis(100);
 const PUBLISH_PERIOD: Duration = Duration::from_millis(200);
 /// Suspicions and refutations come in bursts, and are looked at together.
 const REFRESH_PERIOD: Duration = Duration::from_millis(100);
+/// Pause between two comparisons because of differing root hashes, at N = 2; grows with log2 N, but for a node that is far
+/// behind.
+const COMPARE: Duration = Duration::from_millis(250);
+/// Members that a node asks, when it is given up, for how long they have heard it.
+const LOST_EXCHANGES: usize = 7;
+/// Peers without a record that are looked after at a time.
+const MAX_STRANGERS: usize = 64;
+/// Pause between two times that the addresses of members are stored.
+const PEERS_PERIOD: Duration = Duration::from_secs(5);
 /// Rounds of gossip that a good-bye is told in.
 const GOODBYES: usize = 4;
 
@@ -56,7 +65,8 @@ pub struct Gossip {
     roster: Roster,
     records: Records,
     documents: Documents,
-    credentials: Box<dyn Credentials>,
+    trust: Trust,
+    credentials: Arc<dyn Credentials>,
     announcement: Announcement,
     seq: u64,
     /// `since` of this node's own status.
@@ -67,8 +77,14 @@ pub struct Gossip {
     remembered: Vec<SocketAddr>,
     /// Who answered at an address that is not its own: a seed behind a name or another interface.
     aliases: HashMap<SocketAddr, NodeId>,
-    /// Members whose record may be missing.
-    lacking: BTreeMap<NodeId, Lack>,
+    /// Peers that talk to this node, and whose record is missing, or those of members that they mention.
+    strangers: BTreeMap<NodeId, Lack>,
+    /// Members with whom comparisons were in vain, until when there is none, and for how long after the next.
+    futile: BTreeMap<NodeId, (Instant, Duration)>,
+    /// For how long members have been dead, as the peer whose items are being taken says, in seconds.
+    ages: HashMap<NodeId, u32>,
+    /// A later life of this node than its own, of which there is a record.
+    outlive: Option<u64>,
     to_pass_on: Items,
     /// Whether it has the record of a node that is new here.
     introducing: bool,
@@ -80,6 +96,7 @@ pub struct Gossip {
     next_refresh: Instant,
     next_warning: Instant,
     next_publish: Instant,
+    next_peers: Instant,
     /// When this node's own set of records and documents last changed.
     settled_at: Instant,
     check_limit: Duration,
@@ -107,14 +124,15 @@ impl Gossip {
     pub fn new(
         me: Ident,
         announcement: Announcement,
-        credentials: Box<dyn Credentials>,
+        credentials: Arc<dyn Credentials>,
         memory: Memory,
         config: &Config,
         epoch: (Instant, u64),
     ) -> Self {
         let now = epoch.0;
         let mut gossip = Self {
-            membership: Membership::new(me, config),
+            membership: Membership::new(me, config, credentials.clone()),
+            trust: Trust::default(),
             roster: Roster::default(),
             records: Records::default(),
             documents: Documents::with_floors(memory.floors),
@@ -127,7 +145,10 @@ impl Gossip {
             seeds: Vec::new(),
             remembered: memory.peers,
             aliases: HashMap::new(),
-            lacking: BTreeMap::new(),
+            strangers: BTreeMap::new(),
+            futile: BTreeMap::new(),
+            ages: HashMap::new(),
+            outlive: None,
             to_pass_on: Items::default(),
             introducing: false,
             next_pass_on: now,
@@ -138,6 +159,7 @@ impl Gossip {
             next_refresh: now,
             next_warning: now,
             next_publish: now,
+            next_peers: now,
             settled_at: now,
             check_limit: config.suspicion[0],
             left: false,
@@ -161,26 +183,32 @@ impl Gossip {
         if self.left {
             return;
         }
-        let unix = self.unix(now);
-        let outcome = match datagram.split_first_chunk::<ROOT_HASH_BYTES>() {
-            Some((root, packet)) => {
-                let known = self.roster.get(&from).map(|peer| peer.state);
-                let effects = self.membership.packet(from, known.as_ref(), packet, now, unix);
-                effects.map(|effects| (u64::from_be_bytes(*root), effects))
-            }
-            None => Err("too short".into()),
+        let packet = match Packet::decode(datagram) {
+            Ok(packet) => packet,
+            Err(PacketError::Unsupported) => return self.counters.packets_unsupported += 1,
+            Err(PacketError::Malformed(error)) => return self.refuse_packet(from, &error.to_string(), now),
         };
+        let known = self.roster.get(&from).map(|peer| peer.state);
+        let outcome = self.judge(now, |membership, grounds| membership.packet(from, known.as_ref(), &packet, grounds));
         match outcome {
-            Ok((root, effects)) => {
-                self.roster.heard(&from, Some(root), now);
+            Ok(effects) => {
+                self.roster.heard(&from, Some(packet.root), now);
                 self.apply(effects, now);
-                self.compare(from, root, now);
+                self.compare(from, packet.root, now);
             }
-            Err(error) => {
-                self.counters.packets_refused += 1;
-                tracing::debug!(%from, error, "refused a gossip packet");
-            }
+            Err(error) => self.refuse_packet(from, &error, now),
         }
+    }
+
+    fn refuse_packet(&mut self, from: NodeId, error: &str, now: Instant) {
+        self.counters.packets_refused += 1;
+        self.trust.malformed(from, now);
+        tracing::debug!(%from, error, "refused a gossip packet");
+    }
+
+    /// A message of an authenticated peer, on a stream, was not in the protocol's form.
+    pub fn malformed(&mut self, from: NodeId, now: Instant) {
+        self.trust.malformed(from, now);
     }
 
     /// Items from an authenticated peer: verified, stored and passed on once if they are news.
@@ -189,40 +217,57 @@ impl Gossip {
             return;
         }
         self.roster.heard(&from, None, now);
-        let mut news = self.store(items, now);
+        let before = self.records.life(&from);
+        let mut news = self.store(from, items, now);
+        let is_new = self.records.life(&from).map(|life| life.generation) > before.map(|life| life.generation);
+        self.ages.clear();
+        if !news.records.is_empty() || !news.documents.is_empty() {
+            self.futile.remove(&from);
+        }
         if via == Via::Exchange {
             if news.records.len() > MAX_RETOLD {
+                // There may be more where that came from.
+                self.next_compare = now;
                 news.records.clear();
             }
             // A node that has just come in has few links to push its record over, or none but this one.
             let by_sender = |signed: &Arc<SignedRecord>| signed.peek_edition().is_ok_and(|edition| edition.id == from);
-            self.introducing |= news.records.iter().any(by_sender);
+            self.introducing |= is_new && news.records.iter().any(by_sender);
         }
+        let mut may_publish = |signed: &Arc<SignedRecord>| {
+            signed.peek_edition().is_ok_and(|edition| self.trust.may_publish(edition.id, now))
+        };
+        news.records.retain(|signed| may_publish(signed));
+        let newer: BTreeSet<NodeId> =
+            news.records.iter().filter_map(|signed| signed.peek_edition().ok()).map(|edition| edition.id).collect();
+        self.to_pass_on.records.retain(|old| old.peek_edition().is_ok_and(|edition| !newer.contains(&edition.id)));
         self.to_pass_on.append(news);
         self.pass_on(now);
         self.refresh(now);
     }
 
-    /// A ping over a stream; refutes the suspicion that it tells of.
-    pub fn answer_ping(&mut self, from: NodeId, suspected: Option<u16>, now: Instant) -> Pong {
+    /// A ping over a stream; refutes the suspicion that it tells of. A node that has left gives no sign of life.
+    pub fn answer_ping(&mut self, from: NodeId, suspected: Option<u16>, now: Instant) -> Option<Pong> {
+        if self.left {
+            return None;
+        }
         self.roster.heard(&from, None, now);
-        let Some(incarnation) = suspected.filter(|_| !self.left) else {
+        let Some(incarnation) = suspected else {
             let me = self.membership.own_state();
-            return Pong { generation: me.generation, incarnation: me.incarnation };
+            return Some(Pong { generation: me.generation, incarnation: me.incarnation });
         };
-        let (pong, effects) = self.membership.refute(incarnation, now);
+        let (pong, effects) = self.judge(now, |membership, grounds| membership.refute(from, incarnation, grounds));
         self.apply(effects, now);
-        pong
+        Some(pong)
     }
 
     /// What came of an [`Outgoing::Check`]; `None` if the suspect gave no answer.
     pub fn checked(&mut self, suspect: Ident, incarnation: u16, pong: Option<Pong>, now: Instant) {
         match pong {
-            Some(Pong { generation, incarnation }) => {
+            Some(pong) => {
                 self.roster.heard(&suspect.id, None, now);
-                let (Ident { id, addr, .. }, health) = (suspect, MemberHealth::Alive);
-                let state = MemberState { id, addr, generation, incarnation, health, down_s: 0 };
-                self.learn(id, &[state], now);
+                let effects = self.judge(now, |membership, grounds| membership.vouched(&suspect, pong, grounds));
+                self.apply(effects, now);
             }
             None => self.membership.check_failed(&suspect, incarnation, now),
         }
@@ -251,6 +296,8 @@ impl Gossip {
         if claimed.expires.is_some_and(|expires| expires < self.unix(now)) {
             return Err(DocumentError::Expired { kind: claimed.kind, version: claimed.version });
         }
+        // Gossip passes over what is older without a word; whoever publishes it has to know.
+        self.documents.admits(&claimed)?;
         if self.take_document(signed.clone())? {
             self.settled_at = now;
             let items = Items { documents: vec![signed], ..Items::default() };
@@ -265,14 +312,15 @@ impl Gossip {
     }
 
     /// Strikes a dead member off, mesh-wide.
-    pub fn forget(&mut self, id: &NodeId, prune: bool, now: Instant) -> Result<(), ForgetError> {
-        let state = self.roster.get(id).ok_or(ForgetError::Unknown)?.state;
+    pub fn strike(&mut self, signed: SignedStrike, now: Instant) -> Result<(), ForgetError> {
+        let strike = self.credentials.verify_strike(&signed).map_err(|e| ForgetError::Unverified(e.to_string()))?;
+        let state = self.roster.get(&strike.id).ok_or(ForgetError::Unknown)?.state;
         if state.health != MemberHealth::Down {
             return Err(ForgetError::Alive);
         }
-        let forgotten = Forgotten { id: *id, generation: state.generation, prune };
-        let items = self.store(Items { forgotten: vec![forgotten], ..Items::default() }, now);
-        if self.roster.forgotten(&state).is_none() {
+        let me = self.membership.me().id;
+        let items = self.store(me, Items { strikes: vec![Arc::new(signed)], ..Items::default() }, now);
+        if self.roster.struck(&state).is_none() {
             return Err(ForgetError::Full);
         }
         self.outgoing.push(Outgoing::Push { fanout: PUSH, items });
@@ -323,7 +371,7 @@ impl Gossip {
             self.next_housekeeping = now + Duration::from_secs(3600);
             return;
         }
-        let effects = self.membership.tick(now);
+        let effects = self.judge(now, |membership, grounds| membership.tick(grounds));
         self.apply(effects, now);
         self.pass_on(now);
         self.refresh(now);
@@ -356,6 +404,11 @@ impl Gossip {
         self.membership.is_lost()
     }
 
+    /// Its present incarnation.
+    pub fn incarnation(&self) -> u16 {
+        self.membership.own_state().incarnation
+    }
+
     /// This node, in its present life.
     pub fn me(&self) -> Ident {
         self.membership.me()
@@ -371,28 +424,24 @@ impl Gossip {
         let detail = |peer: Peer| {
             let (id, heard) = (peer.state.id, self.roster.heard_of(&peer.state.id));
             let ago = heard.map(|heard| now.saturating_duration_since(heard.at));
-            Detail { id, heard: ago, root: heard.and_then(|heard| heard.root) }
+            Detail { id, heard: ago, root: heard.and_then(|heard| heard.root), refused: self.trust.refused(&id) }
         };
         self.roster.all().map(detail).collect()
     }
 
-    fn learn(&mut self, from: NodeId, members: &[MemberState], now: Instant) {
-        let unix = self.unix(now);
-        match self.membership.learn(members, now, unix) {
-            Ok(effects) => self.apply(effects, now),
-            Err(error) => tracing::debug!(%from, error, "refused a peer's members"),
-        }
+    /// Lets membership judge by what is known now.
+    fn judge<T>(&mut self, now: Instant, judge: impl FnOnce(&mut Membership, &mut Grounds<'_>) -> T) -> T {
+        let mut grounds = Grounds { records: &self.records, trust: &mut self.trust, now };
+        judge(&mut self.membership, &mut grounds)
     }
 
     fn apply(&mut self, effects: Vec<Effect>, now: Instant) {
         let root = self.root();
         for effect in effects {
             match effect {
-                Effect::Send { to, bytes, reach } => {
-                    let mut datagram = BytesMut::with_capacity(ROOT_HASH_BYTES + bytes.len());
-                    datagram.put_u64(root);
-                    datagram.put(bytes);
-                    self.outgoing.push(Outgoing::Datagram { to, bytes: datagram.freeze(), reach });
+                Effect::Send { to, packet, reach } => {
+                    let bytes = Packet { root, ..packet }.encode().into();
+                    self.outgoing.push(Outgoing::Datagram { to, bytes, reach });
                 }
                 Effect::Check { suspect, incarnation } => {
                     let limit = self.check_limit;
@@ -404,17 +453,32 @@ impl Gossip {
                         self.push_sync(Target::Node(ident), now);
                     }
                 }
+                Effect::Dispute(id) => {
+                    let left = self.roster.get(&id).is_some_and(|peer| self.has_left(&peer.state));
+                    if self.next_dispute <= now && !left {
+                        self.next_dispute = now + DISPUTE;
+                        self.push_sync(Target::Linked(id), now);
+                    }
+                }
+                Effect::Introduce(id) if !self.trust.listens(&id, now) => {}
+                Effect::Introduce(id) => {
+                    if self.strangers.len() < MAX_STRANGERS {
+                        self.strangers.entry(id).or_insert(Lack { since: now, asked: None });
+                    }
+                }
+                Effect::Appeal(to) => self.appeal(to, now),
                 Effect::Lost => {
                     tracing::warn!("the mesh has given this node up; it comes back when its link is good");
                     self.counters.lost += 1;
                     // Whoever answers says whether this node could be heard all the time.
-                    self.exchange_with_anybody(now);
+                    let asked = self.exchange_with(LOST_EXCHANGES, now);
+                    self.membership.asks_why(asked);
                 }
                 Effect::Rejoined(ident) => {
                     tracing::info!(generation = ident.generation, "back in the mesh");
                     self.outgoing.push(Outgoing::Generation(ident.generation));
                     self.publish_own_record(now);
-                    self.exchange_with_anybody(now);
+                    self.exchange_with(1, now);
                 }
             }
         }
@@ -429,7 +493,8 @@ impl Gossip {
         self.next_refresh = now + REFRESH_PERIOD;
         let touched = self.membership.take_touched();
         let (me, unix) = (self.membership.me().id, self.unix(now));
-        let changes = self.roster.update(&touched, self.membership.observed(&touched), me, unix);
+        let observed = self.membership.observed(&touched, &self.trust, now);
+        let changes = self.roster.update(&touched, observed, me, unix);
         for (id, before) in &changes.turned {
             if let Some(peer) = self.roster.get(id) {
                 log_transition(*before, &peer, self.records.get(id));
@@ -441,9 +506,8 @@ impl Gossip {
             let remembered: BTreeSet<NodeId> = self.membership.others().map(|m| m.id).chain([me]).collect();
             self.roster.retain(|id| remembered.contains(id));
             self.records.retain(|id| remembered.contains(id));
-        }
-        for id in &changes.members {
-            self.lacking.entry(*id).or_insert(Lack { since: now, asked: None });
+            self.trust.retain(|id| remembered.contains(id));
+            self.futile.retain(|id, _| remembered.contains(id));
         }
         self.changed |= !changes.members.is_empty() || changes.shrunk || touched.has(&me);
     }
@@ -460,10 +524,11 @@ impl Gossip {
             addr: me.addr,
             kind: a.kind,
             zone: a.zone.clone(),
-            issuer: a.issuer,
             services: a.services.clone(),
             phase: a.phase,
             cert_expires: a.cert_expires,
+            issuer: a.issuer.clone(),
+            speaks: a.speaks.clone(),
         };
         let signed = Arc::new(self.credentials.sign(&record));
         self.records.put(Arc::new(record), signed.clone());
@@ -483,14 +548,14 @@ impl Gossip {
         }
     }
 
-    fn has_left(&self, state: &MemberState) -> bool {
-        self.roster.forgotten(state).is_some()
+    fn has_left(&self, state: &PeerState) -> bool {
+        self.roster.struck(state).is_some()
             || self.records.get(&state.id).is_some_and(|r| r.phase == Phase::Left && r.generation >= state.generation)
     }
 
     fn snapshot(&mut self, now: Instant) -> Snapshot {
         let me = self.membership.own_state();
-        let shown = self.roster.all().filter(|p| self.roster.forgotten(&p.state).is_none_or(|f| !f.prune));
+        let shown = self.roster.all().filter(|p| self.roster.struck(&p.state).is_none_or(|strike| !strike.prune));
         let mut members: Vec<MemberView> = shown
             .map(|peer| MemberView {
                 id: peer.state.id,
@@ -500,6 +565,7 @@ impl Gossip {
                 health: peer.shown,
                 suspected_by: self.roster.accusers(&peer.state.id).to_vec(),
                 left: self.has_left(&peer.state),
+                unheard: self.roster.heard_of(&peer.state.id).is_none() && self.membership.doubts(&peer.state.id),
                 since: peer.since,
                 is_self: false,
                 record: self.records.get(&peer.state.id).cloned(),
@@ -513,6 +579,7 @@ impl Gossip {
             health: MemberHealth::Alive,
             suspected_by: Vec::new(),
             left: self.announcement.phase == Phase::Left,
+            unheard: false,
             since: self.started,
             is_self: true,
             record: self.records.get(&me.id).cloned(),
@@ -523,7 +590,8 @@ impl Gossip {
             members.iter().filter(|m| !m.is_self && m.is_live()).map(|m| m.addr).take(MAX_REMEMBERED).collect();
         live.sort();
         // An empty mesh does not erase the way back into it.
-        if !live.is_empty() && live != self.remembered {
+        if !live.is_empty() && live != self.remembered && now >= self.next_peers {
+            self.next_peers = now + PEERS_PERIOD;
             self.remembered.clone_from(&live);
             self.outgoing.push(Outgoing::Peers(live));
         }

@@ -21,6 +21,7 @@ mod recovery;
 mod roster;
 mod snapshot;
 mod suspicion;
+mod trust;
 
 pub use actor::{Durable, GossipHandle, spawn};
 pub use config::{Announcement, Config, Credentials, Memory, Profile, RecordError};
@@ -29,3 +30,4 @@ pub use gossip::Gossip;
 pub use membership::Ident;
 pub use outgoing::{Counters, Detail, ForgetError, Outgoing, Reach, Sync, Target, Via};
 pub use snapshot::{Instance, MemberView, SUBSET, Snapshot};
+pub use trust::Refused;

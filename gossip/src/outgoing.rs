@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use starling_protocol::{Items, NodeId, Summary};
 
-use crate::{DocumentView, Ident, Snapshot};
+use crate::{DocumentView, Ident, Refused, Snapshot};
 
 /// Whom an exchange is with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -14,14 +14,17 @@ pub enum Target {
     Node(Ident),
     /// Whoever answers there: a seed, or a former peer.
     Addr(SocketAddr),
+    /// A peer that has a connection to this node, and whose address is not known.
+    Linked(NodeId),
 }
 
 impl Target {
-    /// Where to dial.
-    pub fn addr(&self) -> SocketAddr {
+    /// Where to dial, if there is no connection.
+    pub fn addr(&self) -> Option<SocketAddr> {
         match self {
-            Self::Node(ident) => ident.addr,
-            Self::Addr(addr) => *addr,
+            Self::Node(ident) => Some(ident.addr),
+            Self::Addr(addr) => Some(*addr),
+            Self::Linked(_) => None,
         }
     }
 }
@@ -104,14 +107,18 @@ pub struct Sync {
 /// Things counted since the start. Those that were refused stay 0 in a healthy mesh.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counters {
-    /// Packets that are no SWIM packets, or speak for another node than the connection's, or of a future generation.
+    /// Packets that are no SWIM packets, or speak for another node than the connection's.
     pub packets_refused: u64,
+    /// Packets of a later version of the protocol. No offence.
+    pub packets_unsupported: u64,
     /// Records whose signature, chain, names, generation or size are wrong.
     pub records_refused: u64,
     /// Records older than the one that is known: late, or replayed.
     pub records_stale: u64,
     /// Documents whose signature, certificate or size are wrong, or that leap or roll back.
     pub documents_refused: u64,
+    /// Strikes that neither the admin key nor an issuer has signed.
+    pub strikes_refused: u64,
     /// Times that the mesh declared this node dead.
     pub lost: u64,
     /// Exchanges begun.
@@ -131,11 +138,16 @@ pub struct Detail {
     pub heard: Option<Duration>,
     /// Root hash of its records and documents, as it last told.
     pub root: Option<u64>,
+    /// What was refused of it.
+    pub refused: Refused,
 }
 
 /// Why a member cannot be struck off.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ForgetError {
+    /// Not by whom it must be signed.
+    #[error("{0}")]
+    Unverified(String),
     /// Nobody of that id.
     #[error("no member has that name or id")]
     Unknown,

@@ -2,10 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use sha2::{Digest, Sha256};
 use starling_protocol::{NodeId, NodeRecord, RecordEdition, SignedRecord};
 
-use crate::Instance;
+use crate::{Ident, Instance};
 
 /// A record that was verified.
 #[derive(Debug)]
@@ -30,6 +29,19 @@ impl Records {
         self.by_node.get(id).map(|stored| &stored.record)
     }
 
+    /// The member by its record.
+    pub(crate) fn life(&self, id: &NodeId) -> Option<Ident> {
+        self.get(id).map(|record| Ident { id: record.id, addr: record.addr, generation: record.generation })
+    }
+
+    pub(crate) fn edition(&self, id: &NodeId) -> Option<RecordEdition> {
+        self.get(id).map(|record| edition_of(record))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.by_node.len()
+    }
+
     pub(crate) fn signed(&self, id: &NodeId) -> Option<&Arc<SignedRecord>> {
         self.by_node.get(id).map(|stored| &stored.signed)
     }
@@ -40,11 +52,11 @@ impl Records {
     }
 
     pub(crate) fn put(&mut self, record: Arc<NodeRecord>, signed: Arc<SignedRecord>) {
-        self.root ^= hash_of(&edition_of(&record));
+        self.root ^= edition_of(&record).hash();
         let instances = Instance::all_of(&record).collect();
         let stored = Stored { record, signed, instances };
         if let Some(old) = self.by_node.insert(stored.record.id, stored) {
-            self.root ^= hash_of(&edition_of(&old.record));
+            self.root ^= edition_of(&old.record).hash();
         }
     }
 
@@ -53,7 +65,7 @@ impl Records {
         self.by_node.retain(|id, stored| {
             let keeps = keep(id);
             if !keeps {
-                *root ^= hash_of(&edition_of(&stored.record));
+                *root ^= edition_of(&stored.record).hash();
             }
             keeps
         });
@@ -71,10 +83,4 @@ impl Records {
 
 fn edition_of(record: &NodeRecord) -> RecordEdition {
     RecordEdition { id: record.id, generation: record.generation, seq: record.seq }
-}
-
-/// The first eight bytes of a SHA-256, so that all builds of all nodes agree.
-pub(crate) fn hash_of(value: &impl serde::Serialize) -> u64 {
-    let digest = Sha256::digest(starling_protocol::encode(value));
-    u64::from_be_bytes(digest[..8].try_into().expect("SHA-256 has 32 bytes"))
 }

@@ -28,10 +28,14 @@ const RELAPSE: Duration = Duration::from_secs(30);
 const FORGIVEN: Duration = Duration::from_secs(600);
 /// Being heard for this long without hearing is a link that works one way.
 const DEAF: Duration = Duration::from_secs(3);
+/// Members that must say so.
+const DEAF_WITNESSES: usize = 2;
 
 /// Hearing nobody for this long may be why a node was given up, if it learns of that within that time afterwards.
 const SILENCE: Duration = Duration::from_secs(3);
 const LEARNS_WITHIN: Duration = Duration::from_secs(10);
+/// Probes in a row that nobody answers, directly or through others, that make this node's own link a bad one.
+const UNANSWERED: u32 = 5;
 /// Pings that are this late mean that the process did not run.
 const STOPPED: Duration = Duration::from_secs(1);
 
@@ -43,6 +47,9 @@ pub(crate) struct Recovery {
     heard_at: Option<Instant>,
     /// The last time in which nobody did.
     silence: Option<Silence>,
+    /// Probes in a row that brought no answer, and when there last were many.
+    unanswered: u32,
+    unheard_at: Option<Instant>,
     back_since: Option<Instant>,
     flaps: u32,
 }
@@ -61,6 +68,9 @@ struct Lost {
     /// Who was asked, and whether they answered.
     answers: VecDeque<(NodeId, bool)>,
     good_since: Option<Instant>,
+    asked_why: Vec<NodeId>,
+    /// Who says that it heard this node all the time.
+    deaf_by: Vec<NodeId>,
     flapping: bool,
 }
 
@@ -75,7 +85,8 @@ impl Recovery {
         if self.lost.is_some() {
             return;
         }
-        let gone = self.cut_off_since(now).unwrap_or(now);
+        let cut_off = self.cut_off_since(now);
+        let gone = cut_off.unwrap_or(now);
         let stayed = self.back_since.map(|back| gone.saturating_duration_since(back));
         if stayed.is_some_and(|stayed| stayed > FORGIVEN) {
             self.flaps = 0;
@@ -85,9 +96,12 @@ impl Recovery {
             waiting: VecDeque::new(),
             answers: VecDeque::new(),
             good_since: None,
+            asked_why: Vec::new(),
+            deaf_by: Vec::new(),
             flapping: false,
         });
-        if stayed.is_some_and(|stayed| stayed < RELAPSE) {
+        // That others say so is no sign of a bad link; that nobody was heard, or heard this node, is one.
+        if (cut_off.is_some() || self.is_unheard(now)) && stayed.is_some_and(|stayed| stayed < RELAPSE) {
             self.caught_flapping("it was lost soon after it had come back");
         }
     }
@@ -100,9 +114,22 @@ impl Recovery {
         still.or(ended.and_then(|silence| silence.start))
     }
 
-    /// A member has heard this node for `deaf` while this node did not hear it.
-    pub(crate) fn was_deaf(&mut self, deaf: Duration) {
-        if deaf > DEAF {
+    /// Those are asked for how long they have heard this node.
+    pub(crate) fn asks_why(&mut self, whom: Vec<NodeId>) {
+        if let Some(lost) = &mut self.lost {
+            lost.asked_why.extend(whom);
+        }
+    }
+
+    /// A member says that it has heard this node for `deaf` while this node did not hear it. One alone may say what it likes.
+    pub(crate) fn was_deaf(&mut self, by: NodeId, deaf: Duration) {
+        let Some(lost) = self.lost.as_mut().filter(|_| deaf > DEAF) else { return };
+        // Only those count that this node has picked itself.
+        if let Some(at) = lost.asked_why.iter().position(|asked| *asked == by) {
+            lost.asked_why.swap_remove(at);
+            lost.deaf_by.push(by);
+        }
+        if lost.deaf_by.len() >= DEAF_WITNESSES {
             self.caught_flapping("others heard it all the time while it did not hear them");
         }
     }
@@ -131,6 +158,19 @@ impl Recovery {
         if before.is_none_or(|at| now.saturating_duration_since(at) > SILENCE) {
             self.silence = Some(Silence { start: before, end: now });
         }
+    }
+
+    /// A probe of this node's own has ended.
+    pub(crate) fn probed(&mut self, answered: bool, now: Instant) {
+        self.unanswered = if answered { 0 } else { self.unanswered + 1 };
+        if self.unanswered >= UNANSWERED {
+            self.unheard_at = Some(now);
+        }
+    }
+
+    /// Whether of late nobody answered this node.
+    pub(crate) fn is_unheard(&self, now: Instant) -> bool {
+        self.unheard_at.is_some_and(|at| now.saturating_duration_since(at) < LEARNS_WITHIN)
     }
 
     /// Whether there has been no silence for so long.
@@ -292,7 +332,8 @@ mod tests {
             let (mut recovery, mut now) = (Recovery::default(), Instant::now());
             recovery.lose(now);
             if deaf {
-                recovery.was_deaf(Duration::from_secs(17));
+                recovery.asks_why(vec![NodeId([1; 16]), NodeId([2; 16])]);
+                (1..=2).for_each(|by| recovery.was_deaf(NodeId([by; 16]), Duration::from_secs(17)));
             } else {
                 run(&mut recovery, &mut now, 10, |_| true).unwrap();
                 now += Duration::from_secs(5);

@@ -3,14 +3,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use starling_protocol::{Forgotten, MemberHealth, MemberState, NodeId};
+use starling_protocol::{MemberHealth, NodeId, SignedStrike, Strike, StrikeEdition};
 
 use crate::{
     Ident,
-    membership::{Observed, Touched},
+    membership::{Observed, PeerState, Touched},
 };
 
 /// How long ago a member must have been heard to count as within reach.
@@ -18,13 +19,13 @@ const OF_LATE: Duration = Duration::from_secs(10);
 /// Members within reach that show that a node is not deaf.
 const ENOUGH: usize = 8;
 /// Members struck off that are remembered.
-const MAX_FORGOTTEN: usize = 1024;
+const MAX_STRUCK: usize = 1024;
 
 /// A member other than this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Peer {
     /// As membership has it.
-    pub(crate) state: MemberState,
+    pub(crate) state: PeerState,
     /// Its health as it is shown: a suspicion counts when this node shares it, or two others do.
     pub(crate) shown: MemberHealth,
     /// Since when that is so, unix seconds.
@@ -65,14 +66,14 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(state: &MemberState, shown: MemberHealth, since: u32) -> Self {
-        let MemberState { addr, generation, incarnation, health, .. } = *state;
+    fn new(state: &PeerState, shown: MemberHealth, since: u32) -> Self {
+        let PeerState { addr, generation, incarnation, health, .. } = *state;
         Self { addr, generation, incarnation, believed: health, shown, since }
     }
 
     fn peer(&self, id: NodeId) -> Peer {
         let Self { addr, generation, incarnation, believed: health, .. } = *self;
-        let state = MemberState { id, addr, generation, incarnation, health, down_s: 0 };
+        let state = PeerState { id, addr, generation, incarnation, health };
         Peer { state, shown: self.shown, since: self.since.into() }
     }
 }
@@ -101,7 +102,7 @@ pub(crate) struct Roster {
     /// Who could not reach the suspects.
     accusers: BTreeMap<NodeId, Vec<NodeId>>,
     heard: BTreeMap<NodeId, Heard>,
-    forgotten: BTreeMap<NodeId, Forgotten>,
+    struck: BTreeMap<NodeId, (Strike, Arc<SignedStrike>)>,
 }
 
 impl Roster {
@@ -217,7 +218,7 @@ impl Roster {
         self.dead.retain(|id| remembered(id));
         self.accusers.retain(|id, _| remembered(id));
         self.heard.retain(|id, _| remembered(id));
-        self.forgotten.retain(|id, _| remembered(id));
+        self.struck.retain(|id, _| remembered(id));
     }
 
     /// Something came from that member.
@@ -233,26 +234,27 @@ impl Roster {
         }
     }
 
-    /// Strikes a dead member off; whether that was news.
-    pub(crate) fn forget(&mut self, forgotten: Forgotten) -> bool {
-        let known = self.forgotten.get(&forgotten.id);
-        let news = known.is_none_or(|k| (forgotten.generation, forgotten.prune) > (k.generation, k.prune));
-        if news && (known.is_some() || self.forgotten.len() < MAX_FORGOTTEN) {
-            self.forgotten.insert(forgotten.id, forgotten);
-            return true;
-        }
-        false
+    /// Whether that strike, if it is right, would be news and have a place.
+    pub(crate) fn wants(&self, edition: &StrikeEdition) -> bool {
+        let known = self.struck.get(&edition.id).map(|(strike, _)| (strike.generation, strike.prune));
+        let room = known.is_some() || self.struck.len() < MAX_STRUCK;
+        room && self.members.contains_key(&edition.id) && known.is_none_or(|k| (edition.generation, edition.prune) > k)
+    }
+
+    /// Strikes a member off; [`Roster::wants`] was asked.
+    pub(crate) fn strike(&mut self, strike: Strike, signed: Arc<SignedStrike>) {
+        self.struck.insert(strike.id, (strike, signed));
     }
 
     /// Whether, and how, that life was struck off.
-    pub(crate) fn forgotten(&self, state: &MemberState) -> Option<Forgotten> {
+    pub(crate) fn struck(&self, state: &PeerState) -> Option<Strike> {
         let dead = state.health == MemberHealth::Down;
-        self.forgotten.get(&state.id).filter(|f| dead && f.generation >= state.generation).copied()
+        self.struck.get(&state.id).map(|(strike, _)| *strike).filter(|s| dead && s.generation >= state.generation)
     }
 
-    /// All that were struck off, for other nodes.
-    pub(crate) fn all_forgotten(&self) -> Vec<Forgotten> {
-        self.forgotten.values().copied().collect()
+    /// Those that were struck off.
+    pub(crate) fn strikes(&self) -> impl Iterator<Item = (&Strike, &Arc<SignedStrike>)> {
+        self.struck.values().map(|(strike, signed)| (strike, signed))
     }
 }
 
@@ -264,7 +266,7 @@ mod tests {
 
     fn observed(n: u8, generation: u64, health: MemberHealth, accusers: &[u8]) -> Observed {
         let (id, addr) = (NodeId([n; 16]), ([127, 0, 0, n], 7400).into());
-        let state = MemberState { id, addr, generation, incarnation: 0, health, down_s: 0 };
+        let state = PeerState { id, addr, generation, incarnation: 0, health };
         Observed { state, accusers: accusers.iter().map(|by| NodeId([*by; 16])).collect() }
     }
 

@@ -5,12 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use starling_protocol::{MemberHealth, Name, NodeId, NodeRecord, Phase, Protocol, ServiceState};
+use sha2::{Digest, Sha256};
+use starling_protocol::{MAX_WEIGHT, MemberHealth, Name, NodeId, NodeRecord, Phase, Protocol};
 
-use crate::{
-    Ident,
-    records::{Records, hash_of},
-};
+use crate::{Ident, records::Records};
 
 /// Most instances of one version of a service that a node calls. Each node has its own lot of them, always the same, so
 /// that connections stay few and load is spread all the same.
@@ -73,6 +71,8 @@ pub struct MemberView {
     pub suspected_by: Vec<NodeId>,
     /// Whether it said good-bye in this life, or an operator struck it off; then `health` is no failure.
     pub left: bool,
+    /// Whether others hold it for dead and this node, which has never heard it, is about to find out. Not called until then.
+    pub unheard: bool,
     /// Since when health or `left` are what they are, unix seconds.
     pub since: u64,
     /// Whether this is the observing node itself.
@@ -84,7 +84,7 @@ pub struct MemberView {
 impl MemberView {
     /// Whether new calls may go to it.
     pub fn takes_calls(&self) -> bool {
-        self.is_live() && self.record.as_ref().is_some_and(|r| r.phase == Phase::Up)
+        self.is_live() && !self.unheard && self.record.as_ref().is_some_and(|r| r.phase == Phase::Up)
     }
 
     /// Whether it is in the mesh: alive or merely suspected.
@@ -124,7 +124,7 @@ pub struct Instance {
 impl Instance {
     /// Those that a record offers.
     pub(crate) fn all_of(record: &NodeRecord) -> impl Iterator<Item = Arc<Self>> {
-        let offered = record.services.iter().filter(|s| s.state == ServiceState::Up && s.weight > 0);
+        let offered = record.services.iter().filter(|service| record.speaks.fits() && service.is_callable());
         offered.map(|service| {
             Arc::new(Self {
                 node: record.id,
@@ -135,7 +135,7 @@ impl Instance {
                 zone: record.zone.clone(),
                 version: service.version.clone(),
                 protocol: service.protocol,
-                weight: service.weight,
+                weight: service.weight.min(MAX_WEIGHT),
             })
         })
     }
@@ -263,7 +263,7 @@ fn subset(instances: Vec<Arc<Instance>>, me: NodeId, zone: &str) -> Vec<Arc<Inst
         .flat_map(|mut instances| {
             if instances.len() > SUBSET {
                 let far = |instance: &Instance| zone.is_empty() || instance.zone != zone;
-                instances.sort_by_cached_key(|instance| (far(instance), hash_of(&(me, instance.node))));
+                instances.sort_by_cached_key(|instance| (far(instance), lot(me, instance.node)));
                 instances.truncate(SUBSET);
             }
             instances
@@ -271,9 +271,16 @@ fn subset(instances: Vec<Arc<Instance>>, me: NodeId, zone: &str) -> Vec<Arc<Inst
         .collect()
 }
 
+/// A number that belongs to two nodes, the same on all of them.
+fn lot(me: NodeId, other: NodeId) -> u64 {
+    let digest = Sha256::new().chain_update(me.0).chain_update(other.0).finalize();
+    u64::from_be_bytes(digest[..8].try_into().expect("SHA-256 has 32 bytes"))
+}
+
 #[cfg(test)]
 mod tests {
-    use starling_protocol::{NodeKind, ServiceRecord, SignedRecord};
+    use bytes::Bytes;
+    use starling_protocol::{Capabilities, NodeKind, ServiceRecord, SignedRecord};
 
     use super::*;
 
@@ -288,7 +295,7 @@ mod tests {
             version: String::new(),
             protocol: Protocol::Http1,
             weight: 100,
-            state: ServiceState::Up,
+            state: starling_protocol::ServiceState::Up,
         };
         let record = NodeRecord {
             id: NodeId(id),
@@ -298,10 +305,11 @@ mod tests {
             addr,
             kind: NodeKind::Node,
             zone: if n.is_multiple_of(10) { "near".into() } else { "far".into() },
-            issuer: None,
             services: vec![service],
             phase: Phase::Up,
             cert_expires: 0,
+            issuer: None,
+            speaks: Capabilities::own(""),
         };
         MemberView {
             id: NodeId(id),
@@ -311,6 +319,7 @@ mod tests {
             health,
             suspected_by: vec![],
             left: false,
+            unheard: false,
             since: 0,
             is_self: false,
             record: Some(Arc::new(record)),
@@ -324,7 +333,7 @@ mod tests {
     fn records_of(members: &[MemberView]) -> Records {
         let mut records = Records::default();
         for record in members.iter().filter_map(|member| member.record.clone()) {
-            let signed = SignedRecord { body: Vec::new(), signature: Vec::new(), chain: Vec::new() };
+            let signed = SignedRecord { body: Bytes::new(), signature: Bytes::new(), chain: Vec::new() };
             records.put(record, Arc::new(signed));
         }
         records

@@ -3,13 +3,11 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
 use foca::{BroadcastHandler, Invalidates, Timer};
-use serde::{Deserialize, Serialize};
-use starling_protocol::NodeId;
+use starling_protocol::{NodeId, Word};
 
 use crate::membership::Ident;
 
@@ -19,39 +17,13 @@ const CONFIRMATIONS: usize = 3;
 const LONE: u32 = 2;
 /// Accusers that are remembered of one suspect; more would change nothing.
 const MAX_ACCUSERS: usize = CONFIRMATIONS + 1;
-/// Accusations that are passed on between two prunings (5 s): no flood of them may fill the packets.
-const MAX_PASSED_ON: usize = 256;
 /// Suspects of whom accusers are remembered. Above, the mesh is falling apart and the longest timeout is right.
 const MAX_ACCUSED: usize = 1024;
 
-/// One node's word that it could not reach another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Accusation {
-    pub(crate) suspect: NodeId,
-    pub(crate) generation: u64,
-    pub(crate) incarnation: u16,
-    pub(crate) by: NodeId,
-    /// Part of a suspicion that stands, for everybody; otherwise only an answer to whoever asked for a probe.
-    pub(crate) raised: bool,
-}
-
-impl Accusation {
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        starling_protocol::encode(self)
-    }
-}
-
-/// Accusers by suspect. The gossip library's broadcast handler and the driver share it.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Accusations(Arc<Mutex<Table>>);
-
+/// Signed accusations by suspect, and members' direct word that somebody is dead.
 #[derive(Debug, Default)]
-struct Table {
+pub(crate) struct Accusations {
     accused: HashMap<NodeId, Accused>,
-    /// Highest generation that can be true.
-    horizon: u64,
-    /// Accusations of others that were passed on of late.
-    passed_on: usize,
     /// Of whom there are new ones.
     changed: BTreeSet<NodeId>,
 }
@@ -60,116 +32,166 @@ struct Table {
 struct Accused {
     generation: u64,
     incarnation: u16,
-    by: Vec<NodeId>,
+    words: Vec<Word>,
+    /// Who holds that life for dead, and told so itself.
+    claims: Vec<NodeId>,
+    /// Since when it has been dead, by the latest time that anybody told.
+    dead_since: Option<Instant>,
 }
 
 impl Accusations {
-    /// Takes one; whether it was news. One about a later life or incarnation replaces what was there.
-    pub(crate) fn record(&self, accusation: &Accusation) -> bool {
-        let mut table = self.lock();
-        if accusation.generation > table.horizon {
+    /// Whether a word like it was taken already, or says too little to be worth a look at its signature.
+    pub(crate) fn is_old(&self, word: &Word) -> bool {
+        match self.accused.get(&word.subject) {
+            Some(accused) => {
+                let (said, known) = ((word.generation, word.incarnation), (accused.generation, accused.incarnation));
+                said < known || (said == known && accused.words.iter().any(|known| known.by == word.by))
+            }
+            None => self.accused.len() >= MAX_ACCUSED,
+        }
+    }
+
+    /// Takes one whose signature is right; whether it was news. One about a later life or incarnation replaces what was there,
+    /// and one of somebody who `is_trusted` that of somebody who is not.
+    pub(crate) fn record(&mut self, word: &Word, is_trusted: impl Fn(&NodeId) -> bool) -> bool {
+        if self.is_old(word) {
             return false;
         }
-        if !table.accused.contains_key(&accusation.suspect) && table.accused.len() >= MAX_ACCUSED {
-            return false;
+        let accused = self.entry(word.subject, word.generation, word.incarnation);
+        if accused.words.len() >= MAX_ACCUSERS {
+            let untrusted = accused.words.iter().position(|known| !is_trusted(&known.by));
+            let Some(at) = untrusted.filter(|_| is_trusted(&word.by)) else { return false };
+            accused.words.swap_remove(at);
         }
-        let (generation, incarnation) = (accusation.generation, accusation.incarnation);
-        let accused =
-            table.accused.entry(accusation.suspect).or_insert(Accused { generation, incarnation, by: vec![] });
-        if (generation, incarnation) < (accused.generation, accused.incarnation) {
-            return false;
-        }
-        if (generation, incarnation) > (accused.generation, accused.incarnation) {
-            *accused = Accused { generation, incarnation, by: vec![] };
-        }
-        if accused.by.len() >= MAX_ACCUSERS || accused.by.contains(&accusation.by) {
-            return false;
-        }
-        accused.by.push(accusation.by);
-        table.changed.insert(accusation.suspect);
+        accused.words.push(word.clone());
+        self.changed.insert(word.subject);
         true
     }
 
-    /// Who accuses that life at that incarnation.
-    pub(crate) fn against(&self, suspect: &Ident, incarnation: u16) -> Vec<NodeId> {
-        let table = self.lock();
+    /// A member says to this node that it holds that life for dead; whether that was news.
+    pub(crate) fn claim(&mut self, by: NodeId, suspect: &Ident, incarnation: u16) -> bool {
+        if !self.accused.contains_key(&suspect.id) && self.accused.len() >= MAX_ACCUSED {
+            return false;
+        }
+        let accused = self.entry(suspect.id, suspect.generation, incarnation);
+        let news = accused.claims.len() < MAX_ACCUSERS && !accused.claims.contains(&by);
+        if news {
+            accused.claims.push(by);
+        }
+        news
+    }
+
+    /// Somebody tells since when that life has been dead: counts if this node finds that it is.
+    pub(crate) fn tell_age(&mut self, suspect: &Ident, since: Instant) {
+        if let Some(accused) = self.accused.get_mut(&suspect.id).filter(|a| a.generation == suspect.generation) {
+            accused.dead_since = accused.dead_since.max(Some(since));
+        }
+    }
+
+    /// Since when that life has been dead, as was told.
+    pub(crate) fn dead_since(&self, suspect: &Ident) -> Option<Instant> {
+        self.accused.get(&suspect.id).filter(|a| a.generation == suspect.generation)?.dead_since
+    }
+
+    fn entry(&mut self, id: NodeId, generation: u64, incarnation: u16) -> &mut Accused {
+        let new = || Accused { generation, incarnation, words: Vec::new(), claims: Vec::new(), dead_since: None };
+        let accused = self.accused.entry(id).or_insert_with(new);
+        if (generation, incarnation) > (accused.generation, accused.incarnation) {
+            // Who holds a life for dead does so whatever it says of itself.
+            let (claims, dead_since) = match generation == accused.generation {
+                true => (std::mem::take(&mut accused.claims), accused.dead_since),
+                false => (Vec::new(), None),
+            };
+            *accused = Accused { claims, dead_since, ..new() };
+        }
+        accused
+    }
+
+    fn accused(&self, suspect: &Ident, incarnation: u16) -> Option<&Accused> {
         let fits = |a: &&Accused| (a.generation, a.incarnation) == (suspect.generation, incarnation);
-        table.accused.get(&suspect.id).filter(fits).map(|a| a.by.clone()).unwrap_or_default()
+        self.accused.get(&suspect.id).filter(fits)
     }
 
-    /// Nothing of a later generation is believed.
-    pub(crate) fn set_horizon(&self, generation: u64) {
-        self.lock().horizon = generation;
+    /// Signed accusations against that life at that incarnation.
+    pub(crate) fn words(&self, suspect: &Ident, incarnation: u16) -> &[Word] {
+        self.accused(suspect, incarnation).map_or(&[], |accused| &accused.words)
     }
 
-    fn may_pass_on(&self) -> bool {
-        let mut table = self.lock();
-        table.passed_on += 1;
-        table.passed_on <= MAX_PASSED_ON
+    /// Who signed them.
+    pub(crate) fn against(&self, suspect: &Ident, incarnation: u16) -> Vec<NodeId> {
+        self.words(suspect, incarnation).iter().map(|word| word.by).collect()
+    }
+
+    /// Who told this node to hold that life for dead.
+    pub(crate) fn claims(&self, suspect: &Ident) -> &[NodeId] {
+        let fits = |a: &&Accused| a.generation == suspect.generation;
+        self.accused.get(&suspect.id).filter(fits).map_or(&[], |accused| &accused.claims)
+    }
+
+    /// What was said against that member turned out to be wrong.
+    pub(crate) fn dismiss(&mut self, suspect: &NodeId) {
+        if self.accused.remove(suspect).is_some() {
+            self.changed.insert(*suspect);
+        }
     }
 
     /// Whether any came since [`Accusations::take_changed`].
     pub(crate) fn has_changed(&self) -> bool {
-        !self.lock().changed.is_empty()
+        !self.changed.is_empty()
     }
 
     /// Of whom there are new ones since the last time.
-    pub(crate) fn take_changed(&self) -> BTreeSet<NodeId> {
-        std::mem::take(&mut self.lock().changed)
+    pub(crate) fn take_changed(&mut self) -> BTreeSet<NodeId> {
+        std::mem::take(&mut self.changed)
     }
 
     /// Forgets accusations against members that `stands` does not name.
-    pub(crate) fn retain(&self, stands: impl Fn(&NodeId) -> bool) {
-        let mut table = self.lock();
-        table.accused.retain(|id, _| stands(id));
-        table.passed_on = 0;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    pub(crate) fn retain(&mut self, stands: impl Fn(&NodeId) -> bool) {
+        self.accused.retain(|id, _| stands(id));
     }
 }
 
-/// Replaces an earlier broadcast of the same accuser about the same suspect.
+/// The gossip library's side of words: the driver has verified each before it is given to it, and takes none out of packets
+/// through it.
+#[derive(Debug, Default)]
+pub(crate) struct Words;
+
+/// Replaces an earlier word of the same kind, by the same member, about the same one.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct AccusationKey {
-    suspect: NodeId,
+pub(crate) struct WordKey {
+    kind: u8,
+    subject: NodeId,
     by: NodeId,
 }
 
-impl Invalidates for AccusationKey {
+impl Invalidates for WordKey {
     fn invalidates(&self, other: &Self) -> bool {
         self == other
     }
 }
 
-/// Bytes in a packet that are no accusation.
+/// Bytes in a packet that are no word.
 #[derive(Debug, thiserror::Error)]
-#[error("not an accusation")]
-pub(crate) struct NotAnAccusation;
+#[error("not a word")]
+pub(crate) struct NoWord;
 
-impl BroadcastHandler<Ident> for Accusations {
-    type Key = AccusationKey;
-    type Error = NotAnAccusation;
+impl BroadcastHandler<Ident> for Words {
+    type Key = WordKey;
+    type Error = NoWord;
 
-    fn receive_item(&mut self, data: &[u8], sender: Option<&Ident>) -> Result<Option<AccusationKey>, NotAnAccusation> {
-        let accusation: Accusation = starling_protocol::decode(data).map_err(|_| NotAnAccusation)?;
-        if !accusation.raised && sender.is_some_and(|sender| sender.id != accusation.by) {
-            return Err(NotAnAccusation);
-        }
-        let news = self.record(&accusation);
-        // Our own to spread, or somebody else's that we had not heard.
-        let spread = sender.is_none() || (news && accusation.raised && self.may_pass_on());
-        Ok(spread.then_some(AccusationKey { suspect: accusation.suspect, by: accusation.by }))
+    fn receive_item(&mut self, data: &[u8], sender: Option<&Ident>) -> Result<Option<WordKey>, NoWord> {
+        let Word { kind, subject, by, .. } = Word::decode(data).map_err(|_| NoWord)?;
+        Ok(sender.is_none().then_some(WordKey { kind, subject, by }))
     }
 }
 
-/// A suspicion of this node's own: others' are theirs to end.
+/// A suspicion of this node's own. Each node comes to its own verdict: what others say makes it look, and no more.
 #[derive(Debug)]
 pub(crate) struct Suspicion {
     pub(crate) suspect: Ident,
     pub(crate) incarnation: u16,
-    pub(crate) timer: Timer<Ident>,
+    /// Ends it, if it began with a probe of this node's own and not with what others say.
+    pub(crate) timer: Option<Timer<Ident>>,
     pub(crate) since: Instant,
     /// When the suspect was last asked over a stream.
     pub(crate) asked: Instant,
@@ -207,8 +229,9 @@ impl Suspicion {
 mod tests {
     use super::*;
 
-    fn accusation(by: u8, incarnation: u16) -> Accusation {
-        Accusation { suspect: NodeId([9; 16]), generation: 1, incarnation, by: NodeId([by; 16]), raised: true }
+    fn accusation(by: u8, incarnation: u16) -> Word {
+        let (kind, subject, signature) = (Word::ACCUSES, NodeId([9; 16]), Vec::new());
+        Word { kind, subject, generation: 1, incarnation, by: NodeId([by; 16]), raised: true, signature }
     }
 
     fn suspect() -> Ident {
@@ -217,32 +240,38 @@ mod tests {
 
     #[test]
     fn accusers_count_once_and_end_with_a_refutation() {
-        let accusations = Accusations::default();
-        assert!(!accusations.record(&accusation(1, 0)), "of the future");
-        accusations.set_horizon(1);
-        assert!(accusations.record(&accusation(1, 0)) && accusations.record(&accusation(2, 0)));
-        assert!(!accusations.record(&accusation(2, 0)));
+        let mut accusations = Accusations::default();
+        let mut record = |word: Word| accusations.record(&word, |_| true);
+        assert!(record(accusation(1, 0)) && record(accusation(2, 0)));
+        assert!(!record(accusation(2, 0)));
+        assert!(
+            accusations.claim(NodeId([5; 16]), &suspect(), 0) && !accusations.claim(NodeId([5; 16]), &suspect(), 0)
+        );
         assert_eq!(accusations.against(&suspect(), 0).len(), 2);
-        assert!(accusations.record(&accusation(3, 1)));
+        assert!(accusations.record(&accusation(3, 1), |_| true));
         assert_eq!(accusations.against(&suspect(), 0), []);
         assert_eq!(accusations.against(&suspect(), 1), [NodeId([3; 16])]);
-        assert!(!accusations.record(&accusation(4, 0)));
+        assert_eq!(accusations.claims(&suspect()), [NodeId([5; 16])]);
+        assert!(!accusations.record(&accusation(4, 0), |_| true));
+        accusations.dismiss(&suspect().id);
+        assert_eq!(accusations.against(&suspect(), 1), []);
     }
 
     #[test]
-    fn a_node_cannot_answer_for_another_prober() {
+    fn those_who_cry_wolf_do_not_keep_others_from_being_heard() {
         let mut accusations = Accusations::default();
-        let liar = Ident { id: NodeId([7; 16]), ..suspect() };
-        let nack = Accusation { raised: false, ..accusation(1, 0) };
-        assert!(accusations.receive_item(&nack.encode(), Some(&liar)).is_err());
-        assert!(accusations.receive_item(b"\xff", Some(&liar)).is_err());
-        assert_eq!(accusations.against(&suspect(), 0), []);
+        let trusts = |id: &NodeId| id.0[0] > 10;
+        (1..=5).for_each(|by| assert_eq!(accusations.record(&accusation(by, 0), trusts), by < 5));
+        assert_eq!(accusations.against(&suspect(), 0).len(), MAX_ACCUSERS);
+        (11..=14).for_each(|by| assert!(accusations.record(&accusation(by, 0), trusts)));
+        assert!(!accusations.record(&accusation(15, 0), trusts));
+        assert!(accusations.against(&suspect(), 0).iter().all(trusts));
     }
 
     #[test]
     fn confirmations_shorten_the_wait() {
         let since = Instant::now();
-        let timer = Timer::RemoveDown(suspect());
+        let timer = None;
         let suspicion = Suspicion { suspect: suspect(), incarnation: 0, timer, since, asked: since, unanswered: None };
         let second = Duration::from_secs(1);
         let patience = Patience { min: second, max: 3 * second, witnesses: 50 };

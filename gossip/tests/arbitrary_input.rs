@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use proptest::{collection::vec, prelude::*};
 use starling_protocol::{
-    Delta, DocumentEdition, DocumentHash, Forgotten, Items, MemberHealth, MeshDocument, NodeKind, NodeRecord, Phase,
-    Pong, RecordEdition, SignedDocument, SignedRecord, Summary,
+    Capabilities, Delta, DocumentEdition, DocumentHash, Items, MemberHealth, MeshDocument, NodeKind, NodeRecord, Phase,
+    Pong, SignedDocument, SignedRecord, SignedStrike, Strike, StrikeEdition, Summary, encode,
 };
-use watched::{Step, Told, Watched, id};
+use watched::{Said, Step, Told, Watched, id};
 
 const GENERATION: u64 = 1_800_000_000;
 
@@ -58,14 +58,16 @@ fn record() -> impl Strategy<Value = Arc<SignedRecord>> {
                 addr: ([10, 0, 0, who], 7400).into(),
                 kind: NodeKind::Node,
                 zone: String::new(),
-                issuer: None,
                 services: Vec::new(),
                 phase: if up { Phase::Up } else { Phase::Left },
-                cert_expires: 0,
+                cert_expires: u64::MAX,
+                issuer: None,
+                speaks: Capabilities::own("0"),
             })
+            .to_vec()
         });
     prop_oneof![4 => record, 1 => bytes()]
-        .prop_map(|body| Arc::new(SignedRecord { body, signature: Vec::new(), chain: Vec::new() }))
+        .prop_map(|body| Arc::new(SignedRecord { body: body.into(), signature: Default::default(), chain: Vec::new() }))
 }
 
 fn document() -> impl Strategy<Value = Arc<SignedDocument>> {
@@ -77,57 +79,65 @@ fn document() -> impl Strategy<Value = Arc<SignedDocument>> {
             not_before: 0,
             expires,
             deleted: false,
-            content: Vec::new(),
+            content: Default::default(),
+            understood: true,
         })
+        .to_vec()
     });
-    prop_oneof![4 => document, 1 => bytes()]
-        .prop_map(|body| Arc::new(SignedDocument { body, signature: Vec::new(), certificate: Vec::new() }))
-}
-
-fn forgotten() -> impl Strategy<Value = Forgotten> {
-    (who(), generation(), any::<bool>()).prop_map(|(who, generation, prune)| Forgotten {
-        id: id(who),
-        generation,
-        prune,
+    prop_oneof![4 => document, 1 => bytes()].prop_map(|body| {
+        let (signature, certificate) = Default::default();
+        Arc::new(SignedDocument { body: body.into(), signature, certificate })
     })
 }
 
-fn items() -> impl Strategy<Value = Items> {
-    (vec(record(), 0..4), vec(document(), 0..4), vec(forgotten(), 0..4))
-        .prop_map(|(records, documents, forgotten)| Items { records, documents, forgotten })
+fn strike() -> impl Strategy<Value = Strike> {
+    (who(), generation(), any::<bool>()).prop_map(|(who, generation, prune)| Strike { id: id(who), generation, prune })
 }
 
-fn summary() -> impl Strategy<Value = Summary> {
-    let record = (who(), generation(), any::<u64>()).prop_map(|(who, generation, seq)| RecordEdition {
-        id: id(who),
-        generation,
-        seq,
+fn said() -> impl Strategy<Value = Said> {
+    let kind = prop_oneof![4 => 1..3u8, 1 => any::<u8>()];
+    (told(), who(), kind, any::<bool>()).prop_map(|(of, by, kind, raised)| Said { of, by, kind, raised })
+}
+
+fn items() -> impl Strategy<Value = Vec<u8>> {
+    let strikes = vec(strike(), 0..4).prop_map(|strikes| {
+        let signed = |strike: &Strike| {
+            let (signature, certificate) = Default::default();
+            Arc::new(SignedStrike { body: SignedStrike::encode_body(strike), signature, certificate })
+        };
+        strikes.iter().map(signed).collect::<Vec<_>>()
     });
+    (vec(record(), 0..4), vec(document(), 0..4), strikes)
+        .prop_map(|(records, documents, strikes)| encode(&Items { records, documents, strikes, words: Vec::new() }))
+}
+
+fn summary() -> impl Strategy<Value = Vec<u8>> {
     let document = ("[a-z]{1,2}", any::<u64>(), any::<[u8; 32]>()).prop_map(|(kind, version, hash)| DocumentEdition {
         kind: kind.parse().expect("a name"),
         version,
         hash: DocumentHash(hash),
     });
-    (vec(record, 0..4), vec(document, 0..4), vec(forgotten(), 0..4), any::<u32>()).prop_map(
-        |(records, documents, forgotten, standing)| Summary {
-            members: Vec::new(),
-            records,
-            documents,
-            forgotten,
-            standing,
+    let strikes = vec(strike().prop_map(|strike| strike.edition()), 0..4);
+    (vec(document, 0..4), strikes, any::<u32>(), any::<bool>()).prop_map(
+        |(documents, strikes, standing, appeals): (_, Vec<StrikeEdition>, _, _)| {
+            encode(&Summary { members: Vec::new(), documents, strikes, standing, appeals })
         },
     )
 }
 
-fn delta() -> impl Strategy<Value = Delta> {
+fn delta() -> impl Strategy<Value = Vec<u8>> {
     let wanted = vec(who().prop_map(id), 0..4);
-    (items(), wanted, any::<u64>(), any::<u32>()).prop_map(|(items, wanted_records, deaf_ms, standing)| Delta {
-        items,
-        wanted_records,
-        wanted_documents: vec!["a".parse().expect("a name")],
-        deaf_ms,
-        standing,
-        ..Delta::default()
+    (items(), wanted, any::<u64>(), any::<u32>()).prop_map(|(items, wanted, deaf_ms, standing)| {
+        encode(&Delta {
+            items: starling_protocol::decode(&items).expect("items"),
+            wanted_records: wanted.clone(),
+            wanted_words: wanted.clone(),
+            wanted_strikes: wanted,
+            wanted_documents: vec!["a".parse().expect("a name")],
+            deaf_ms,
+            standing,
+            ..Delta::default()
+        })
     })
 }
 
@@ -138,8 +148,10 @@ fn step() -> impl Strategy<Value = Step> {
         2 => any::<u16>().prop_map(|s| Step::Stall { s }),
         4 => (who(), bytes()).prop_map(|(from, bytes)| Step::Datagram { from, bytes }),
         6 => (told(), bytes()).prop_map(|(from, rest)| Step::Packet { from, rest }),
-        20 => (told(), any::<u8>(), told(), members())
-            .prop_map(|(from, message, about, updates)| Step::Tell { from, message, about, updates }),
+        20 => (told(), any::<u8>(), told(), members(), vec(said(), 0..5))
+            .prop_map(|(from, message, about, updates, words)| Step::Tell { from, message, about, updates, words }),
+        8 => (who(), told(), any::<u8>(), prop::bool::weighted(0.1))
+            .prop_map(|(from, whose, seq, left)| Step::Introduce { from, whose, seq, left }),
         6 => (who(), members(), summary()).prop_map(|(from, members, summary)| Step::Answer { from, members, summary }),
         6 => (who(), members(), delta()).prop_map(|(from, members, delta)| Step::Absorb { from, members, delta }),
         6 => (who(), items()).prop_map(|(from, items)| Step::Receive { from, items }),

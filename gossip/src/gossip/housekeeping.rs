@@ -1,4 +1,4 @@
-//! Whom to call without being asked: seeds, former peers, the dead, and members whose record is missing.
+//! Whom to call without being asked: seeds, former peers, the dead, and peers whose record is missing.
 
 use std::{
     collections::BTreeSet,
@@ -10,13 +10,13 @@ use rand::RngExt;
 use starling_protocol::NodeId;
 
 use super::{EXCHANGE, Gossip, Lack};
-use crate::{Ident, Target};
+use crate::Target;
 
-/// How long a live member may lack its record before it is asked for one; a push usually is faster.
-const RECORD_GRACE: Duration = Duration::from_millis(400);
-/// Pause before the same member is asked again.
+/// How long a peer may talk without a record before it is asked for one; a push usually is faster.
+const RECORD_GRACE: Duration = Duration::from_millis(150);
+/// Pause before the same peer is asked again.
 const RECORD_RETRY: Duration = Duration::from_secs(2);
-/// Most members that are asked for their record in one round.
+/// Most peers that are asked for their record in one round.
 const RECORDS_PER_ROUND: usize = 3;
 
 impl Gossip {
@@ -29,32 +29,23 @@ impl Gossip {
         self.ask_for_records(now);
         if now >= self.next_exchange {
             self.next_exchange = now + EXCHANGE.mul_f64(self.rounds() * self.rng.random_range(0.8..1.2));
-            self.exchange_with_anybody(now);
+            self.exchange_with(1, now);
         }
     }
 
-    /// Asks live members for the record of their present life if it has not come by itself.
+    /// Compares with peers that talk to this node, or of members, without a record here, if it has not come by itself.
     fn ask_for_records(&mut self, now: Instant) {
-        let (roster, records) = (&self.roster, &self.records);
-        let lacks = |id: &NodeId| {
-            let peer = roster.get(id).filter(|peer| peer.is_live())?;
-            let there = records.get(id).is_some_and(|record| record.generation >= peer.state.generation);
-            (!there).then_some(peer)
-        };
-        self.lacking.retain(|id, _| lacks(id).is_some());
-        let may_ask = |lack: &Lack| {
-            let since = |at| now.saturating_duration_since(at);
-            since(lack.since) > RECORD_GRACE && lack.asked.is_none_or(|at| since(at) > RECORD_RETRY)
-        };
-        let due = self.lacking.iter_mut().filter(|(_, lack)| may_ask(lack));
-        let due = due.filter_map(|(id, lack)| Some((lacks(id)?, lack))).take(RECORDS_PER_ROUND);
-        let ask: Vec<Ident> = due
-            .map(|(peer, lack)| {
+        let since = |at| now.saturating_duration_since(at);
+        self.strangers.retain(|_, lack| lack.asked.is_none_or(|at| since(at) < RECORD_RETRY));
+        let may_ask = |lack: &Lack| lack.asked.is_none() && since(lack.since) > RECORD_GRACE;
+        let due = self.strangers.iter_mut().filter(|(_, lack)| may_ask(lack)).take(RECORDS_PER_ROUND);
+        let ask: Vec<NodeId> = due
+            .map(|(id, lack)| {
                 lack.asked = Some(now);
-                peer.ident()
+                *id
             })
             .collect();
-        ask.into_iter().for_each(|ident| self.push_sync(Target::Node(ident), now));
+        ask.into_iter().for_each(|id| self.push_sync(Target::Linked(id), now));
     }
 
     /// Seeds, former peers and the dead, as long as nobody alive answers at the address.

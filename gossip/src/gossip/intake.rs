@@ -7,12 +7,15 @@ use std::{
 };
 
 use starling_protocol::{
-    DocumentEdition, Items, MAX_DOCUMENTS, MemberHealth, MemberState, MeshDocument, NodeId, NodeRecord, Phase,
-    RecordEdition, SignedDocument, SignedRecord,
+    DocumentEdition, Items, MAX_DOCUMENTS, MeshDocument, NodeId, NodeRecord, Phase, RecordEdition, SignedDocument,
+    SignedRecord,
 };
 
 use super::Gossip;
-use crate::{DocumentError, Outgoing, RecordError, membership::MAX_AHEAD_S};
+use crate::{
+    DocumentError, Outgoing, RecordError,
+    membership::{MAX_AHEAD_S, MAX_MEMBERS},
+};
 
 /// Wrong items in one message after which the rest is not looked at.
 const MAX_WRONG: usize = 8;
@@ -22,8 +25,14 @@ const WARNING_PERIOD: Duration = Duration::from_secs(1);
 impl Gossip {
     /// Verifies and stores; returns what was news. Looks no further after a few that are wrong: members verify before they
     /// pass on, so whoever sends many wrong ones means to keep this node busy.
-    pub(super) fn store(&mut self, items: Items, now: Instant) -> Items {
+    pub(super) fn store(&mut self, from: NodeId, items: Items, now: Instant) -> Items {
         let mut news = Items::default();
+        if !self.trust.listens(&from, now) {
+            self.counters.records_refused += items.records.len() as u64;
+            self.counters.documents_refused += items.documents.len() as u64;
+            self.counters.strikes_refused += items.strikes.len() as u64;
+            return news;
+        }
         let unix = self.unix(now);
         let mut patience = MAX_WRONG;
         for signed in newest_of_each(items.records) {
@@ -32,7 +41,7 @@ impl Gossip {
                 Ok(false) => {}
                 Err(error) => {
                     self.counters.records_refused += 1;
-                    self.warn(&error, now);
+                    self.refuse(from, matches!(error, RecordError::Forged(_)), &error, now);
                     patience -= 1;
                 }
             }
@@ -49,57 +58,81 @@ impl Gossip {
                 Ok(true) => news.documents.push(signed),
                 Ok(false) => {}
                 Err(error) => {
-                    self.warn(&error, now);
+                    self.refuse(from, matches!(error, DocumentError::Unverified(_)), &error, now);
                     patience -= 1;
                 }
-            }
-        }
-        for forgotten in items.forgotten {
-            let ahead = forgotten.generation > unix.saturating_add(MAX_AHEAD_S);
-            let known = self.roster.get(&forgotten.id).is_some();
-            if known && !ahead && self.roster.forget(forgotten) {
-                self.changed = true;
-                news.forgotten.push(forgotten);
             }
         }
         if !news.records.is_empty() || !news.documents.is_empty() {
             self.settled_at = now;
         }
         self.meet(&news.records, now);
+        if let Some(generation) = self.outlive.take() {
+            let effects = self.membership.outlive(generation, now);
+            self.apply(effects, now);
+        }
+        for signed in items.strikes {
+            let wanted = signed.peek().is_ok_and(|strike| self.roster.wants(&strike.edition()));
+            if !wanted || patience == 0 {
+                continue;
+            }
+            match self.credentials.verify_strike(&signed) {
+                Ok(strike) => {
+                    self.roster.strike(strike, signed.clone());
+                    self.changed = true;
+                    news.strikes.push(signed);
+                }
+                Err(error) => {
+                    self.counters.strikes_refused += 1;
+                    self.refuse(from, matches!(error, RecordError::Forged(_)), &error, now);
+                    patience -= 1;
+                }
+            }
+        }
+        if !items.words.is_empty() {
+            let effects = self.judge(now, |membership, grounds| membership.take_words(from, &items.words, grounds));
+            self.apply(effects, now);
+        }
         news
     }
 
-    /// Says what was refused, but not so often that saying it becomes the harm.
-    fn warn(&mut self, error: &dyn std::error::Error, now: Instant) {
+    /// Says what was refused, and of whom, but not so often that saying it becomes the harm.
+    fn refuse(&mut self, from: NodeId, forged: bool, error: &dyn std::error::Error, now: Instant) {
+        if forged {
+            self.trust.forged(from, now);
+        }
         if self.next_warning <= now {
             self.next_warning = now + WARNING_PERIOD;
-            tracing::warn!(%error, "refused from a member; more of the kind within the second is only counted");
+            let member = self.records.get(&from).map_or_else(|| format!("{from:?}"), |record| record.name.to_string());
+            tracing::warn!(%error, member, "refused from a member; more of the kind within the second is only counted");
         }
     }
 
-    /// A node that signs a record is there: whoever has not heard of it by gossip has now.
+    /// A node that signs a record is there, or says that it has left.
     fn meet(&mut self, records: &[Arc<SignedRecord>], now: Instant) {
         let records = records.iter().filter_map(|signed| signed.peek_edition().ok());
         let records = records.filter_map(|edition| self.records.get(&edition.id));
-        let unknown = |r: &&Arc<NodeRecord>| {
-            r.phase != Phase::Left && self.roster.get(&r.id).is_none_or(|peer| peer.state.generation < r.generation)
+        let is_news = |record: &&Arc<NodeRecord>| {
+            let known = self.roster.get(&record.id).map(|peer| peer.state.generation);
+            record.phase == Phase::Left || known.is_none_or(|known| known < record.generation)
         };
-        let states: Vec<MemberState> = records
-            .filter(unknown)
-            .map(|r| {
-                let (id, addr, generation, health) = (r.id, r.addr, r.generation, MemberHealth::Alive);
-                MemberState { id, addr, generation, incarnation: 0, health, down_s: 0 }
-            })
-            .collect();
-        if !states.is_empty() {
-            self.learn(self.membership.me().id, &states, now);
+        let records: Vec<Arc<NodeRecord>> = records.filter(is_news).cloned().collect();
+        if !records.is_empty() {
+            let unix = self.unix(now);
+            let effects = self.membership.meet(records.iter().map(Arc::as_ref), unix, &self.ages, now);
+            self.apply(effects, now);
         }
     }
 
     /// Whether the record was news, and is stored.
     fn take_record(&mut self, signed: &Arc<SignedRecord>, unix: u64) -> Result<bool, RecordError> {
-        let claimed = signed.peek_edition().map_err(|e| RecordError(e.to_string()))?;
-        if claimed.id == self.membership.me().id {
+        let claimed = signed.peek_edition().map_err(|e| RecordError::Forged(e.to_string()))?;
+        let me = self.membership.me();
+        if claimed.id == me.id {
+            if claimed.generation > me.generation && claimed.generation <= unix.saturating_add(MAX_AHEAD_S) {
+                // Of a life of this node that it does not remember: it was restored from an older copy, or its clock was set back.
+                self.outlive = Some(self.credentials.verify(signed)?.generation);
+            }
             return Ok(false);
         }
         let edition = (claimed.generation, claimed.seq);
@@ -111,9 +144,22 @@ impl Gossip {
         }
         if claimed.generation > unix.saturating_add(MAX_AHEAD_S) {
             let RecordEdition { id, generation, .. } = claimed;
-            return Err(RecordError(format!("record of {id:?} is of the future generation {generation}")));
+            return Err(RecordError::Unfit(format!("record of {id:?} is of the future generation {generation}")));
         }
-        let record = self.credentials.verify(signed)?;
+        let mut record = self.credentials.verify(signed)?;
+        if let Some(known) = self.records.life(&record.id)
+            && known.generation == record.generation
+            && known.addr != record.addr
+        {
+            // Where it is it says once in each life. Others may have heard something else first; so no fault of theirs.
+            record = Arc::new(NodeRecord { addr: known.addr, ..NodeRecord::clone(&record) });
+        }
+        match self.records.life(&record.id) {
+            None if self.records.len() >= MAX_MEMBERS => {
+                return Err(RecordError::Unfit(format!("there are {MAX_MEMBERS} members already")));
+            }
+            _ => {}
+        }
         self.records.put(record, signed.clone());
         self.changed = true;
         Ok(true)
@@ -137,7 +183,7 @@ impl Gossip {
     fn judge_document(&self, signed: &SignedDocument) -> Result<Option<MeshDocument>, DocumentError> {
         let claimed = signed.peek().map_err(|e| DocumentError::Unverified(e.to_string()))?;
         let edition = DocumentEdition { kind: claimed.kind.clone(), version: claimed.version, hash: signed.hash() };
-        if self.documents.has(&edition) {
+        if self.documents.has(&edition) || self.documents.is_behind(&edition) {
             return Ok(None);
         }
         let document = self.credentials.verify_document(signed)?;

@@ -1,13 +1,15 @@
 //! Who is suspect, and when a suspect is given up: what the driver adds to foca of Lifeguard.
 
-use std::{cmp::Reverse, time::Instant};
+use std::{cmp::Reverse, collections::BTreeSet, time::Instant};
 
-use foca::{Member, Message, Timer};
+use foca::{Member, Timer};
 
-use super::{Due, Effect, Ident, Membership};
+use starling_protocol::{MemberHealth, News, Packet, Purpose, Word};
+
+use super::{Due, Effect, Grounds, Ident, Membership};
 use crate::{
     Reach,
-    suspicion::{Accusation, Patience, Suspicion},
+    suspicion::{Patience, Suspicion},
 };
 
 impl Membership {
@@ -46,16 +48,18 @@ impl Membership {
         self.recovery.heard_at().map(|at| at + patience.max)
     }
 
-    /// How many others could not reach the suspect either.
+    /// How many others could not reach the suspect either: by their signatures, or by what they told this node themselves.
     fn confirmations(&self, suspicion: &Suspicion) -> usize {
-        let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation);
         let me = self.me().id;
-        accusers.iter().filter(|by| **by != me).count()
+        let accusers = self.accusations.against(&suspicion.suspect, suspicion.incarnation).into_iter();
+        let claims = self.accusations.claims(&suspicion.suspect).iter().copied();
+        accusers.chain(claims).filter(|by| *by != me).collect::<BTreeSet<_>>().len()
     }
 
     /// foca 2.0 tells a member that it is dead when a suspicion's timer fires, also when the suspicion was refuted in
     /// time, and so forces a healthy node to rejoin. A timer whose suspicion no longer stands is not delivered.
-    pub(super) fn judge_suspects(&mut self, now: Instant) -> Vec<Effect> {
+    pub(super) fn judge_suspects(&mut self, grounds: &mut Grounds<'_>) -> Vec<Effect> {
+        let now = grounds.now;
         let patience = self.patience();
         let (due, wait) = std::mem::take(&mut self.suspicions)
             .into_iter()
@@ -69,14 +73,31 @@ impl Membership {
         for mut suspicion in due {
             let contradicted = in_touch && patience.witnesses > 0 && self.confirmations(&suspicion) == 0;
             // Its silence is old: the fault may have been here, and be over.
-            let stale = suspicion.unanswered.is_some_and(|at| now.saturating_duration_since(at) > patience.min);
+            let stale = suspicion.unanswered.is_none_or(|at| now.saturating_duration_since(at) > patience.min);
             if contradicted || stale {
                 (suspicion.asked, suspicion.unanswered) = (now, None);
                 let Suspicion { suspect, incarnation, .. } = suspicion;
                 effects.push(Effect::Check { suspect, incarnation });
                 self.suspicions.push(suspicion);
             } else if in_touch {
-                effects.extend(self.fire(suspicion.timer, now));
+                if let Some(since) = self.accusations.dead_since(&suspicion.suspect) {
+                    self.down_since.insert(suspicion.suspect.id, since);
+                }
+                for by in self.accusations.against(&suspicion.suspect, suspicion.incarnation) {
+                    grounds.trust.confirmed(by, now);
+                }
+                match suspicion.timer {
+                    Some(timer) => effects.extend(self.fire(timer, now)),
+                    None => {
+                        // Those whose probes found out tell it on. It may hear, though nobody hears it.
+                        self.touched.add(suspicion.suspect.id);
+                        let packet = self.craft(suspicion.suspect.life(), Purpose::Dead);
+                        effects.push(Effect::Send { to: suspicion.suspect, packet, reach: Reach::Linked });
+                        let dead = Member::new(suspicion.suspect, suspicion.incarnation, foca::State::Down);
+                        let applied = self.step(now, |foca, rt| foca.apply_many([dead].into_iter(), false, rt));
+                        effects.extend(applied.unwrap_or_default());
+                    }
+                }
             } else {
                 effects.extend(self.give_up_alone(&suspicion, now));
             }
@@ -106,41 +127,46 @@ impl Membership {
         let Timer::ChangeSuspectToDown { member_id: suspect, incarnation, .. } = timer else { return Vec::new() };
         self.touched.add(suspect.id);
         self.probe_failed = true;
-        let known = self.suspicions.iter_mut().find(|s| s.suspect == suspect && s.incarnation == incarnation);
-        if let Some(known) = known {
-            known.timer = timer;
-            return Vec::new();
-        }
         let me = self.me().id;
-        let witnesses = self.accusations.against(&suspect, incarnation);
-        if witnesses.iter().all(|by| *by == me) {
+        let witnesses = self.accusations.words(&suspect, incarnation).to_vec();
+        if witnesses.iter().all(|word| word.by == me) {
             // Nobody who was asked to probe it says that it failed: those may be unreachable from here, too.
             self.awareness.worse();
         }
-        for by in witnesses.into_iter().chain([me]) {
-            let (suspect, generation) = (suspect.id, suspect.generation);
-            let accusation = Accusation { suspect, generation, incarnation, by, raised: true };
-            if let Err(error) = self.foca.add_broadcast(&accusation.encode()) {
-                tracing::debug!(?error, "an accusation is not spread");
-            }
+        let known = self.suspicions.iter_mut().find(|s| s.suspect == suspect && s.incarnation == incarnation);
+        let is_new = known.is_none();
+        if let Some(known) = known
+            && known.timer.replace(timer.clone()).is_some()
+        {
+            return Vec::new();
         }
-        self.suspicions.push(Suspicion { suspect, incarnation, timer, since: now, asked: now, unanswered: None });
+        let own = self.word(Word::ACCUSES, suspect.life(), incarnation);
+        self.accusations.record(&own, |_| true);
+        for word in witnesses.into_iter().filter(|word| word.by != me).chain([own]) {
+            self.spread_word(&Word { raised: true, ..word });
+        }
         self.news = true;
+        if !is_new {
+            return Vec::new();
+        }
+        let timer = Some(timer);
+        self.suspicions.push(Suspicion { suspect, incarnation, timer, since: now, asked: now, unanswered: None });
         vec![Effect::Check { suspect, incarnation }, self.tell_suspect(suspect, incarnation)]
     }
 
     /// A ping that tells its receiver that it is suspected.
     pub(super) fn tell_suspect(&self, to: Ident, incarnation: u16) -> Effect {
-        let update = Member::new(to, incarnation, foca::State::Suspect);
-        Effect::Send { to, bytes: self.craft(to, Message::Ping(0), Some(update), None), reach: Reach::Dial }
+        let news = vec![News { life: to.life(), incarnation, health: MemberHealth::Suspect }];
+        let packet = Packet { news, ..self.craft(to.life(), Purpose::Ping) };
+        Effect::Send { to, packet, reach: Reach::Dial }
     }
 
     /// Nobody who was asked to probe the target could reach it: the rest of the probe's time would bring nothing.
     pub(super) fn end_probe_early(&mut self, now: Instant) {
         let Some(probe) = &self.probe else { return };
-        let incarnation = self.foca.iter_members().find(|member| *member.id() == probe.target).map(Member::incarnation);
+        let target = self.foca.iter_members().find(|member| member.id().life() == probe.target);
         let accusers =
-            incarnation.map_or_else(Vec::new, |incarnation| self.accusations.against(&probe.target, incarnation));
+            target.map_or_else(Vec::new, |target| self.accusations.against(target.id(), target.incarnation()));
         if probe.asked.iter().all(|asked| accusers.contains(asked)) {
             self.probe = None;
             let timers = std::mem::take(&mut self.timers).into_iter();
@@ -157,19 +183,14 @@ impl Membership {
     pub(super) fn end_errands(&mut self, now: Instant) -> Vec<Effect> {
         let (due, wait) = std::mem::take(&mut self.errands).into_iter().partition::<Vec<_>, _>(|e| e.due <= now);
         self.errands = wait;
-        let me = self.me().id;
         due.into_iter()
             .filter_map(|errand| {
                 let target = self.foca.iter_members().find(|member| *member.id() == errand.target)?;
-                let nack = Accusation {
-                    suspect: errand.target.id,
-                    generation: errand.target.generation,
-                    incarnation: target.incarnation(),
-                    by: me,
-                    raised: false,
-                };
-                let bytes = self.craft(errand.origin, Message::Broadcast, None, Some(&nack.encode()));
-                Some(Effect::Send { to: errand.origin, bytes, reach: Reach::Linked })
+                let origin = self.foca.iter_members().find(|member| member.id().life() == errand.origin)?;
+                let to = *origin.id();
+                let word = self.word(Word::ACCUSES, errand.target.life(), target.incarnation());
+                let packet = Packet { words: vec![word], ..self.craft(errand.origin, Purpose::Gossip) };
+                Some(Effect::Send { to, packet, reach: Reach::Linked })
             })
             .collect()
     }

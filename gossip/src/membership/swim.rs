@@ -9,13 +9,12 @@ use std::{
 use bytes::{Buf, BufMut, Bytes};
 use foca::{Codec, Header, Member, Message, Notification, PeriodicParams, PostcardCodec, Timer};
 use serde::{Deserialize, Serialize};
-use starling_protocol::{MemberHealth, MemberState, NodeId};
+use starling_protocol::{Life, MAX_PACKET_BYTES, MemberHealth, News, NodeId, Packet, Purpose, Word};
 
 use crate::Config;
 
-/// Largest SWIM packet, in bytes. With the root hash in front it fits the 1162 bytes of a datagram that every QUIC path
-/// carries (1200 bytes, RFC 9000 §14, less headers), so no packet depends on what a path offers beyond that.
-pub(super) const MAX_PACKET_BYTES: usize = 1142;
+/// Largest packet of foca's own form, in bytes. What travels names members without their addresses, and so is always smaller.
+const MAX_INNER_BYTES: usize = MAX_PACKET_BYTES - 10;
 /// How long a dead member is remembered, so that old news cannot bring it back. Counted from when the first node declared
 /// it dead, or members would go on reminding each other of it for ever.
 pub(super) const REMEMBER_DOWN: Duration = Duration::from_secs(24 * 3600);
@@ -83,14 +82,36 @@ impl foca::Runtime<Ident> for Collected {
     }
 }
 
-impl From<&MemberState> for Ident {
-    fn from(state: &MemberState) -> Self {
+/// A member as membership has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PeerState {
+    /// Who.
+    pub(crate) id: NodeId,
+    /// Where its mesh port answers, by its record.
+    pub(crate) addr: SocketAddr,
+    /// Which life of it.
+    pub(crate) generation: u64,
+    /// Which refutation within that life.
+    pub(crate) incarnation: u16,
+    /// How it is.
+    pub(crate) health: MemberHealth,
+}
+
+impl Ident {
+    /// It, as it is named in packets.
+    pub(crate) fn life(&self) -> Life {
+        Life { id: self.id, generation: self.generation }
+    }
+}
+
+impl From<&PeerState> for Ident {
+    fn from(state: &PeerState) -> Self {
         Self { id: state.id, addr: state.addr, generation: state.generation }
     }
 }
 
 /// A state as foca takes it.
-pub(super) fn member_of(state: &MemberState) -> Member<Ident> {
+pub(super) fn member_of(state: &PeerState) -> Member<Ident> {
     let health = match state.health {
         MemberHealth::Alive => foca::State::Alive,
         MemberHealth::Suspect => foca::State::Suspect,
@@ -100,8 +121,8 @@ pub(super) fn member_of(state: &MemberState) -> Member<Ident> {
 }
 
 /// A member as foca has it.
-pub(super) fn state_of(member: &Member<Ident>) -> MemberState {
-    MemberState {
+pub(super) fn state_of(member: &Member<Ident>) -> PeerState {
+    PeerState {
         id: member.id().id,
         addr: member.id().addr,
         generation: member.id().generation,
@@ -111,53 +132,67 @@ pub(super) fn state_of(member: &Member<Ident>) -> MemberState {
             foca::State::Suspect => MemberHealth::Suspect,
             foca::State::Down => MemberHealth::Down,
         },
-        down_s: 0,
     }
 }
 
-/// Members that a packet brings news of.
-pub(super) fn members_in(header: &Header<Ident>, mut rest: &[u8]) -> Result<Vec<Ident>, String> {
-    if matches!(header.message, Message::Broadcast | Message::Announce) {
-        return Ok(Vec::new());
-    }
-    let count = rest.get_u16();
-    (0..count)
-        .map(|_| PostcardCodec.decode_member(&mut rest).map(|member: Member<Ident>| *member.id()))
-        .collect::<Result<_, _>>()
-        .map_err(|e| e.to_string())
+/// A packet as foca takes it. `about` is whom its purpose is about; news is for the driver alone.
+pub(super) fn inner(
+    source: Ident,
+    incarnation: u16,
+    receiver: Ident,
+    (purpose, probe): (Purpose, u8),
+    about: Option<Ident>,
+) -> Vec<u8> {
+    let target = about.unwrap_or(receiver);
+    let message = match purpose {
+        Purpose::Ping => Message::Ping(probe),
+        Purpose::Ack => Message::Ack(probe),
+        Purpose::PingRequest(_) => Message::PingReq { target, probe_number: probe },
+        Purpose::IndirectPing(_) => Message::IndirectPing { origin: target, probe_number: probe },
+        Purpose::IndirectAck(_) => Message::IndirectAck { target, probe_number: probe },
+        Purpose::ForwardedAck(_) => Message::ForwardedAck { origin: target, probe_number: probe },
+        Purpose::Gossip => Message::Gossip,
+        Purpose::Dead => Message::TurnUndead,
+    };
+    let mut bytes = Vec::with_capacity(128);
+    let header = Header { src: source, src_incarnation: incarnation, dst: receiver, message };
+    PostcardCodec.encode_header(&header, &mut bytes).expect("a vector grows");
+    bytes.put_u16(0);
+    bytes
 }
 
-/// A rumour that was meant for another node: foca takes only what names this one. What does not fit any more because this
-/// node's address is longer is left out, from the end.
-pub(super) fn readdressed(header: Header<Ident>, rest: &[u8], me: Ident) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::with_capacity(MAX_PACKET_BYTES + 64);
-    PostcardCodec.encode_header(&Header { dst: me, ..header }, &mut bytes).map_err(|e| e.to_string())?;
-    let room = MAX_PACKET_BYTES.saturating_sub(bytes.len());
-    if rest.len() <= room {
-        bytes.extend_from_slice(rest);
-        return Ok(bytes);
-    }
-    let mut left = rest;
-    let count = left.try_get_u16().map_err(|e| e.to_string())?;
-    let (mut fit, mut end) = (0, 2);
-    while fit < count {
-        let _: Member<Ident> = PostcardCodec.decode_member(&mut left).map_err(|e| e.to_string())?;
-        if rest.len() - left.len() > room {
-            break;
+/// A packet of foca's as it travels; the root hash is filled in later. `None` for what has no place in the protocol.
+pub(super) fn outer(mut bytes: &[u8]) -> Option<Packet> {
+    let header: Header<Ident> = PostcardCodec.decode_header(&mut bytes).expect("foca writes what it reads");
+    let (purpose, probe) = match header.message {
+        Message::Ping(probe) => (Purpose::Ping, probe),
+        Message::Ack(probe) => (Purpose::Ack, probe),
+        Message::PingReq { target, probe_number } => (Purpose::PingRequest(target.life()), probe_number),
+        Message::IndirectPing { origin, probe_number } => (Purpose::IndirectPing(origin.life()), probe_number),
+        Message::IndirectAck { target, probe_number } => (Purpose::IndirectAck(target.life()), probe_number),
+        Message::ForwardedAck { origin, probe_number } => (Purpose::ForwardedAck(origin.life()), probe_number),
+        Message::Gossip | Message::Broadcast => (Purpose::Gossip, 0),
+        Message::TurnUndead => (Purpose::Dead, 0),
+        // Members are introduced by their records.
+        Message::Announce | Message::Feed => return None,
+    };
+    let mut news = Vec::new();
+    if header.message != Message::Broadcast && bytes.len() >= 2 {
+        for _ in 0..bytes.get_u16() {
+            let member: Member<Ident> = PostcardCodec.decode_member(&mut bytes).expect("foca writes what it reads");
+            let PeerState { incarnation, health, .. } = state_of(&member);
+            news.push(News { life: member.id().life(), incarnation, health });
         }
-        (fit, end) = (fit + 1, rest.len() - left.len());
     }
-    while fit == count && left.len() > 2 {
-        let length = usize::from(left.get_u16());
-        left = left.get(length..).ok_or("a broadcast is cut short")?;
-        if rest.len() - left.len() > room {
-            break;
-        }
-        end = rest.len() - left.len();
+    let mut words = Vec::new();
+    while bytes.len() > 2 {
+        let length = usize::from(bytes.get_u16());
+        let (word, rest) = bytes.split_at(length);
+        words.extend(Word::decode(word));
+        bytes = rest;
     }
-    bytes.put_u16(fit);
-    bytes.extend_from_slice(&rest[2..end]);
-    Ok(bytes)
+    let (source, receiver, incarnation) = (header.src.life(), header.dst.life(), header.src_incarnation);
+    Some(Packet { root: 0, source, incarnation, receiver, purpose, probe, news, words })
 }
 
 /// foca's settings for a mesh of that size.
@@ -172,7 +207,7 @@ pub(super) fn foca_config(config: &Config, size: usize) -> foca::Config {
         // The driver keeps these timers itself: see `Suspicion::deadline`.
         suspect_to_down_after: config.suspicion[1],
         remove_down_after: Some(REMEMBER_DOWN),
-        max_packet_size: nonzero(MAX_PACKET_BYTES),
+        max_packet_size: nonzero(MAX_INNER_BYTES),
         notify_down_members: true,
         // Full state travels over streams (see `contacts`), so members need not be asked for a packet of others.
         periodic_announce: None,

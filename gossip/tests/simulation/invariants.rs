@@ -60,7 +60,7 @@ impl Invariants {
                 assert!(!went_back, "{who} sees {subject} go back: {before:?} then {seen:?}");
                 let risen = before.health == MemberHealth::Down && seen.health != MemberHealth::Down;
                 assert!(
-                    !risen || seen.generation > before.generation,
+                    !risen || order(&seen) > order(&before),
                     "{who} sees {subject} rise from the dead: {before:?} then {seen:?}"
                 );
                 let down = |s: &Seen| s.health == MemberHealth::Down;
@@ -103,7 +103,7 @@ impl Invariants {
         match outgoing {
             Outgoing::Datagram { bytes, .. } => assert!(bytes.len() <= 1150, "{who} sends {} bytes", bytes.len()),
             Outgoing::Document(view) => {
-                assert_ne!(view.document.content, b"forged", "{who} takes a forged document");
+                assert_ne!(&view.document.content[..], b"forged", "{who} takes a forged document");
                 let before = observer.documents.insert(view.document.kind.clone(), view.document.version);
                 assert!(before <= Some(view.document.version), "{who} takes an older document");
             }

@@ -4,6 +4,7 @@
 
 mod credentials;
 mod invariants;
+mod liars;
 mod links;
 mod network;
 mod questions;

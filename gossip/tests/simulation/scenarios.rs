@@ -283,3 +283,16 @@ fn many_nodes() {
     let known = world.run_until_holds(60 * S, |w| w.all_see_down(nodes / 2)).expect("it is noticed");
     println!("{nodes} nodes: all see all {start:?} after the first start; a dead one known after {known:?}");
 }
+
+#[test]
+fn a_node_that_stood_still_is_back_in_a_mesh_of_any_size() {
+    for nodes in [2, 3, 4, 5, 9] {
+        let mut world = mesh(nodes, 14);
+        world.run_until(world.now + 5 * S);
+        world.plan(world.now, Action::Pause(nodes - 1));
+        world.plan(world.now + 20 * S, Action::Resume(nodes - 1));
+        world.run_until(world.now + 20 * S);
+        let took = settles(&mut world, 30 * S, "it is back");
+        println!("{nodes}: {took:?}");
+    }
+}

@@ -40,6 +40,11 @@ pub(crate) struct Truth {
     pub(crate) generation: Vec<u64>,
     /// Nodes that were declared dead and are on their way back.
     lost: Vec<bool>,
+    /// Since when nodes are that no fault excuses, and the longest time that one was.
+    lost_since: HashMap<usize, Duration>,
+    pub(crate) longest_lost: Duration,
+    /// Nodes that lie: what they show counts for nothing, and they may be shown as anything.
+    pub(crate) liars: Vec<usize>,
     pub(crate) now: Duration,
     /// Until when nodes are excused: under a fault, dead, or just recovered.
     excused: HashMap<usize, Duration>,
@@ -47,7 +52,21 @@ pub(crate) struct Truth {
 
 impl Truth {
     pub(crate) fn is_excused(&self, node: usize) -> bool {
-        self.lost[node] || self.excused.get(&node).is_some_and(|until| self.now < *until)
+        self.liars.contains(&node) || self.excused_by_fault(node)
+    }
+
+    fn excused_by_fault(&self, node: usize) -> bool {
+        self.lost[node] && self.liars.is_empty() || self.excused.get(&node).is_some_and(|until| self.now < *until)
+    }
+
+    /// The mesh has given a node up, or it is back.
+    fn note_lost(&mut self, node: usize, lost: bool) {
+        self.lost[node] = lost;
+        if lost && !self.is_excused(node) {
+            self.lost_since.entry(node).or_insert(self.now);
+        } else if let Some(since) = self.lost_since.remove(&node) {
+            self.longest_lost = self.longest_lost.max(self.now - since);
+        }
     }
 
     fn excuse(&mut self, node: usize, until: Duration) {
@@ -70,7 +89,7 @@ enum Message {
 #[derive(Debug)]
 enum Event {
     Tick(usize, u64),
-    Arrive { from: usize, to: usize, message: Message },
+    Arrive { from: usize, to: usize, message: Box<Message> },
     CheckOver { node: usize, suspect: Ident, incarnation: u16, check: u64 },
     Close { node: usize, peer: usize, number: u64 },
     Do(Action),
@@ -125,11 +144,12 @@ pub(crate) struct World {
     links: Links,
     pub(crate) truth: Truth,
     pub(crate) invariants: Invariants,
-    rng: StdRng,
-    interned: Interned,
+    pub(crate) rng: StdRng,
+    pub(crate) interned: Interned,
     profile: Profile,
     check: u64,
     pub(crate) forged: u64,
+    pub(crate) lies: u64,
     pub(crate) events_done: u64,
     standstill: u64,
     /// Prints what is done: for the replay of a single seed.
@@ -180,6 +200,7 @@ impl World {
             profile: Profile::Lan,
             check: 0,
             forged: 0,
+            lies: 0,
             events_done: 0,
             standstill: 0,
             tells: std::env::var_os("STARLING_SIM_SEED").is_some(),
@@ -224,7 +245,7 @@ impl World {
         self.truth.now = self.now;
     }
 
-    fn instant(&self) -> Instant {
+    pub(crate) fn instant(&self) -> Instant {
         self.base + self.now
     }
 
@@ -254,9 +275,9 @@ impl World {
             }
             Event::Arrive { from, to, message } => {
                 if self.nodes[to].paused {
-                    self.nodes[to].waiting.push((from, message));
+                    self.nodes[to].waiting.push((from, *message));
                 } else {
-                    self.arrive(from, to, message);
+                    self.arrive(from, to, *message);
                 }
             }
             Event::CheckOver { node, suspect, incarnation, check } => {
@@ -290,7 +311,7 @@ impl World {
             }),
             Message::Ping { suspect, incarnation, check } => self.with(to, |gossip, _| {
                 let pong = gossip.answer_ping(sender, Some(incarnation), now);
-                replies.push(Message::Pong { suspect, incarnation, check, pong });
+                replies.extend(pong.map(|pong| Message::Pong { suspect, incarnation, check, pong }));
             }),
             Message::Pong { suspect, incarnation, check, pong } => {
                 if self.nodes[to].checks.remove(&check) {
@@ -304,13 +325,14 @@ impl World {
     }
 
     /// Runs a step of a node and does what it wants done.
-    fn with(&mut self, node: usize, step: impl FnOnce(&mut Gossip, &mut Node)) {
+    pub(crate) fn with(&mut self, node: usize, step: impl FnOnce(&mut Gossip, &mut Node)) {
         let Some(mut gossip) = self.nodes[node].gossip.take() else { return };
         step(&mut gossip, &mut self.nodes[node]);
         let outgoing = gossip.drain(self.instant());
         let backlog = gossip.counters().backlog;
         let next = gossip.next_tick();
-        let was_lost = std::mem::replace(&mut self.truth.lost[node], gossip.is_lost());
+        let was_lost = self.truth.lost[node];
+        self.truth.note_lost(node, gossip.is_lost());
         if self.tells && was_lost != gossip.is_lost() {
             eprintln!("{:9.3} s: {node} is {}", self.now.as_secs_f64(), if was_lost { "back" } else { "lost" });
         }
@@ -344,8 +366,10 @@ impl World {
                 }
             }
             Outgoing::Sync(sync) => {
-                let port = usize::from(sync.with.addr().port());
-                let to = port - 1;
+                let to = match sync.with {
+                    Target::Linked(id) => index_of(&id),
+                    Target::Node(Ident { addr, .. }) | Target::Addr(addr) => usize::from(addr.port()) - 1,
+                };
                 self.stream(node, to, Message::Summary { summary: sync.summary, with: sync.with });
             }
             Outgoing::Check { suspect, incarnation, limit } => {
@@ -410,7 +434,7 @@ impl World {
         self.nodes[node].sent_bytes += bytes.len() as u64;
         for delay in arrivals {
             let message = Message::Datagram(bytes.clone());
-            self.schedule(self.now + waited + delay, Event::Arrive { from: node, to, message });
+            self.schedule(self.now + waited + delay, Event::Arrive { from: node, to, message: Box::new(message) });
         }
     }
 
@@ -418,7 +442,7 @@ impl World {
         self.nodes[from].sent_bytes += size_of_message(&message);
         let Some(waited) = self.connect(from, to) else { return };
         if let Some(delay) = self.network.stream(from, to, &mut self.rng) {
-            self.schedule(self.now + waited + delay, Event::Arrive { from, to, message });
+            self.schedule(self.now + waited + delay, Event::Arrive { from, to, message: Box::new(message) });
         }
     }
 
@@ -445,7 +469,7 @@ impl World {
         }
     }
 
-    fn id_of(&self, node: usize) -> NodeId {
+    pub(crate) fn id_of(&self, node: usize) -> NodeId {
         self.ids[node]
     }
 }
@@ -460,13 +484,15 @@ pub(crate) fn index_of(id: &NodeId) -> usize {
 
 /// Size on the wire; of records with the chain that real ones carry.
 fn size_of_message(message: &Message) -> u64 {
-    let items =
-        |items: &Items| 1100 * items.records.len() + items.documents.iter().map(|d| d.body.len()).sum::<usize>();
+    let items = |items: &Items| {
+        let documents = items.documents.iter().map(|d| d.body.len()).sum::<usize>();
+        1100 * items.records.len() + documents + 120 * items.words.len()
+    };
     let bytes = match message {
         Message::Datagram(bytes) => bytes.len(),
         Message::Push(i) | Message::Last(i) => items(i),
-        Message::Summary { summary, .. } => 33 * summary.members.len() + 24 * summary.records.len(),
-        Message::Delta { delta, .. } => 33 * delta.members.len() + items(&delta.items),
+        Message::Summary { summary, .. } => 31 * summary.members.len(),
+        Message::Delta { delta, .. } => 31 * delta.members.len() + items(&delta.items),
         Message::Ping { .. } | Message::Pong { .. } => 12,
     };
     bytes as u64

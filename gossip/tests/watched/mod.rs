@@ -9,38 +9,47 @@ use std::{
     time::{Duration, Instant},
 };
 
-use foca::{Codec, Header, Member, Message, PostcardCodec};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use starling_gossip::{
     Announcement, Config, Credentials, DocumentError, Gossip, Ident, Memory, Outgoing, Profile, RecordError, Snapshot,
     Target, Via,
 };
 use starling_protocol::{
-    Delta, Items, MAX_DOCUMENTS, MemberHealth, MemberState, MeshDocument, NodeId, NodeKind, NodeRecord, Phase, Pong,
-    ROOT_HASH_BYTES, SignedDocument, SignedRecord, Summary,
+    Capabilities, Delta, Items, Life, MAX_DOCUMENTS, MAX_PACKET_BYTES, MemberHealth, MemberState, MeshDocument, News,
+    NodeId, NodeKind, NodeRecord, Packet, Phase, Pong, Purpose, SignedDocument, SignedRecord, SignedStrike, Strike,
+    Summary, Word,
 };
 
 /// The clock at the start, unix seconds.
 const EPOCH: u64 = 1_800_000_000;
 /// How far ahead of the clock a generation may be, in seconds.
 const MAX_AHEAD_S: u64 = 24 * 3600;
-/// Largest datagram that every QUIC path carries, with the headers around it.
-const MAX_DATAGRAM_BYTES: usize = 1150;
 /// Times that a node may ask to be woken at one and the same moment.
 const MAX_AT_ONCE: usize = 64;
-/// Fewest bytes that name a member in a packet: id, address, generation.
-const IDENT_BYTES: usize = 16 + 6 + 1;
 
 /// Credentials that believe whatever has the right form, so that the input reaches what lies behind the signatures.
 struct Gullible;
 
 impl Credentials for Gullible {
     fn sign(&self, record: &NodeRecord) -> SignedRecord {
-        SignedRecord { body: SignedRecord::encode_body(record), signature: Vec::new(), chain: Vec::new() }
+        SignedRecord { body: SignedRecord::encode_body(record), signature: Bytes::new(), chain: Vec::new() }
+    }
+
+    fn sign_word(&self, _: &[u8]) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn verify_word(&self, _: &SignedRecord, _: &[u8], _: &[u8]) -> bool {
+        true
+    }
+
+    fn verify_strike(&self, signed: &SignedStrike) -> Result<Strike, RecordError> {
+        signed.peek().map_err(|e| RecordError::Forged(e.to_string()))
     }
 
     fn verify(&self, signed: &SignedRecord) -> Result<Arc<NodeRecord>, RecordError> {
-        signed.peek().map(Arc::new).map_err(|e| RecordError(e.to_string()))
+        signed.peek().map(Arc::new).map_err(|e| RecordError::Forged(e.to_string()))
     }
 
     fn verify_document(&self, signed: &SignedDocument) -> Result<MeshDocument, DocumentError> {
@@ -59,6 +68,19 @@ pub struct Told {
     pub incarnation: u16,
     /// How it is said to be.
     pub health: MemberHealth,
+}
+
+/// A signed word in a few bytes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Said {
+    /// Of whom, and at which incarnation.
+    pub of: Told,
+    /// Which of 256 ids says it.
+    pub by: u8,
+    /// What: an accusation, a sign of life, or nothing that is known.
+    pub kind: u8,
+    /// Whether it is for everybody.
+    pub raised: bool,
 }
 
 /// Something that happens to the node. `from` names an authenticated peer.
@@ -98,6 +120,19 @@ pub enum Step {
         about: Told,
         /// News of members.
         updates: Vec<Told>,
+        /// Words about members, by others.
+        words: Vec<Said>,
+    },
+    /// A member's record.
+    Introduce {
+        /// Who brings it.
+        from: u8,
+        /// Whose.
+        whose: Told,
+        /// Which edition.
+        seq: u8,
+        /// Whether it has left.
+        left: bool,
     },
     /// The beginning of an exchange.
     Answer {
@@ -105,8 +140,8 @@ pub enum Step {
         from: u8,
         /// Put in front of the summary's members.
         members: Vec<Told>,
-        /// Anything.
-        summary: Summary,
+        /// A [`Summary`], in bytes; one that is none is an empty one.
+        summary: Vec<u8>,
     },
     /// The answer to a summary.
     Absorb {
@@ -114,15 +149,15 @@ pub enum Step {
         from: u8,
         /// Put in front of the delta's members.
         members: Vec<Told>,
-        /// Anything.
-        delta: Delta,
+        /// A [`Delta`], in bytes.
+        delta: Vec<u8>,
     },
     /// A push.
     Receive {
         /// The sender.
         from: u8,
-        /// Anything.
-        items: Items,
+        /// [`Items`], in bytes.
+        items: Vec<u8>,
     },
     /// A ping over a stream.
     Ping {
@@ -185,23 +220,21 @@ impl Watched {
             name: format!("n{me}").parse().expect("a name"),
             kind: NodeKind::Node,
             zone: String::new(),
-            issuer: None,
             services: Vec::new(),
             phase: Phase::Up,
             cert_expires: EPOCH + 86_400,
+            issuer: None,
+            speaks: Capabilities::own("0"),
         };
         let config = Config { seed: 7, ..Config::new(Profile::Lan) };
-        let mut gossip = Gossip::new(ident, announcement, Box::new(Gullible), Memory::default(), &config, (now, EPOCH));
+        let mut gossip = Gossip::new(ident, announcement, Arc::new(Gullible), Memory::default(), &config, (now, EPOCH));
         gossip.set_seeds(vec![addr(0), addr(1)]);
         let mut watched =
             Self { gossip, start: now, now, unix: EPOCH, seen: HashMap::new(), named: 1, sent: Vec::new() };
-        let members = [me.wrapping_add(1), me.wrapping_add(2)].map(|who| Told {
-            who,
-            generation: 0,
-            incarnation: 0,
-            health: MemberHealth::Alive,
-        });
-        watched.step(Step::Answer { from: members[0].who, members: members.into(), summary: Summary::default() });
+        for who in [me.wrapping_add(1), me.wrapping_add(2)] {
+            let whose = Told { who, generation: 0, incarnation: 0, health: MemberHealth::Alive };
+            watched.step(Step::Introduce { from: who, whose, seq: 1, left: false });
+        }
         watched.step(Step::Run { ms: 300 });
         assert_eq!(watched.seen.len(), 2, "it knows two others");
         watched
@@ -220,51 +253,75 @@ impl Watched {
                 self.gossip.tick(self.now);
             }
             Step::Datagram { from, bytes } => {
-                self.named += bytes.len() / IDENT_BYTES;
                 self.gossip.deliver(id(from), &bytes, now);
             }
             Step::Packet { from, rest } => {
-                let mut bytes = self.head(from, self.gossip.me(), None);
+                let mut bytes = self.packet(from, self.gossip.me().generation, Purpose::Gossip).encode();
+                // Behind the receiver come words and news.
+                bytes.truncate(bytes.len() - 2);
                 bytes.extend(rest);
                 self.step(Step::Datagram { from: from.who, bytes });
             }
-            Step::Tell { from, message, about, updates } => {
-                let dst = if message < 128 { self.gossip.me() } else { self.ident(about) };
-                let mut bytes = self.head(from, dst, Some(self.message(message, about)));
-                bytes.extend((updates.len() as u16).to_be_bytes());
-                for told in updates {
-                    let state = match told.health {
-                        MemberHealth::Alive => foca::State::Alive,
-                        MemberHealth::Suspect => foca::State::Suspect,
-                        MemberHealth::Down => foca::State::Down,
-                    };
-                    let member = Member::new(self.ident(told), told.incarnation, state);
-                    PostcardCodec.encode_member(&member, &mut bytes).expect("a vector grows");
+            Step::Tell { from, message, about, updates, words } => {
+                let news = updates.iter().map(|told| News {
+                    life: self.life(*told),
+                    incarnation: told.incarnation,
+                    health: told.health,
+                });
+                let words = words.iter().map(|said| self.word(*said));
+                let (news, words) = (news.collect(), words.collect());
+                let purpose = self.purpose(message, about);
+                let mut packet = self.packet(from, self.gossip.me().generation, purpose);
+                if message >= 128 {
+                    packet.receiver = self.life(about);
                 }
+                packet.probe = about.incarnation as u8;
+                let bytes = Packet { news, words, ..packet }.encode();
                 self.step(Step::Datagram { from: from.who, bytes });
             }
-            Step::Answer { from, members, mut summary } => {
+            Step::Introduce { from, whose, seq, left } => {
+                let Life { id, generation } = self.life(whose);
+                let record = NodeRecord {
+                    id,
+                    generation,
+                    seq: seq.into(),
+                    name: format!("n{}", whose.who).parse().expect("a name"),
+                    addr: addr(whose.who),
+                    kind: NodeKind::Node,
+                    zone: String::new(),
+                    services: Vec::new(),
+                    phase: if left { Phase::Left } else { Phase::Up },
+                    cert_expires: if whose.health == MemberHealth::Down { 0 } else { u64::MAX },
+                    issuer: None,
+                    speaks: Capabilities::own("0"),
+                };
+                let items = Items { records: vec![Arc::new(Gullible.sign(&record))], ..Items::default() };
+                self.step(Step::Receive { from, items: starling_protocol::encode(&items) });
+            }
+            Step::Answer { from, members, summary } => {
+                let mut summary: Summary = starling_protocol::decode(&summary).unwrap_or_default();
                 summary.members.splice(0..0, members.into_iter().map(|told| self.state(told)));
-                self.named += summary.members.len();
                 self.gossip.answer(id(from), summary, now);
             }
-            Step::Absorb { from, members, mut delta } => {
+            Step::Absorb { from, members, delta } => {
+                let mut delta: Delta = starling_protocol::decode(&delta).unwrap_or_default();
                 delta.members.splice(0..0, members.into_iter().map(|told| self.state(told)));
-                self.named += delta.members.len() + delta.items.records.len();
+                self.named += delta.items.records.len();
                 let with = Target::Addr(addr(from));
                 self.gossip.absorb(id(from), with, delta, now);
             }
             Step::Receive { from, items } => {
+                let items: Items = starling_protocol::decode(&items).unwrap_or_default();
                 self.named += items.records.len();
                 self.gossip.receive(id(from), items, Via::Push, now);
             }
             Step::Ping { from, suspected } => {
                 let pong = self.gossip.answer_ping(id(from), suspected, now);
-                assert_eq!(pong.generation, self.gossip.me().generation);
+                assert!(pong.is_none_or(|pong| pong.generation == self.gossip.me().generation));
             }
             Step::Checked { suspect, pong } => {
-                self.named += 1;
-                let ident = self.ident(suspect);
+                let Life { id, generation } = self.life(suspect);
+                let ident = Ident { id, addr: addr(suspect.who), generation };
                 self.gossip.checked(ident, suspect.incarnation, pong, now);
             }
             Step::Leave => self.gossip.leave(now),
@@ -293,7 +350,7 @@ impl Watched {
         for out in self.gossip.drain(self.now) {
             match out {
                 Outgoing::Datagram { to, bytes, .. } => {
-                    assert!(bytes.len() <= MAX_DATAGRAM_BYTES, "a datagram of {} bytes", bytes.len());
+                    assert!(bytes.len() <= MAX_PACKET_BYTES, "a datagram of {} bytes", bytes.len());
                     self.sent.push((to.id, bytes.to_vec()));
                 }
                 Outgoing::Generation(generation) => {
@@ -346,50 +403,56 @@ impl Watched {
         assert!(life(&before) <= life(&seen), "an earlier life: {before:?} then {seen:?}");
         if life(&before) == life(&seen) {
             let down = |seen: &Seen| seen.health == MemberHealth::Down;
-            assert!(!down(&before) || down(&seen), "back from the dead: {before:?} then {seen:?}");
+            let later = seen.incarnation > before.incarnation;
+            assert!(!down(&before) || down(&seen) || later, "back from the dead: {before:?} then {seen:?}");
             // A death is told with the incarnation of the suspicion that led to it, which may be an old one.
             assert!(before.incarnation <= seen.incarnation || down(&seen), "went back: {before:?} then {seen:?}");
         }
     }
 
-    fn ident(&self, told: Told) -> Ident {
+    fn life(&self, told: Told) -> Life {
         let me = self.gossip.me();
         let base = if id(told.who) == me.id { me.generation } else { EPOCH };
-        Ident { id: id(told.who), addr: addr(told.who), generation: base.saturating_add_signed(told.generation.into()) }
+        Life { id: id(told.who), generation: base.saturating_add_signed(told.generation.into()) }
     }
 
     fn state(&self, told: Told) -> MemberState {
-        let Ident { id, addr, generation } = self.ident(told);
-        MemberState { id, addr, generation, incarnation: told.incarnation, health: told.health, down_s: 0 }
+        let Life { id, generation } = self.life(told);
+        MemberState { id, generation, seq: 1, incarnation: told.incarnation, health: told.health, down_s: 0 }
     }
 
-    /// Root hash and header of a packet; without a message, whatever follows is one.
-    fn head(&self, from: Told, dst: Ident, message: Option<Message<Ident>>) -> Vec<u8> {
-        let mut bytes = vec![0; ROOT_HASH_BYTES];
-        let raw = message.is_none();
-        let message = message.unwrap_or(Message::Gossip);
-        let header = Header { src: self.ident(from), src_incarnation: from.incarnation, dst, message };
-        PostcardCodec.encode_header(&header, &mut bytes).expect("a vector grows");
-        if raw {
-            bytes.pop();
+    fn word(&self, said: Said) -> Word {
+        let Said { of, by, kind, raised } = said;
+        let Life { id: subject, generation } = self.life(of);
+        Word {
+            kind: kind % 4,
+            subject,
+            generation,
+            incarnation: of.incarnation,
+            by: id(by),
+            raised,
+            signature: Vec::new(),
         }
-        bytes
     }
 
-    fn message(&self, message: u8, about: Told) -> Message<Ident> {
-        let (ident, probe_number) = (self.ident(about), about.incarnation as u8);
-        match message % 11 {
-            0 => Message::Ping(probe_number),
-            1 => Message::Ack(probe_number),
-            2 => Message::PingReq { target: ident, probe_number },
-            3 => Message::IndirectPing { origin: ident, probe_number },
-            4 => Message::IndirectAck { target: ident, probe_number },
-            5 => Message::ForwardedAck { origin: ident, probe_number },
-            6 => Message::Announce,
-            7 => Message::Feed,
-            8 => Message::Gossip,
-            9 => Message::Broadcast,
-            _ => Message::TurnUndead,
+    fn packet(&self, from: Told, generation: u64, purpose: Purpose) -> Packet {
+        let receiver = Life { id: self.gossip.me().id, generation };
+        let (news, words) = (Vec::new(), Vec::new());
+        let (source, incarnation) = (self.life(from), from.incarnation);
+        Packet { root: 0, source, incarnation, receiver, purpose, probe: 0, news, words }
+    }
+
+    fn purpose(&self, message: u8, about: Told) -> Purpose {
+        let life = self.life(about);
+        match message % 8 {
+            0 => Purpose::Ping,
+            1 => Purpose::Ack,
+            2 => Purpose::PingRequest(life),
+            3 => Purpose::IndirectPing(life),
+            4 => Purpose::IndirectAck(life),
+            5 => Purpose::ForwardedAck(life),
+            6 => Purpose::Gossip,
+            _ => Purpose::Dead,
         }
     }
 }

@@ -2,10 +2,12 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use rand::RngExt;
 use starling_gossip::{Announcement, Config, Gossip, Ident, Memory, Via};
 use starling_protocol::{
-    DocumentHash, Items, MeshDocument, NodeKind, Phase, Protocol, ServiceRecord, ServiceState, SignedDocument,
+    Capabilities, DocumentHash, Items, MeshDocument, NodeKind, Phase, Protocol, ServiceRecord, ServiceState,
+    SignedDocument,
 };
 
 use super::{EPOCH, Event, World};
@@ -40,6 +42,8 @@ pub(crate) enum Action {
     /// Somebody with no key of the mesh, or with another node's id, sends records and documents to a node.
     Forge(usize),
     Leave(usize),
+    /// A member with a valid key sends whatever might hurt others.
+    Lie(usize),
 }
 
 impl World {
@@ -104,6 +108,10 @@ impl World {
                 self.with(by, |gossip, _| gossip.publish(signed, now).expect("the admin key signed it"));
             }
             Action::Forge(node) => self.forge(node),
+            Action::Lie(liar) => {
+                let liars = self.truth.liars.clone();
+                self.lie(liar, &liars);
+            }
         }
     }
 
@@ -129,7 +137,7 @@ impl World {
             floors: known.documents.values().map(|v| (v.document.kind.clone(), v.document.version)).collect(),
         };
         let me = Ident { id, addr: addr(node), generation };
-        let credentials = Box::new(SimulatedKey(self.interned.clone()));
+        let credentials = Arc::new(SimulatedKey(id, self.interned.clone()));
         let serves = self.nodes.len() < VERY_LARGE || node < FEW_SERVING;
         let mut gossip =
             Gossip::new(me, announcement(node, serves), credentials, memory, &config, (self.instant(), unix));
@@ -156,19 +164,20 @@ impl World {
             addr: addr(0),
             kind: NodeKind::Node,
             zone: "forged".into(),
-            issuer: None,
             services: Vec::new(),
             phase: Phase::Up,
             cert_expires: 0,
+            issuer: None,
+            speaks: Capabilities::own("0"),
         };
         let near = starling_protocol::NodeRecord { generation: EPOCH + self.now.as_secs() + 5, ..record.clone() };
         let records = [record, near].map(|record| {
             let body = starling_protocol::SignedRecord::encode_body(&record);
-            Arc::new(starling_protocol::SignedRecord { body, signature: vec![7; 32], chain: Vec::new() })
+            Arc::new(starling_protocol::SignedRecord { body, signature: vec![7; 32].into(), chain: Vec::new() })
         });
         let body = SignedDocument::encode_body(&document(1 << 30, b"forged".to_vec()));
-        let forged = Arc::new(SignedDocument { body, signature: vec![7; 32], certificate: Vec::new() });
-        let items = Items { records: records.into(), documents: vec![forged], forgotten: Vec::new() };
+        let forged = Arc::new(SignedDocument { body, signature: vec![7; 32].into(), certificate: Bytes::new() });
+        let items = Items { records: records.into(), documents: vec![forged], ..Items::default() };
         self.forged += 1;
         self.with(node, |gossip, _| {
             gossip.receive(sender, items, Via::Push, now);
@@ -185,7 +194,8 @@ fn document(version: u64, content: Vec<u8>) -> MeshDocument {
         not_before: 0,
         expires: None,
         deleted: false,
-        content,
+        content: content.into(),
+        understood: true,
     }
 }
 
@@ -211,5 +221,6 @@ fn announcement(node: usize, serves: bool) -> Announcement {
             .collect(),
         phase: Phase::Up,
         cert_expires: EPOCH + 86_400,
+        speaks: Capabilities::own("0"),
     }
 }

@@ -1,8 +1,12 @@
 //! The admin API: JSON over HTTP/1.1, on loopback and on a Unix socket in the state directory.
 
+mod caller;
 mod view;
 
-use std::{convert::Infallible, future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible, fs, future::Future, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -12,14 +16,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Serialize, de::DeserializeOwned};
 use starling_gossip::Snapshot;
 use starling_http::Body;
-use starling_protocol::{DocumentEdition, admin};
+use starling_protocol::{DocumentEdition, Name, admin};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
 };
 
-use self::view::services;
 pub(crate) use self::view::{members, name_of, rfc3339, sights, status_of};
+use self::{
+    caller::{Caller, UNKNOWN},
+    view::services,
+};
 use crate::MeshClient;
 
 /// Longest request body, in bytes.
@@ -37,7 +44,9 @@ pub(crate) trait Subject: Send + Sync + 'static {
     fn documents(&self) -> impl Future<Output = Vec<admin::Document>> + Send;
     fn publish(&self, new: admin::NewDocument) -> impl Future<Output = Result<DocumentEdition, String>> + Send;
     fn ping(&self, node: &str) -> impl Future<Output = Result<admin::Pinged, String>> + Send;
-    fn forget(&self, node: &str, prune: bool) -> impl Future<Output = Result<(), String>> + Send;
+    fn forget(&self, forget: admin::Forget) -> impl Future<Output = Result<(), String>> + Send;
+    fn names(&self) -> Result<Vec<admin::OwnedName>, String>;
+    fn free_name(&self, name: Name) -> impl Future<Output = Result<(), String>> + Send;
     fn drain(&self);
     fn reload(&self) -> Result<(), String>;
     fn extra(&self) -> Option<Arc<dyn ExtraRoutes>>;
@@ -54,19 +63,21 @@ pub(crate) async fn serve_tcp<S: Subject>(listener: TcpListener, subject: Arc<S>
     let addr = listener.local_addr().ok();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::spawn(serve_connection(stream, subject.clone(), addr));
+            Ok((stream, from)) => {
+                let from = addr.map(|own| Caller::Tcp { own, from });
+                tokio::spawn(serve_connection(stream, subject.clone(), from.unwrap_or(Caller::Unknown)));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
-/// Serves on a Unix socket; the directory's mode says who may connect.
+/// Serves on a Unix socket, which only this user and root can open.
 pub(crate) async fn serve_unix<S: Subject>(path: &Path, subject: Arc<S>) {
     // A former life, killed, leaves its socket behind; the lock on the state directory says that nobody uses it.
     let _ = std::fs::remove_file(path);
-    let listener = match UnixListener::bind(path) {
+    let own = || fs::set_permissions(path, fs::Permissions::from_mode(0o600));
+    let listener = match UnixListener::bind(path).and_then(|listener| own().map(|()| listener)) {
         Ok(listener) => listener,
         Err(error) => {
             tracing::warn!(path = %path.display(), %error, "no admin socket");
@@ -76,7 +87,9 @@ pub(crate) async fn serve_unix<S: Subject>(path: &Path, subject: Arc<S>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(serve_connection(stream, subject.clone(), None));
+                let user = stream.peer_cred().map(|peer| peer.uid());
+                let caller = user.map_or(Caller::Unknown, |user| Caller::Unix { user });
+                tokio::spawn(serve_connection(stream, subject.clone(), caller));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
@@ -86,11 +99,11 @@ pub(crate) async fn serve_unix<S: Subject>(path: &Path, subject: Arc<S>) {
 async fn serve_connection<S: Subject>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     subject: Arc<S>,
-    tcp: Option<SocketAddr>,
+    caller: Caller,
 ) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
         let subject = subject.clone();
-        async move { Ok::<_, Infallible>(answer(request, &*subject, tcp).await) }
+        async move { Ok::<_, Infallible>(answer(request, &*subject, caller).await) }
     });
     let _ = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -99,14 +112,15 @@ async fn serve_connection<S: Subject>(
         .await;
 }
 
-async fn answer<S: Subject>(
-    request: Request<hyper::body::Incoming>,
-    subject: &S,
-    tcp: Option<SocketAddr>,
-) -> Response<Body> {
+async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S, caller: Caller) -> Response<Body> {
     let (parts, body) = request.into_parts();
-    if let Some(addr) = tcp
-        && let Err(why) = check_browser(&parts.headers, addr)
+    if let Caller::Tcp { own, .. } = caller
+        && let Err(why) = check_browser(&parts.headers, own)
+    {
+        return refuse(StatusCode::FORBIDDEN, why);
+    }
+    let changes = !parts.method.is_safe();
+    if changes && let Err(why) = tokio::task::spawn_blocking(move || caller.may_change()).await.unwrap_or(Err(UNKNOWN))
     {
         return refuse(StatusCode::FORBIDDEN, why);
     }
@@ -142,7 +156,12 @@ async fn answer<S: Subject>(
             Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
         },
         ("POST", "/v1/forget") => match read::<admin::Forget>(&body) {
-            Ok(forget) => answer_to(subject.forget(&forget.node, forget.prune).await),
+            Ok(forget) => answer_to(subject.forget(forget).await),
+            Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
+        },
+        ("GET", "/v1/names") => answer_to(subject.names()),
+        ("POST", "/v1/names/free") => match read::<admin::FreeName>(&body) {
+            Ok(free) => answer_to(subject.free_name(free.name).await),
             Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
         },
         ("GET", "/v1/services") => json(StatusCode::OK, &services(&snapshot, subject.client())),
@@ -158,7 +177,7 @@ async fn answer<S: Subject>(
         (
             _,
             "/livez" | "/readyz" | "/metrics" | "/v1/members" | "/v1/services" | "/v1/status" | "/v1/documents"
-            | "/v1/ping" | "/v1/forget" | "/v1/drain" | "/v1/leave" | "/v1/reload",
+            | "/v1/ping" | "/v1/forget" | "/v1/names" | "/v1/names/free" | "/v1/drain" | "/v1/leave" | "/v1/reload",
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "wrong method for this path"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see docs/operations.md"),
     }

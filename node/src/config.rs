@@ -48,7 +48,7 @@ pub struct NodeConfig {
     /// Where to look for the mesh, `host:port`.
     pub seeds: Vec<String>,
     /// Join token, for the first start.
-    pub token: Option<String>,
+    pub token: Option<Secret>,
     /// File with the join token, for the first start.
     pub token_file: Option<PathBuf>,
     /// Where this node stands; calls prefer instances in the same zone.
@@ -78,6 +78,29 @@ impl Default for NodeConfig {
             cert_ttl: crate::identity::authority::DEFAULT_CERT_LIFE,
             drain_timeout: Duration::from_secs(15),
         }
+    }
+}
+
+/// A text that is not to be seen in logs.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(secret)")
     }
 }
 

@@ -4,8 +4,12 @@ pub(crate) mod admission;
 pub(crate) mod authority;
 pub(crate) mod certificate;
 mod chains;
+mod grant;
 pub(crate) mod join;
+pub(crate) mod ledger;
+pub(crate) mod names;
 pub(crate) mod renewal;
+pub(crate) mod rooted;
 pub(crate) mod tls;
 
 use std::{
@@ -14,7 +18,8 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ED25519, UnparsedPublicKey};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+use bytes::Bytes;
 use rcgen::{KeyPair, PublicKeyData, SigningKey as _};
 use rustls::{
     RootCertStore,
@@ -24,9 +29,16 @@ use rustls::{
     sign::CertifiedKey,
 };
 use starling_gossip::{Credentials, DocumentError, RecordError};
-use starling_protocol::{MeshDocument, MeshName, Name, NodeId, NodeKind, NodeRecord, SignedDocument, SignedRecord};
+use starling_protocol::{
+    Grants, IssuerProof, MeshDocument, MeshName, Name, NodeId, NodeKind, NodeRecord, SignedDocument, SignedRecord,
+    SignedStrike, Strike,
+};
 
-use self::{certificate::MeshCertificate, chains::Chains};
+use self::{
+    certificate::MeshCertificate,
+    chains::Chains,
+    rooted::{Role, Root},
+};
 use crate::state::{StateDir, StateError};
 
 const KEY: &str = "identity/key.pem";
@@ -55,7 +67,7 @@ pub(crate) enum CertificateError {
 pub(crate) struct Identity {
     key: KeyPair,
     roots: RootCertStore,
-    root_ders: Vec<CertificateDer<'static>>,
+    root: Root,
     provider: Arc<CryptoProvider>,
     mesh: MeshName,
     name: Name,
@@ -85,63 +97,81 @@ impl Identity {
         };
         let key = KeyPair::from_pem(&key).map_err(|e| state.damaged(KEY, e))?;
         let chain = pem_certificates(&chain).map_err(|e| state.damaged(CHAIN, e))?;
-        let root_ders = pem_certificates(&roots).map_err(|e| state.damaged(ROOTS, e))?;
-        Self::new(key, chain, root_ders, provider).map(Some).map_err(|e| state.damaged(CHAIN, e))
+        let roots = pem_certificates(&roots).map_err(|e| state.damaged(ROOTS, e))?;
+        let [root] = &roots[..] else { return Err(state.damaged(ROOTS, "a mesh has one root, and it holds more")) };
+        Self::new(key, chain, root.clone(), provider).map(Some).map_err(|e| state.damaged(CHAIN, e))
     }
 
-    /// Puts an identity together and stores it.
+    /// Puts an identity together, and stores it if it holds: what is stored was verified.
     pub(crate) fn establish(
         state: &StateDir,
         key: KeyPair,
         chain: Vec<CertificateDer<'static>>,
-        root_ders: Vec<CertificateDer<'static>>,
+        root: CertificateDer<'static>,
         provider: Arc<CryptoProvider>,
     ) -> Result<Self, StateError> {
+        let identity = Self::new(key, chain.clone(), root.clone(), provider)
+            .map_err(|e| state.damaged("the new certificate", e))?;
         // The chain last: its presence is what makes the identity complete.
-        state.write(KEY, key.serialize_pem().as_bytes())?;
-        state.write(ROOTS, pem_text(&root_ders).as_bytes())?;
+        state.write(KEY, identity.key.serialize_pem().as_bytes())?;
+        state.write(ROOTS, pem_text(&[root]).as_bytes())?;
         state.write(CHAIN, pem_text(&chain).as_bytes())?;
-        Self::new(key, chain, root_ders, provider).map_err(|e| state.damaged(CHAIN, e))
+        Ok(identity)
     }
 
+    /// Errors if anything does not belong together: the key, the chain up to the root, the names. The certificate's end is
+    /// another question: one that has just ended can still be renewed.
     fn new(
         key: KeyPair,
         chain: Vec<CertificateDer<'static>>,
-        root_ders: Vec<CertificateDer<'static>>,
+        root: CertificateDer<'static>,
         provider: Arc<CryptoProvider>,
     ) -> Result<Self, CertificateError> {
         let mut roots = RootCertStore::empty();
-        for root in &root_ders {
-            roots.add(root.clone()).map_err(|e| CertificateError::Chain(e.to_string()))?;
-        }
-        let current = Current::new(&key, chain, &root_ders, &provider)?;
+        roots.add(root.clone()).map_err(|e| CertificateError::Chain(e.to_string()))?;
+        let current = Current::new(&key, chain.clone(), &root, &provider)?;
         if current.leaf.id != node_id(&key) {
             return Err(CertificateError::Names("the certificate is for another key".into()));
         }
-        Ok(Self {
+        let identity = Self {
             roots,
+            root: Root::new(root),
             provider,
             mesh: current.leaf.mesh.clone(),
             name: current.leaf.name.clone(),
             id: current.leaf.id,
             current: ArcSwap::from_pointee(current),
             chains: Chains::default(),
-            root_ders,
             key,
-        })
+        };
+        // At a moment at which it is good: whether this host's clock is right is no question of what is on disk.
+        let leaf = &identity.current.load().leaf;
+        let at = unix_now().clamp(leaf.not_before, leaf.not_after.max(leaf.not_before));
+        identity.root.check_time(at).map_err(CertificateError::Chain)?;
+        let [leaf_der, issuer_der] = &chain[..] else {
+            return Err(CertificateError::Chain(format!("{} certificates instead of two", chain.len())));
+        };
+        verify_chain(leaf_der, std::slice::from_ref(issuer_der), &identity.roots, at, &identity.provider)
+            .map_err(|e| CertificateError::Chain(e.to_string()))?;
+        if unix_now() < leaf.not_before {
+            tracing::error!(
+                begins = leaf.not_before,
+                now = unix_now(),
+                "this host's clock is behind: the certificate has not begun"
+            );
+        }
+        Ok(identity)
     }
 
-    /// Takes a renewed chain: stored first, then used for new connections; live ones stay as they are.
+    /// Takes a renewed chain, which the caller has checked in full: stored first, then used for new connections; live ones
+    /// stay as they are.
     pub(crate) fn replace_chain(
         &self,
         state: &StateDir,
         chain: Vec<CertificateDer<'static>>,
     ) -> Result<(), StateError> {
-        let current = Current::new(&self.key, chain, &self.root_ders, &self.provider)
+        let current = Current::new(&self.key, chain, self.root.der(), &self.provider)
             .map_err(|e| state.damaged("the renewed certificate", e))?;
-        if current.leaf.id != self.id || current.leaf.name != self.name || current.leaf.mesh != self.mesh {
-            return Err(state.damaged("the renewed certificate", "it is for somebody else"));
-        }
         state.write(CHAIN, pem_text(&current.chain).as_bytes())?;
         self.current.store(Arc::new(current));
         Ok(())
@@ -186,8 +216,15 @@ impl Identity {
         &self.provider
     }
 
-    pub(crate) fn root_ders(&self) -> &[CertificateDer<'static>] {
-        &self.root_ders
+    /// The mesh's root, and what it vouches for.
+    pub(crate) fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// What the certificate grants.
+    pub(crate) fn grants(&self) -> Grants {
+        let leaf = &self.current.load().leaf;
+        Grants { services: leaf.services.clone(), edge: leaf.edge, zone: leaf.zone.clone(), ..Grants::default() }
     }
 
     /// A request for the next certificate of the same key.
@@ -201,8 +238,15 @@ impl Identity {
         chain: &[CertificateDer<'_>],
         grace: Duration,
     ) -> Result<Arc<MeshCertificate>, CertificateError> {
-        let (leaf_der, issuers) =
-            chain.split_first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
+        // Anything else costs time and place, and can only be sent to cost them. Where somebody may be joining, the root is
+        // shown, too.
+        let chain = match chain {
+            [leaf, issuer, root] if root == self.root.der() => &[leaf.clone(), issuer.clone()],
+            _ => chain,
+        };
+        let [leaf_der, issuer_der] = chain else {
+            return Err(CertificateError::Chain(format!("{} certificates instead of two", chain.len())));
+        };
         let leaf = MeshCertificate::parse(leaf_der)?;
         let now = unix_now();
         if now > leaf.not_after.saturating_add(grace.as_secs()) {
@@ -210,13 +254,13 @@ impl Identity {
         }
         // Within the grace the chain is judged at the certificate's own last moment.
         let at = now.min(leaf.not_after);
+        self.root.check_time(at).map_err(CertificateError::Chain)?;
         if at >= leaf.not_before
             && let Some(known) = self.chains.get(chain, at)
         {
             return Ok(known);
         }
-        let time = UnixTime::since_unix_epoch(Duration::from_secs(at));
-        verify_chain(leaf_der, issuers, &self.roots, time, &self.provider)
+        verify_chain(leaf_der, std::slice::from_ref(issuer_der), &self.roots, at, &self.provider)
             .map_err(|e| CertificateError::Chain(e.to_string()))?;
         if leaf.mesh != self.mesh {
             return Err(CertificateError::OtherMesh(leaf.mesh.to_string()));
@@ -231,7 +275,7 @@ impl Current {
     fn new(
         key: &KeyPair,
         chain: Vec<CertificateDer<'static>>,
-        roots: &[CertificateDer<'static>],
+        root: &CertificateDer<'static>,
         provider: &CryptoProvider,
     ) -> Result<Self, CertificateError> {
         let leaf = chain.first().ok_or_else(|| CertificateError::Chain("no certificate".into()))?;
@@ -240,7 +284,7 @@ impl Current {
             .key_provider
             .load_private_key(PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())))
             .map_err(|e| CertificateError::Chain(e.to_string()))?;
-        let with_root = [chain.clone(), roots.to_vec()].concat();
+        let with_root = [&chain[..], std::slice::from_ref(root)].concat();
         Ok(Self {
             leaf,
             certified: Arc::new(CertifiedKey::new(chain.clone(), signing.clone())),
@@ -256,59 +300,104 @@ pub(crate) struct RecordCredentials(pub(crate) Arc<Identity>);
 impl Credentials for RecordCredentials {
     fn sign(&self, record: &NodeRecord) -> SignedRecord {
         let body = SignedRecord::encode_body(record);
-        let signature = self.0.key.sign(&SignedRecord::signed_bytes(&body)).expect("a P-256 key can sign");
-        let chain = self.0.current().chain.iter().map(|c| c.to_vec()).collect();
+        let signature = self.0.key.sign(&SignedRecord::signed_bytes(&body)).expect("a P-256 key can sign").into();
+        let chain = self.0.current().chain.iter().map(|c| Bytes::copy_from_slice(c)).collect();
         SignedRecord { body, signature, chain }
+    }
+
+    fn sign_word(&self, bytes: &[u8]) -> Vec<u8> {
+        self.0.key.sign(bytes).expect("a P-256 key can sign")
+    }
+
+    fn verify_word(&self, signer: &SignedRecord, bytes: &[u8], signature: &[u8]) -> bool {
+        let chain: Vec<CertificateDer<'_>> = signer.chain.iter().map(|c| CertificateDer::from(&c[..])).collect();
+        // Verified with the record, and so remembered.
+        let leaf = self.0.check_chain(&chain, tls::EXPIRED_GRACE);
+        leaf.is_ok_and(|leaf| {
+            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &leaf.public_key).verify(bytes, signature).is_ok()
+        })
     }
 
     fn verify_document(&self, signed: &SignedDocument) -> Result<MeshDocument, DocumentError> {
         let refuse = |why: String| DocumentError::Unverified(why);
         let document = signed.peek().map_err(|e| refuse(e.to_string()))?;
         let refuse = |why: &str| refuse(format!("document {} version {}: {why}", document.kind, document.version));
-        let cert = CertificateDer::from(signed.certificate.as_slice());
-        let key = certificate::admin_key(&cert).ok_or_else(|| refuse("its certificate is not an admin's"))?;
-        let now = UnixTime::since_unix_epoch(Duration::from_secs(unix_now()));
-        verify_chain(&cert, &[], &self.0.roots, now, &self.0.provider)
-            .map_err(|e| refuse(&format!("its certificate was not issued by this mesh: {e}")))?;
-        UnparsedPublicKey::new(&ED25519, &key)
-            .verify(&SignedDocument::signed_bytes(&signed.body), &signed.signature)
-            .map_err(|_| refuse("wrong signature"))?;
-        Ok(document)
+        let key = self.0.root.key(&signed.certificate, unix_now());
+        let key = key.map_err(|why| refuse(&format!("its certificate: {why}")))?;
+        if key.role != Role::Admin {
+            return Err(refuse("its certificate is not an admin's"));
+        }
+        match key.signed(&SignedDocument::signed_bytes(&signed.body), &signed.signature) {
+            true => Ok(document),
+            false => Err(refuse("wrong signature")),
+        }
+    }
+
+    fn verify_strike(&self, signed: &SignedStrike) -> Result<Strike, RecordError> {
+        let strike = signed.peek().map_err(|e| RecordError::Forged(format!("a strike: {e}")))?;
+        let refuse = |why: &str| RecordError::Forged(format!("a strike against {:?}: {why}", strike.id));
+        let key = self.0.root.key(&signed.certificate, unix_now()).map_err(|why| refuse(&why))?;
+        match key.signed(&SignedStrike::signed_bytes(&signed.body), &signed.signature) {
+            true => Ok(strike),
+            false => Err(refuse("wrong signature")),
+        }
     }
 
     fn verify(&self, signed: &SignedRecord) -> Result<Arc<NodeRecord>, RecordError> {
-        let refuse = |why: String| RecordError(why);
-        let record = signed.peek().map_err(|e| refuse(e.to_string()))?;
-        let chain: Vec<CertificateDer<'_>> = signed.chain.iter().map(|c| CertificateDer::from(c.as_slice())).collect();
+        let refuse = RecordError::Forged;
+        let mut record = signed.peek().map_err(|e| refuse(e.to_string()))?;
+        if signed.chain.len() != 2 {
+            return Err(refuse(format!(
+                "record of {}: {} certificates instead of two",
+                record.name,
+                signed.chain.len()
+            )));
+        }
+        let chain: Vec<CertificateDer<'_>> = signed.chain.iter().map(|c| CertificateDer::from(&c[..])).collect();
         // A record of a node whose certificate has just ended stays readable: its end is shown, its calls are refused.
-        let leaf = self
-            .0
-            .check_chain(&chain, crate::identity::tls::EXPIRED_GRACE)
-            .map_err(|e| refuse(format!("record of {}: {e}", record.name)))?;
+        let leaf = self.0.check_chain(&chain, tls::EXPIRED_GRACE).map_err(|e| match e {
+            // Clocks differ, and whoever had it before may have kept it.
+            CertificateError::Expired => RecordError::Unfit(format!("record of {}: {e}", record.name)),
+            _ => refuse(format!("record of {}: {e}", record.name)),
+        })?;
         if leaf.id != record.id || leaf.name != record.name {
             return Err(refuse(format!("record of {} is signed by {}", record.name, leaf.name)));
         }
+        // Everything else says what the signer means to say; so that first.
+        let key = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &leaf.public_key);
+        key.verify(&SignedRecord::signed_bytes(&signed.body), &signed.signature)
+            .map_err(|_| refuse(format!("record of {} has a wrong signature", record.name)))?;
         if record.kind == NodeKind::Edge && !leaf.edge {
             return Err(refuse(format!("{} claims to be an edge without a grant", record.name)));
         }
         if let Some(service) = record.services.iter().find(|s| !leaf.services.contains(&s.name)) {
             return Err(refuse(format!("{} claims service {} without a grant", record.name, service.name)));
         }
-        let key = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &leaf.public_key);
-        key.verify(&SignedRecord::signed_bytes(&signed.body), &signed.signature)
-            .map_err(|_| refuse(format!("record of {} has a wrong signature", record.name)))?;
+        if !leaf.zone.is_empty() && leaf.zone != record.zone {
+            return Err(refuse(format!("{} claims to stand in another zone than it was let into", record.name)));
+        }
+        if let Some(proof) = &record.issuer {
+            let key = self.0.root.key(&proof.certificate, unix_now());
+            let key = key.map_err(|why| refuse(format!("{} claims to be an issuer: {why}", record.name)))?;
+            if key.role != Role::Issuer || !key.signed(&IssuerProof::signed_bytes(leaf.id), &proof.signature) {
+                return Err(refuse(format!("{} claims to be an issuer without its key", record.name)));
+            }
+        }
+        // The certificate says when it ends, and not the node.
+        record.cert_expires = leaf.not_after;
         Ok(Arc::new(record))
     }
 }
 
-/// Checks `leaf` up to one of `roots` at a moment. Client and server use of certificates is one thing in a mesh.
+/// Checks `leaf` up to one of `roots` at a moment, in unix seconds. Client and server use of certificates is one thing in a mesh.
 pub(crate) fn verify_chain(
     leaf: &CertificateDer<'_>,
     issuers: &[CertificateDer<'_>],
     roots: &RootCertStore,
-    at: UnixTime,
+    at: u64,
     provider: &CryptoProvider,
 ) -> Result<(), rustls::Error> {
+    let at = UnixTime::since_unix_epoch(Duration::from_secs(at));
     let parsed = ParsedCertificate::try_from(leaf)?;
     rustls::client::verify_server_cert_signed_by_trust_anchor(
         &parsed,

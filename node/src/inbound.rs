@@ -60,7 +60,10 @@ impl Inbound {
 
     /// Serves a connection of an authenticated peer.
     pub(crate) async fn serve(self, connection: quinn::Connection, peer: Peer, drain: Drain) {
-        let caller = HeaderValue::from_str(peer.name.as_str()).expect("names are ASCII");
+        let ascii = |text: &str| HeaderValue::from_str(text).expect("names are ASCII");
+        let services = peer.services.iter().map(Name::as_str).collect::<Vec<_>>().join(",");
+        let services = (!services.is_empty()).then(|| ascii(&services));
+        let caller = Caller { name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
         server::serve(connection, drain, move |request| {
             let (inbound, caller) = (self.clone(), caller.clone());
@@ -69,7 +72,7 @@ impl Inbound {
         .await;
     }
 
-    async fn answer(&self, request: Request<Body>, origin: Origin, caller: HeaderValue) -> Response<Guarded<Served>> {
+    async fn answer(&self, request: Request<Body>, origin: Origin, caller: Caller) -> Response<Guarded<Served>> {
         let counted = Counted::new(self.0.clone());
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
@@ -99,7 +102,7 @@ impl Inbound {
         &self,
         mut parts: request::Parts,
         origin: Origin,
-        caller: HeaderValue,
+        caller: Caller,
     ) -> Result<Plan<'_>, (Option<&Name>, Problem)> {
         let checked = normal::normalise_request(&mut parts, origin).map_err(|malformed| (None, malformed.into()))?;
         let host = checked.host();
@@ -120,7 +123,11 @@ impl Inbound {
         // What the local service reads: who called, and nothing else of ours.
         parts.headers.remove(headers::DEADLINE);
         parts.headers.remove(headers::ATTEMPT);
-        parts.headers.insert(headers::CALLER, caller);
+        parts.headers.insert(headers::CALLER, caller.name);
+        parts.headers.remove(headers::CALLER_SERVICES);
+        if let Some(services) = caller.services {
+            parts.headers.insert(headers::CALLER_SERVICES, services);
+        }
         let target = parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/"));
         parts.uri = Uri::builder()
             .scheme(uri::Scheme::HTTP)
@@ -130,6 +137,13 @@ impl Inbound {
             .map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
         Ok(Plan { service, local, parts, length: checked.length, timeout })
     }
+}
+
+/// Who calls, by its certificate, as the service is told.
+#[derive(Clone)]
+struct Caller {
+    name: HeaderValue,
+    services: Option<HeaderValue>,
 }
 
 /// A call that may go to the service.

@@ -17,7 +17,7 @@ use std::{
 };
 
 use starling_gossip::{Gossip, GossipHandle, Ident, Memory};
-use starling_http::{Drain, pseudonym};
+use starling_http::{Drain, accept::Sources, pseudonym};
 use starling_protocol::{Name, NodeKind, Phase};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,7 @@ use crate::{
         Identity, RecordCredentials,
         admission::Admission,
         authority::{Authority, SharedAuthority},
-        renewal, unix_now,
+        names, renewal, unix_now,
     },
     inbound::{Inbound, health},
     mesh::links::Links,
@@ -41,10 +41,11 @@ use crate::{
 };
 
 pub use self::error::StartError;
+pub(crate) use self::life::keep_peers;
 use self::{
     addresses::{Bound, MESH_PORT, tokio_listener},
-    establish::establish_identity,
-    life::{announcement, next_generation, remembered_peers},
+    establish::{Established, establish_identity},
+    life::{announcement, next_generation, remembered_peers, zone_of},
     reception::Reception,
     upkeep::{resolve_seeds, take_stock},
     worker::Worker,
@@ -70,6 +71,7 @@ struct Running {
     gossip: GossipHandle,
     links: Links,
     documents: Documents,
+    control: MeshEndpoint,
     client: MeshClient,
     inbound: Inbound,
     metrics: Metrics,
@@ -102,13 +104,17 @@ impl Node {
         if let Some((key, problem)) = config.problems().into_iter().next() {
             return Err(StartError::Config { key, problem });
         }
+        // Keys are in this memory: no core dump of it, and no debugger of another process of the same user.
+        if let Err(error) = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable) {
+            tracing::debug!(%error, "this process can be dumped");
+        }
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
         let lock = state.lock()?;
 
         let Bound { listen, advertise, control_socket, worker_socket, admin_listener, doors } = Bound::all(config)?;
 
         let authority = Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl)));
-        let (identity, peers_told) = establish_identity(config, kind, &state, &authority).await?;
+        let Established { identity, peers: peers_told } = establish_identity(config, kind, &state, &authority).await?;
         // A join may just have made this node an issuer.
         let authority = match authority {
             Some(authority) => Some(authority),
@@ -134,7 +140,7 @@ impl Node {
         let gossip = Gossip::new(
             me,
             announcement(config, kind, &identity, &authority),
-            Box::new(RecordCredentials(identity.clone())),
+            Arc::new(RecordCredentials(identity.clone())),
             Memory { peers: remembered, documents: kept.newest, floors: kept.floors },
             &starling_gossip::Config::new(config.gossip.profile),
             (Instant::now(), unix_now()),
@@ -147,7 +153,7 @@ impl Node {
         let metrics = Metrics::new();
         let own = pseudonym(identity.name());
         let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
-        let client = MeshClient::new(gossip.watch(), pool, config.node.zone.clone(), own.clone());
+        let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone());
         let inbound = Inbound::new(&config.service, own, metrics.clone());
         let drain = Drain::default();
         let drain_asked = CancellationToken::new();
@@ -156,6 +162,7 @@ impl Node {
             gossip: gossip.clone(),
             links: links.clone(),
             documents,
+            control: control.clone(),
             client: client.clone(),
             inbound: inbound.clone(),
             metrics: metrics.clone(),
@@ -174,10 +181,12 @@ impl Node {
             identity: identity.clone(),
         });
 
-        let admission = Admission { identity, authority, gossip: gossip.clone(), endpoint: control.clone() };
-        let reception = Reception { running: running.clone(), admission: admission.clone() };
+        let admission = Admission::new(identity, authority, gossip.clone(), running.documents.clone(), control.clone());
+        let strangers = Sources::default();
+        let reception = Reception { running: running.clone(), admission: admission.clone(), strangers };
         tokio::spawn(reception.clone().accept(control.listening.clone()));
         worker.handle.spawn(reception.accept(worker_endpoint.listening.clone()));
+        tokio::spawn(names::run(admission.clone()));
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
         tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
         tokio::spawn(take_stock(running.clone()));

@@ -8,6 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Says in which form the files of the directory are.
+const FORMAT: &str = "format";
+/// The form that this version writes. Files in JSON have a version of their own as well.
+const VERSION: u32 = 1;
+
 /// A problem with the state directory: which file, what, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -26,6 +31,12 @@ pub enum StateError {
     #[error("{path} is in use by another running node; give each node a --state directory of its own")]
     InUse {
         /// The directory.
+        path: PathBuf,
+    },
+    /// A newer version wrote it.
+    #[error("{path} was written by a newer version of starling; use that version, or restore an older backup")]
+    Newer {
+        /// The file.
         path: PathBuf,
     },
     /// A file is not what it should be.
@@ -52,10 +63,54 @@ pub struct StateLock {
 
 impl StateDir {
     /// Opens, and makes if need be.
+    ///
+    /// A directory that others may look into is closed to them: it holds keys. One that a newer version has written into is
+    /// refused.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StateError> {
         let dir = Self { root: root.into() };
         dir.make_dir(&dir.root)?;
+        if !dir.check_format()? {
+            dir.keep_to_ourselves();
+            dir.write(FORMAT, format!("{VERSION}\n").as_bytes())?;
+        }
+        dir.keep_to_ourselves();
         Ok(dir)
+    }
+
+    /// Opens one that is there, to read keys from it; changes nothing about it.
+    pub fn existing(root: impl Into<PathBuf>) -> Result<Self, StateError> {
+        let dir = Self { root: root.into() };
+        fs::metadata(&dir.root).map_err(|source| StateError::Io { action: "open", path: dir.root.clone(), source })?;
+        dir.check_format()?;
+        Ok(dir)
+    }
+
+    /// Whether it says which form it has; an error if it is a later one.
+    fn check_format(&self) -> Result<bool, StateError> {
+        match self.read_text(FORMAT)?.map(|text| text.trim().parse::<u32>()) {
+            None => Ok(false),
+            Some(Ok(version)) if version <= VERSION => Ok(true),
+            Some(Ok(_)) => Err(self.newer(FORMAT)),
+            Some(Err(e)) => Err(self.damaged(FORMAT, e)),
+        }
+    }
+
+    fn keep_to_ourselves(&self) {
+        let path = self.root.display();
+        let Ok(mode) = fs::metadata(&self.root).map(|metadata| metadata.permissions().mode() & 0o7777) else { return };
+        // One that others share on purpose is theirs as well: a directory for temporary files, say.
+        let shared = mode & 0o1000 != 0;
+        if mode & 0o077 == 0 {
+            return;
+        }
+        if shared {
+            tracing::warn!(%path, "the state directory is shared with other users; give the node its own");
+            return;
+        }
+        match fs::set_permissions(&self.root, fs::Permissions::from_mode(mode & 0o700)) {
+            Ok(()) => tracing::warn!(%path, "the state directory was open to other users; it is not any more"),
+            Err(error) => tracing::warn!(%path, %error, "other users can look into the state directory"),
+        }
     }
 
     /// Where it is.
@@ -123,6 +178,11 @@ impl StateDir {
         if let Err(error) = self.write(name, bytes) {
             tracing::error!(%error, "cannot store {name}");
         }
+    }
+
+    /// An error about a file of a later version.
+    pub fn newer(&self, name: &str) -> StateError {
+        StateError::Newer { path: self.root.join(name) }
     }
 
     /// An error about the file's content.

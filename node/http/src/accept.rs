@@ -1,9 +1,10 @@
 //! Accepting connections: one loop for TCP, one for QUIC, with room for so many and no more.
 
 use std::{
+    collections::HashMap,
     future::Future,
-    net::SocketAddr,
-    sync::Arc,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
@@ -66,22 +67,91 @@ pub struct Room {
     pub connections: usize,
     /// Above so many, a peer must prove its address first (RFC 9000 §8.1.2).
     pub unproven: usize,
+    /// The same, of handshakes under way.
+    pub unproven_handshakes: usize,
+    /// Handshakes under way of one address; more are refused.
+    pub handshakes_of_one: usize,
 }
 
 impl Room {
     /// Lets a connection attempt in, or refuses it, or asks it to prove its address; `None` if it is dealt with.
-    fn admit(self, endpoint: &quinn::Endpoint, incoming: quinn::Incoming) -> Option<quinn::Incoming> {
+    fn admit(
+        self,
+        endpoint: &quinn::Endpoint,
+        incoming: quinn::Incoming,
+        handshakes: &Sources,
+    ) -> Option<(quinn::Incoming, Place)> {
         let open = endpoint.open_connections();
-        if open >= self.connections {
+        let from = incoming.remote_address().ip();
+        let place = handshakes.enter(from, self.handshakes_of_one).filter(|_| open < self.connections);
+        let Some(place) = place else {
             incoming.refuse();
             return None;
-        }
-        if open >= self.unproven && !incoming.remote_address_validated() && incoming.may_retry() {
+        };
+        let unproven = open >= self.unproven || handshakes.total() > self.unproven_handshakes;
+        if unproven && !incoming.remote_address_validated() && incoming.may_retry() {
             // It may have been answered already; then it is gone, as it would be.
             let _ = incoming.retry();
             return None;
         }
-        Some(incoming)
+        Some((incoming, place))
+    }
+}
+
+/// Counts what is there by where it comes from. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Sources(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl Sources {
+    /// A place for one more from that address, or, in IPv6, from its /64, if there are fewer than so many.
+    pub fn enter(&self, from: IpAddr, most: usize) -> Option<Place> {
+        let source = source_of(from);
+        let mut counts = self.lock();
+        let count = counts.entry(source).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(Place { sources: self.clone(), source })
+    }
+
+    /// All that are there.
+    pub fn total(&self) -> usize {
+        self.lock().values().sum()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A place; given back when dropped.
+#[derive(Debug)]
+pub struct Place {
+    sources: Sources,
+    source: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.sources.lock();
+        if let Some(count) = counts.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.source);
+            }
+        }
+    }
+}
+
+/// Who holds one address of a /64 holds them all.
+fn source_of(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(v4) => v4.into(),
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
     }
 }
 
@@ -92,15 +162,38 @@ where
     S: Fn(quinn::Connection) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
+    let handshakes = Sources::default();
     while let Some(incoming) = endpoint.accept().await {
-        let Some(incoming) = room.admit(&endpoint, incoming) else { continue };
+        let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };
         let serve = serve.clone();
         tokio::spawn(async move {
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
+            let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await;
+            drop(place);
+            match shaken {
                 Ok(Ok(connection)) => serve(connection).await,
                 Ok(Err(error)) => tracing::debug!(%error, "handshake"),
                 Err(_) => tracing::debug!("handshake timed out"),
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_counted_by_address_and_given_back() {
+        let sources = Sources::default();
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let one = sources.enter(ip("10.0.0.1"), 2).unwrap();
+        let _mapped = sources.enter(ip("::ffff:10.0.0.1"), 2).unwrap();
+        assert!(sources.enter(ip("10.0.0.1"), 2).is_none());
+        let _other = sources.enter(ip("2001:db8::1"), 1).unwrap();
+        assert!(sources.enter(ip("2001:db8::2"), 1).is_none(), "of the same /64");
+        assert!(sources.enter(ip("2001:db8:0:1::2"), 1).is_some());
+        assert_eq!(sources.total(), 3);
+        drop(one);
+        assert!(sources.enter(ip("10.0.0.1"), 2).is_some());
     }
 }

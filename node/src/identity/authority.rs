@@ -1,28 +1,34 @@
 //! The mesh root and its issuers: who may sign certificates, and the tokens that ask for them.
 
 use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use aws_lc_rs::hmac;
+use bytes::Bytes;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SanType,
-    SigningKey as _,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_ED25519,
+    PublicKeyData, SanType, SigningKey as _,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
-use serde::{Deserialize, Serialize};
 use starling_protocol::{
-    Grant, Grants, Join, JoinToken, MeshDocument, MeshName, Name, NodeId, Refusal, SignedDocument, TokenClaims, encode,
+    Answer, Application, Grant, Grants, IssuerProof, Join, JoinToken, MeshDocument, MeshName, Name, NodeId, Refusal,
+    Reservation, SignedAnswer, SignedDocument, SignedReservation, SignedStrike, Strike, TokenClaims, decode, encode,
 };
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
 use super::{
     certificate::{ADMIN_UNIT, EDGE_UNIT},
-    node_id, pem_certificates, pem_text, sha256, unix_now,
+    grant::MAX_CERT_LIFE,
+    ledger::Ledger,
+    node_id, pem_certificates, pem_text,
+    rooted::{Role, Root},
+    sha256,
+    tls::EXPIRED_GRACE,
+    unix_now,
 };
 use crate::state::{StateDir, StateError};
 
@@ -32,7 +38,9 @@ const ISSUER_KEY: &str = "issuer/key.pem";
 const ISSUER_CERT: &str = "issuer/cert.pem";
 const ISSUER_MESH: &str = "issuer/mesh";
 const TOKEN_KEY: &str = "issuer/token.key";
-const SPENT: &str = "issuer/spent.json";
+
+/// Length of the key behind all tokens.
+const TOKEN_KEY_BYTES: usize = 32;
 
 const ADMIN_KEY: &str = "admin/key.pem";
 const ADMIN_CERT: &str = "admin/cert.pem";
@@ -102,19 +110,27 @@ pub struct Authority {
     root: CertificateDer<'static>,
     token_key: hmac::Key,
     cert_life: Duration,
-    /// Serialises use counting: read, decide, store, answer.
-    spent: Mutex<Spent>,
+    /// Serialises what may happen once: read, decide, store, answer.
+    ledger: Mutex<Ledger>,
 }
 
-/// Uses by token id (hex): which keys joined with it. Kept until the token has expired anyway.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Spent(HashMap<String, SpentToken>);
+/// A join whose proof holds and which its token allows.
+pub(crate) struct Examined {
+    claims: TokenClaims,
+    pub(crate) application: Application,
+    key: rcgen::PublicKey,
+    pub(crate) id: NodeId,
+}
 
-#[derive(Debug, Serialize, Deserialize)]
-struct SpentToken {
-    expires: u64,
-    /// Ids of the keys, hex. The same key may repeat its join: its answer may have been lost.
-    keys: Vec<String>,
+impl Examined {
+    /// SHA-256 of what is asked for: the keys, the name and the services. The signatures differ each time.
+    fn identity(&self) -> [u8; 32] {
+        let Application { name, services, issuer_csr, .. } = &self.application;
+        let issuer = issuer_csr.as_deref().and_then(|csr| read_csr(csr).ok()).map(|key| node_id(&key));
+        let services: Vec<&str> = services.iter().map(Name::as_str).collect();
+        let text = format!("{} {} {issuer:?} {}", self.id, name, services.join(" "));
+        sha256(text.as_bytes())
+    }
 }
 
 impl Authority {
@@ -158,6 +174,16 @@ impl Authority {
         Self::store_issuer(state, mesh, key, cert, &rand::random())
     }
 
+    /// The key of an issuer that is to be: the stored one, or a new one that is stored before it is used for anything.
+    pub(crate) fn load_or_create_key(state: &StateDir) -> Result<KeyPair, StateError> {
+        if let Some(pem) = state.read_text(ISSUER_KEY)? {
+            return KeyPair::from_pem(&pem).map_err(|e| state.damaged(ISSUER_KEY, e));
+        }
+        let key = KeyPair::generate().expect("the system has randomness");
+        state.write(ISSUER_KEY, key.serialize_pem().as_bytes())?;
+        Ok(key)
+    }
+
     fn store_issuer(
         state: &StateDir,
         mesh: &MeshName,
@@ -180,18 +206,23 @@ impl Authority {
             pem_certificates(&text(name)?).map(|mut c| c.swap_remove(0)).map_err(|e| state.damaged(name, e))
         };
         let token_key = state.read(TOKEN_KEY)?.ok_or_else(|| state.damaged(TOKEN_KEY, "missing"))?;
-        let spent = match state.read(SPENT)? {
-            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| state.damaged(SPENT, e))?,
-            None => Spent::default(),
-        };
+        if token_key.len() != TOKEN_KEY_BYTES || token_key.iter().all(|byte| *byte == 0) {
+            return Err(state.damaged(TOKEN_KEY, format!("it is not {TOKEN_KEY_BYTES} random bytes")));
+        }
+        let key = KeyPair::from_pem(&text(ISSUER_KEY)?).map_err(|e| state.damaged(ISSUER_KEY, e))?;
+        let (cert, root) = (certificate(ISSUER_CERT)?, certificate(ROOT_CERT)?);
+        let vouched = Root::new(root.clone()).key(&cert, unix_now()).map_err(|why| state.damaged(ISSUER_CERT, why))?;
+        if vouched.role != Role::Issuer || vouched.id != node_id(&key) {
+            return Err(state.damaged(ISSUER_CERT, "it is not for the issuing key"));
+        }
         Ok(Some(Self {
             mesh: mesh.trim().parse().map_err(|e| state.damaged(ISSUER_MESH, e))?,
-            key: KeyPair::from_pem(&text(ISSUER_KEY)?).map_err(|e| state.damaged(ISSUER_KEY, e))?,
-            cert: certificate(ISSUER_CERT)?,
-            root: certificate(ROOT_CERT)?,
+            key,
+            cert,
+            root,
             token_key: hmac::Key::new(hmac::HMAC_SHA256, &token_key),
             cert_life: DEFAULT_CERT_LIFE,
-            spent: Mutex::new(spent),
+            ledger: Mutex::new(Ledger::open(state)?),
             state: state.clone(),
         }))
     }
@@ -203,7 +234,8 @@ impl Authority {
 
     /// Sets how long certificates live.
     pub(crate) fn with_cert_life(mut self, life: Duration) -> Self {
-        self.cert_life = life;
+        // Nodes take none that is good for longer.
+        self.cert_life = life.min(MAX_CERT_LIFE);
         self
     }
 
@@ -229,7 +261,7 @@ impl Authority {
             grants: request.grants.clone(),
             seeds: request.seeds.clone(),
         };
-        let secret = self.token_secret(&encode(&claims));
+        let secret = self.token_secret(&claims.encode());
         JoinToken::new(claims, secret)
     }
 
@@ -237,91 +269,212 @@ impl Authority {
         hmac::sign(&self.token_key, claims).as_ref().try_into().expect("HMAC-SHA256 has 32 bytes")
     }
 
-    /// Decides about a join; counts the use on disk before it answers. `is_taken` tells whether a live node other than the
-    /// given one has the name.
-    pub(crate) fn admit(
-        &self,
-        join: &Join,
-        is_taken: impl Fn(&Name, NodeId) -> bool,
-    ) -> Result<(Grant, Grants), Refusal> {
-        let proof =
-            hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.token_secret(&join.claims)), &join.proven_bytes());
-        if !bool::from(proof.as_ref().ct_eq(&join.proof)) {
-            return Err(Refusal::Forged);
-        }
-        let claims: TokenClaims = starling_protocol::decode(&join.claims).map_err(|_| Refusal::Forged)?;
-        if claims.mesh != self.mesh {
-            return Err(Refusal::Foreign);
-        }
-        if claims.expires <= unix_now() {
-            return Err(Refusal::Expired);
-        }
-        if let Some(service) = join.services.iter().find(|s| !claims.grants.services.contains(s)) {
-            return Err(Refusal::NotGranted(format!("service {service}")));
-        }
-        if join.issuer_csr.is_some() && !claims.grants.issuer {
-            return Err(Refusal::NotGranted("an issuer".into()));
-        }
-        let key = read_csr(&join.csr)?;
-        let id = node_id(&key);
-        if is_taken(&join.name, id) {
-            return Err(Refusal::NameTaken(join.name.clone()));
-        }
-        // Everything that can fail for another reason comes before the use is counted.
-        let issuer_cert = join.issuer_csr.as_deref().map(|csr| self.sign_second_issuer(csr)).transpose()?;
-        let leaf = self.sign_node(&join.name, &claims.grants.services, claims.grants.edge, &key)?;
-        self.spend(&claims, id)?;
-        let grant = Grant {
-            chain: vec![leaf.to_vec(), self.cert.to_vec()],
-            roots: vec![self.root.to_vec()],
-            issuer_cert: issuer_cert.map(|c| c.to_vec()),
-            peers: Vec::new(),
-        };
-        Ok((grant, claims.grants))
+    /// The word of this issuer that the node in whose directory it lives may admit others.
+    pub(crate) fn proof(&self, node: NodeId) -> IssuerProof {
+        let signature = self.sign(&IssuerProof::signed_bytes(node));
+        IssuerProof { certificate: Bytes::copy_from_slice(&self.cert), signature }
     }
 
-    /// Signs the next certificate for the key and names of `current`, which the caller has verified.
-    pub(crate) fn renew(
-        &self,
-        current: &super::certificate::MeshCertificate,
-        csr: &[u8],
-    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+    /// An answer that nobody can alter, to the request of that hash.
+    pub(crate) fn answer(&self, request: [u8; 32], outcome: Result<Grant, Refusal>) -> SignedAnswer {
+        let (granted, refused) = match outcome {
+            Ok(grant) => (Some(grant), None),
+            Err(refusal) => (None, Some(refusal)),
+        };
+        let body: Bytes = encode(&Answer { request, granted, refused }).into();
+        let signature = self.sign(&SignedAnswer::signed_bytes(&body));
+        SignedAnswer { body, signature, issuer: Bytes::copy_from_slice(&self.cert) }
+    }
+
+    /// Strikes a dead member off, in this issuer's name.
+    pub(crate) fn strike(&self, strike: &Strike) -> SignedStrike {
+        let body = SignedStrike::encode_body(strike);
+        let signature = self.sign(&SignedStrike::signed_bytes(&body));
+        SignedStrike { body, signature, certificate: Bytes::copy_from_slice(&self.cert) }
+    }
+
+    fn sign(&self, bytes: &[u8]) -> Bytes {
+        self.key.sign(bytes).expect("a P-256 key can sign").into()
+    }
+
+    fn sign_reservation(&self, reservation: &Reservation) -> SignedReservation {
+        let body: Bytes = encode(reservation).into();
+        let signature = self.sign(&SignedReservation::signed_bytes(&body));
+        SignedReservation { body, signature, issuer: Bytes::copy_from_slice(&self.cert) }
+    }
+
+    /// Looks at a join: who asks, and whether the token lets it. Changes nothing.
+    pub(crate) fn examine(&self, join: &Join) -> Result<Examined, Refusal> {
+        let application: Application = decode(&join.application).map_err(Refusal::malformed)?;
+        let secret = self.token_secret(&application.claims);
+        let proof = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &secret), &Join::proven_bytes(&join.application));
+        if !bool::from(proof.as_ref().ct_eq(&join.proof)) {
+            return Err(Refusal::forged());
+        }
+        let claims = TokenClaims::decode_in_full(&application.claims).map_err(Refusal::malformed)?;
+        if claims.mesh != self.mesh {
+            return Err(Refusal::foreign());
+        }
+        if claims.expires <= unix_now() {
+            return Err(Refusal::expired());
+        }
+        if let Some(service) = application.services.iter().find(|s| !claims.grants.services.contains(s)) {
+            return Err(Refusal::not_granted(format!("service {service}")));
+        }
+        if !claims.grants.admits_name(&application.name) {
+            return Err(Refusal::not_granted(format!("the name {}", application.name)));
+        }
+        if application.issuer_csr.is_some() && !claims.grants.issuer {
+            return Err(Refusal::not_granted("an issuer"));
+        }
+        let key = read_csr(&application.csr)?;
+        let id = node_id(&key);
+        Ok(Examined { claims, application, key, id })
+    }
+
+    /// Counts a use of the token, and makes the name the joiner's, on disk. In that order: a token that is used up gives no
+    /// names away.
+    pub(crate) fn book(&self, examined: &Examined) -> Result<(), Refusal> {
+        let mut ledger = self.ledger();
+        ledger.spend(&examined.claims, &examined.identity(), unix_now())?;
+        let reserved = self.reserve(&mut ledger, &examined.application.name, examined.id);
+        if reserved.is_err() {
+            ledger.unspend(&examined.claims, &examined.identity());
+        }
+        reserved
+    }
+
+    /// The name has turned out to be another's.
+    pub(crate) fn unbook(&self, examined: &Examined) {
+        self.ledger().unspend(&examined.claims, &examined.identity());
+    }
+
+    fn reserve(&self, ledger: &mut Ledger, name: &Name, id: NodeId) -> Result<(), Refusal> {
+        let now = unix_now();
+        let until = now + self.cert_life.as_secs() + EXPIRED_GRACE.as_secs();
+        ledger.reserve(name, id, until, now, |reservation| self.sign_reservation(reservation))
+    }
+
+    /// Whether the name is another key's.
+    pub(crate) fn is_taken(&self, name: &Name, id: NodeId) -> bool {
+        self.ledger().holder(name, unix_now()).is_some_and(|holder| holder != id.to_string())
+    }
+
+    /// Admits. The use is counted and the name reserved already.
+    pub(crate) fn admit(&self, examined: &Examined) -> Result<Grant, Refusal> {
+        let Examined { claims, application, key, .. } = examined;
+        let issuer_cert = application.issuer_csr.as_deref().map(|csr| self.sign_second_issuer(csr)).transpose()?;
+        let leaf = self.sign_node(&application.name, &claims.grants, key)?;
+        Ok(self.grant(leaf, issuer_cert))
+    }
+
+    /// Signs the next certificate for the key and names of `current`, which the caller has verified. The name must still be
+    /// that key's.
+    pub(crate) fn renew(&self, current: &super::certificate::MeshCertificate, csr: &[u8]) -> Result<Grant, Refusal> {
         let key = read_csr(csr)?;
         if node_id(&key) != current.id {
-            return Err(Refusal::NotRenewable("the request is for another key".into()));
+            return Err(Refusal::not_renewable("the request is for another key"));
         }
-        let leaf = self.sign_node(&current.name, &current.services, current.edge, &key)?;
-        Ok(vec![leaf, self.cert.clone()])
+        {
+            let mut ledger = self.ledger();
+            if ledger.was_freed(&current.name, current.id) {
+                return Err(Refusal::not_renewable("its name was freed"));
+            }
+            self.reserve(&mut ledger, &current.name, current.id)?;
+        }
+        let (services, zone) = (current.services.clone(), current.zone.clone());
+        let grants = Grants { services, edge: current.edge, zone, ..Grants::default() };
+        Ok(self.grant(self.sign_node(&current.name, &grants, &key)?, None))
+    }
+
+    fn grant(&self, leaf: CertificateDer<'static>, issuer_cert: Option<CertificateDer<'static>>) -> Grant {
+        let bytes = |der: &CertificateDer<'_>| Bytes::copy_from_slice(der);
+        Grant {
+            chain: vec![bytes(&leaf), bytes(&self.cert)],
+            root: bytes(&self.root),
+            issuer_cert: issuer_cert.as_ref().map(bytes),
+            peers: Vec::new(),
+            floors: Vec::new(),
+        }
     }
 
     /// A certificate for the node in whose directory this issuer lives.
     pub(crate) fn self_issue(
         &self,
         name: &Name,
-        services: &[Name],
-        edge: bool,
+        grants: &Grants,
         key: &KeyPair,
     ) -> Result<(Vec<CertificateDer<'static>>, CertificateDer<'static>), Refusal> {
-        let leaf = self.sign_node(name, services, edge, key)?;
+        self.reserve(&mut self.ledger(), name, node_id(key))?;
+        let leaf = self.sign_node(name, grants, key)?;
         Ok((vec![leaf, self.cert.clone()], self.root.clone()))
+    }
+
+    /// Names, for other issuers: that one, or all.
+    pub(crate) fn reservations(&self, of: Option<&Name>) -> Vec<SignedReservation> {
+        self.ledger().signed(of)
+    }
+
+    /// The same at issuers that have the same names.
+    pub(crate) fn names_digest(&self) -> [u8; 32] {
+        self.ledger().digest()
+    }
+
+    /// Takes names that other issuers have given; each must be signed by an issuer of this mesh, and is passed over if not.
+    /// Which of them were passed over.
+    pub(crate) fn take_reservations(&self, entries: &[SignedReservation], root: &Root) -> Result<usize, String> {
+        let now = unix_now();
+        let (mut verified, mut wrong) = (Vec::new(), 0);
+        for signed in entries {
+            let Ok(reservation) = decode::<Reservation>(&signed.body) else {
+                wrong += 1;
+                continue;
+            };
+            if self.ledger().has(&reservation.name, signed) {
+                continue;
+            }
+            let bytes = SignedReservation::signed_bytes(&signed.body);
+            let key = root.key(&signed.issuer, now);
+            match key.is_ok_and(|key| key.role == Role::Issuer && key.signed(&bytes, &signed.signature)) {
+                true => verified.push((reservation, signed.clone())),
+                false => wrong += 1,
+            }
+        }
+        self.ledger().merge(verified, now).map(|_| wrong)
+    }
+
+    /// Names that are somebody's: the key's id, since when and until when, unix seconds.
+    pub(crate) fn names(&self) -> Vec<(Name, String, u64, u64)> {
+        self.ledger().names(unix_now())
+    }
+
+    /// Frees a name; `false` if nobody has it.
+    pub(crate) fn free(&self, name: &Name) -> Result<bool, String> {
+        self.ledger().free(name, unix_now(), |reservation| self.sign_reservation(reservation))
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn sign_node(
         &self,
         name: &Name,
-        services: &[Name],
-        edge: bool,
+        grants: &Grants,
         key: &impl PublicKeyData,
     ) -> Result<CertificateDer<'static>, Refusal> {
-        let refuse = |e: rcgen::Error| Refusal::Issuer(e.to_string());
+        let refuse = |e: rcgen::Error| Refusal::issuer(e);
         let mut params = CertificateParams::default();
         params.distinguished_name = common_name(name.as_str());
-        if edge {
+        if grants.edge {
             params.distinguished_name.push(DnType::OrganizationalUnitName, EDGE_UNIT);
+        }
+        if !grants.zone.is_empty() {
+            params.distinguished_name.push(DnType::LocalityName, grants.zone.as_str());
         }
         let uri = self.mesh.spiffe_id(name).try_into().map_err(refuse)?;
         params.subject_alt_names.push(SanType::URI(uri));
-        for service in services {
+        for service in &grants.services {
             params.subject_alt_names.push(SanType::DnsName(service.service_host().try_into().map_err(refuse)?));
         }
         params.is_ca = IsCa::ExplicitNoCa;
@@ -333,36 +486,11 @@ impl Authority {
     }
 
     fn sign_second_issuer(&self, csr: &[u8]) -> Result<CertificateDer<'static>, Refusal> {
-        let pem = self.state.read_text(ROOT_KEY).map_err(|e| Refusal::Issuer(e.to_string()))?.ok_or_else(|| {
-            Refusal::Issuer("the root key is not on the issuer that made the token; use it where the key is".into())
+        let pem = self.state.read_text(ROOT_KEY).map_err(Refusal::issuer)?.ok_or_else(|| {
+            Refusal::issuer("the root key is not on the issuer that made the token; use it where the key is")
         })?;
-        let root_key = KeyPair::from_pem(&pem).map_err(|e| Refusal::Issuer(e.to_string()))?;
-        sign_issuer(&self.mesh, &read_csr(csr)?, &self.root, &root_key).map_err(|e| Refusal::Issuer(e.to_string()))
-    }
-
-    fn spend(&self, claims: &TokenClaims, id: NodeId) -> Result<(), Refusal> {
-        let mut spent = self.spent.lock().unwrap_or_else(|e| e.into_inner());
-        let now = unix_now();
-        spent.0.retain(|_, token| token.expires > now);
-        let token_id = NodeId(claims.id).to_string();
-        let token = spent.0.entry(token_id).or_insert_with(|| SpentToken { expires: claims.expires, keys: Vec::new() });
-        let key = id.to_string();
-        if token.keys.contains(&key) {
-            return Ok(());
-        }
-        if token.keys.len() >= claims.uses as usize {
-            return Err(Refusal::Used);
-        }
-        token.keys.push(key.clone());
-        let stored = serde_json::to_vec_pretty(&*spent).map_err(|e| e.to_string());
-        let stored = stored.and_then(|bytes| self.state.write(SPENT, &bytes).map_err(|e| e.to_string()));
-        stored.map_err(|e| {
-            // Not on disk, so not spent: the joiner gets no certificate either.
-            if let Some(token) = spent.0.get_mut(&NodeId(claims.id).to_string()) {
-                token.keys.retain(|k| *k != key);
-            }
-            Refusal::Issuer(e)
-        })
+        let root_key = KeyPair::from_pem(&pem).map_err(Refusal::issuer)?;
+        sign_issuer(&self.mesh, &read_csr(csr)?, &self.root, &root_key).map_err(Refusal::issuer)
     }
 }
 
@@ -386,8 +514,19 @@ impl Admin {
     /// Signs a document.
     pub fn sign(&self, document: &MeshDocument) -> SignedDocument {
         let body = SignedDocument::encode_body(document);
-        let signature = self.key.sign(&SignedDocument::signed_bytes(&body)).expect("an Ed25519 key can sign");
-        SignedDocument { body, signature, certificate: self.cert.to_vec() }
+        let signature = self.sign_bytes(&SignedDocument::signed_bytes(&body));
+        SignedDocument { body, signature, certificate: Bytes::copy_from_slice(&self.cert) }
+    }
+
+    /// Signs that a dead member is given up.
+    pub fn strike(&self, strike: &Strike) -> SignedStrike {
+        let body = SignedStrike::encode_body(strike);
+        let signature = self.sign_bytes(&SignedStrike::signed_bytes(&body));
+        SignedStrike { body, signature, certificate: Bytes::copy_from_slice(&self.cert) }
+    }
+
+    fn sign_bytes(&self, bytes: &[u8]) -> Bytes {
+        self.key.sign(bytes).expect("an Ed25519 key can sign").into()
     }
 }
 
@@ -395,9 +534,13 @@ impl Admin {
 pub(crate) type SharedAuthority = Option<Arc<Authority>>;
 
 fn read_csr(der: &[u8]) -> Result<rcgen::PublicKey, Refusal> {
-    CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(der))
-        .map(|request| request.public_key)
-        .map_err(|e| Refusal::Malformed(format!("certificate request: {e}")))
+    let request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(der))
+        .map_err(|e| Refusal::malformed(format!("certificate request: {e}")))?;
+    // Everything that a node signs is verified as P-256.
+    match request.public_key.algorithm() == &PKCS_ECDSA_P256_SHA256 && request.public_key.der_bytes().len() == 65 {
+        true => Ok(request.public_key),
+        false => Err(Refusal::malformed("certificate request: the key is not ECDSA P-256")),
+    }
 }
 
 fn sign_issuer(

@@ -2,10 +2,7 @@
 
 use rustls::pki_types::CertificateDer;
 use starling_protocol::{MeshName, Name, NodeId, service_of_host};
-use x509_parser::{
-    oid_registry::OID_SIG_ED25519,
-    prelude::{FromDer, GeneralName, X509Certificate},
-};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{CertificateError, sha256};
 
@@ -14,15 +11,6 @@ pub(crate) const EDGE_UNIT: &str = "edge";
 
 /// Organizational unit of the admin key's certificate.
 pub(crate) const ADMIN_UNIT: &str = "admin";
-
-/// The Ed25519 key in an admin's certificate; `None` if it is not one. Parsing does not verify.
-pub(crate) fn admin_key(der: &CertificateDer<'_>) -> Option<Vec<u8>> {
-    let (rest, cert) = X509Certificate::from_der(der).ok()?;
-    let is_admin = cert.subject().iter_organizational_unit().any(|unit| unit.as_str() == Ok(ADMIN_UNIT));
-    let is_ed25519 = cert.public_key().algorithm.algorithm == OID_SIG_ED25519;
-    let good = rest.is_empty() && !cert.is_ca() && is_admin && is_ed25519;
-    good.then(|| cert.public_key().subject_public_key.data.to_vec())
-}
 
 /// The names in a node's certificate. Parsing does not verify: see `Identity::check_chain`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +21,8 @@ pub(crate) struct MeshCertificate {
     pub(crate) services: Vec<Name>,
     /// Whether its node may be an edge: the subject's organizational unit says so.
     pub(crate) edge: bool,
+    /// The zone that its node stands in, if that is bound: the subject's locality; empty if not.
+    pub(crate) zone: String,
     /// Uncompressed P-256 point.
     pub(crate) public_key: Vec<u8>,
     /// Unix seconds.
@@ -81,6 +71,7 @@ impl MeshCertificate {
             id: id_of_spki(cert.public_key().raw),
             services,
             edge: cert.subject().iter_organizational_unit().any(|unit| unit.as_str() == Ok(EDGE_UNIT)),
+            zone: cert.subject().iter_locality().next().and_then(|l| l.as_str().ok()).unwrap_or_default().to_owned(),
             public_key: cert.public_key().subject_public_key.data.to_vec(),
             not_before: time(cert.validity().not_before.timestamp()),
             not_after: time(cert.validity().not_after.timestamp()),

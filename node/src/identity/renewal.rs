@@ -2,23 +2,24 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use rand::RngExt;
-use rustls::pki_types::CertificateDer;
-use starling_protocol::{JoinReply, JoinRequest, Renew};
-
+use rand::{RngExt, seq::SliceRandom};
+use starling_protocol::{Renew, SignedAnswer};
 use tokio::sync::watch;
 
 use super::{
     Identity,
     admission::{Admission, ask},
     authority::CLOCK_SKEW,
+    certificate::MeshCertificate,
+    grant::{self, Expected, Request},
     unix_now,
 };
-use crate::state::StateDir;
+use crate::{port::frames::Frame, state::StateDir};
 
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(300);
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Addresses that are asked in one round, where no issuer is known.
+const CONTACTS: usize = 8;
 /// Longest sleep: timers stand still while a host is suspended, and the certificate's clock does not.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
@@ -38,7 +39,8 @@ pub(crate) async fn run(admission: Admission, state: StateDir, contacts: watch::
                 tokio::time::sleep(RETRY_MIN).await;
                 let (_, ends) = admission.identity.validity();
                 tracing::info!(ends_in_s = ends.saturating_sub(unix_now()), "certificate renewed");
-                admission.gossip.announce(move |a| a.cert_expires = ends).await;
+                let proof = admission.authority.as_ref().map(|a| a.proof(admission.identity.id()));
+                admission.gossip.announce(move |a| (a.cert_expires, a.issuer) = (ends, proof)).await;
             }
             Err(error) => {
                 tracing::warn!(error, retry_in_s = retry.as_secs_f32(), "certificate not renewed");
@@ -59,27 +61,59 @@ fn half_life(identity: &Arc<Identity>) -> u64 {
     (start as f64 + life / 2.0 - life / 10.0 * rand::rng().random_range(0.0..1.0)) as u64
 }
 
+/// Asks issuers, one after the other, until one gives a certificate that holds. That one refuses, or answers with anything
+/// else, is a reason to ask the next.
 async fn renew(admission: &Admission, state: &StateDir, contacts: &[SocketAddr]) -> Result<(), String> {
     let identity = &admission.identity;
-    let request = JoinRequest::Renew(Renew {
-        csr: identity.csr(),
-        chain: identity.current().chain.iter().map(|c| c.to_vec()).collect(),
-    });
-    // The same door that relays for joiners: the local issuer if there is one, any other if not.
-    let mut reply = admission.answer(request.clone()).await;
-    for addr in contacts {
-        if matches!(&reply, JoinReply::Refused(refusal) if refusal.is_transient())
-            && let Ok(Ok(answer)) =
-                tokio::time::timeout(ASK_TIMEOUT, ask(&admission.endpoint, identity, *addr, &request)).await
-        {
-            reply = answer;
+    let chain = identity.current().chain.iter().map(|c| c.to_vec().into()).collect();
+    let request = Request::new(&Renew { csr: identity.csr().into(), chain });
+    let mut why = Vec::new();
+    if let Some(signed) = admission.own_answer(&request).await {
+        match take(identity, state, &signed, &request) {
+            Ok(()) => return Ok(()),
+            Err(error) => why.push(format!("the issuer here: {error}")),
         }
     }
-    match reply {
-        JoinReply::Granted(grant) => {
-            let chain = grant.chain.into_iter().map(CertificateDer::from).collect();
-            identity.replace_chain(state, chain).map_err(|e| e.to_string())
+    let issuers = admission.issuers();
+    let issuers = issuers.iter().map(|(_, member)| (member.addr, Some(member.id)));
+    // Those may carry it to an issuer that this node does not know of.
+    let mut contacts = contacts.to_vec();
+    contacts.shuffle(&mut rand::rng());
+    for (addr, id) in issuers.chain(contacts.iter().take(CONTACTS).map(|addr| (*addr, None))) {
+        let answer = ask(&admission.endpoint, identity, addr, id, &request).await;
+        let taken = answer.and_then(|frame| read(&frame)).and_then(|signed| take(identity, state, &signed, &request));
+        match taken {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                tracing::debug!(%addr, error, "no new certificate from there");
+                why.push(format!("{addr}: {error}"));
+            }
         }
-        JoinReply::Refused(refusal) => Err(refusal.to_string()),
     }
+    why.dedup();
+    Err(if why.is_empty() { "no issuer is known".into() } else { why.join("; ") })
+}
+
+fn read(frame: &Frame) -> Result<SignedAnswer, String> {
+    if let Ok(hint) = frame.read::<starling_protocol::Refusal>() {
+        return Err(hint.to_string());
+    }
+    frame.read().map_err(|e| e.to_string())
+}
+
+/// Checks an answer in full, and takes the certificate in it.
+fn take(identity: &Identity, state: &StateDir, signed: &SignedAnswer, request: &Request) -> Result<(), String> {
+    let verdict = grant::verdict(signed, request, identity.root())?;
+    let grant = verdict.outcome.map_err(|refusal| refusal.to_string())?;
+    let grants = identity.grants();
+    let expected = Expected { id: identity.id(), mesh: identity.mesh(), name: identity.name(), grants: &grants };
+    let chain = grant::check_chain(&grant, verdict.issuer, identity.root(), &expected, identity.provider())
+        .map_err(|why| format!("the new certificate is not taken: {why}"))?;
+    let (ends, present) =
+        (MeshCertificate::parse(&chain[0]).map_err(|e| e.to_string())?.not_after, identity.validity());
+    let left = present.1.saturating_sub(unix_now());
+    if ends <= present.1 && left > (present.1 - present.0) / 4 {
+        return Err("the new certificate ends sooner than the present one".into());
+    }
+    identity.replace_chain(state, chain).map_err(|e| e.to_string())
 }

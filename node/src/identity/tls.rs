@@ -39,6 +39,8 @@ pub(crate) struct Peer {
     pub services: Vec<Name>,
     /// Whether it may be an edge.
     pub edge: bool,
+    /// End of its certificate, unix seconds. The connection ends with it.
+    pub expires: u64,
 }
 
 impl Peer {
@@ -50,7 +52,29 @@ impl Peer {
             .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
             .ok_or_else(|| CertificateError::Chain("the peer showed no certificate".into()))?;
         let leaf = identity.check_chain(&chain, Duration::ZERO)?;
-        Ok(Self { id: leaf.id, name: leaf.name.clone(), services: leaf.services.clone(), edge: leaf.edge })
+        Ok(Self {
+            id: leaf.id,
+            name: leaf.name.clone(),
+            services: leaf.services.clone(),
+            edge: leaf.edge,
+            expires: leaf.not_after,
+        })
+    }
+}
+
+/// When a connection that was just dialled is given up, unix seconds: some time before the first of the two certificates ends
+/// that made it, so that what is under way can finish. The peer hangs up at the end itself.
+pub(crate) fn useful_until(peer: &Peer, identity: &Identity) -> u64 {
+    const MARGIN_S: u64 = 60;
+    let ends = peer.expires.min(identity.validity().1);
+    ends - MARGIN_S.min(ends.saturating_sub(unix_now()) / 10)
+}
+
+/// Resolves at that time by the wall clock, which goes on while the machine sleeps. Cancel safe.
+pub(crate) async fn until(unix: u64) {
+    const LOOK: Duration = Duration::from_secs(30);
+    while let left @ 1.. = unix.saturating_sub(unix_now()) {
+        tokio::time::sleep(Duration::from_secs(left).min(LOOK)).await;
     }
 }
 
@@ -251,11 +275,13 @@ impl ServerCertVerifier for PinnedRoot {
         _: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let unknown = || rustls::Error::InvalidCertificate(TlsCertificateError::UnknownIssuer);
-        let root = issuers.iter().find(|der| sha256(der) == self.root).ok_or_else(unknown)?;
+        let [issuer, root] = issuers else { return Err(unknown()) };
+        if sha256(root) != self.root {
+            return Err(unknown());
+        }
         let mut roots = RootCertStore::empty();
         roots.add(root.clone().into_owned())?;
-        let at = UnixTime::since_unix_epoch(Duration::from_secs(unix_now()));
-        verify_chain(leaf, issuers, &roots, at, &self.provider)?;
+        verify_chain(leaf, std::slice::from_ref(issuer), &roots, unix_now(), &self.provider)?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -46,6 +46,8 @@ impl LocalService {
         let connections = match protocol {
             Protocol::Http1 => Connections::Http1(Arc::default()),
             Protocol::H2c => Connections::Http2(Arc::default()),
+            // Cannot be configured.
+            Protocol::Unknown(_) => Connections::Http1(Arc::default()),
         };
         Self { addr, connections }
     }

@@ -14,7 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use starling_gossip::{DocumentError, DocumentView, Durable, GossipHandle};
 use starling_protocol::{
-    DocumentEdition, DocumentHash, DocumentSight, DocumentState, MeshDocument, Name, SignedDocument,
+    DocumentEdition, DocumentHash, DocumentSight, DocumentState, Floor, MeshDocument, Name, SignedDocument,
 };
 use tokio::sync::watch;
 
@@ -25,10 +25,15 @@ use crate::{
 
 /// How long an edition is on trial after it came into force.
 const TRIAL: Duration = Duration::from_secs(30);
+/// Deaths on the trial of an edition that are blamed on it: one can have any cause.
+const DEATHS: u32 = 2;
+/// Kinds that say what is forbidden. They are never left alone: without them, more would be allowed.
+const FAIL_CLOSED: [&str; 3] = ["policy", "revocations", "trust"];
 /// How often the clock is looked at, for editions whose time comes or ends.
 const LOOK: Duration = Duration::from_secs(1);
 /// What is known of documents beside their bytes.
 const INDEX: &str = "documents/index.json";
+const INDEX_VERSION: u32 = 1;
 
 /// Reads the content of one kind: `None` if there is no such document. An error keeps the edition out of force.
 type Reader = Box<dyn Fn(Option<&[u8]>) -> Result<(), String> + Send>;
@@ -70,9 +75,13 @@ struct Trial {
 /// On disk: which versions are too old, which editions are left alone, which are on trial.
 #[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
 struct Index {
+    version: u32,
     floors: BTreeMap<Name, u64>,
     quarantined: BTreeSet<String>,
     on_trial: BTreeMap<Name, String>,
+    /// How often the process has died on the trial of an edition, by hash.
+    #[serde(default)]
+    deaths: BTreeMap<String, u32>,
 }
 
 /// What a node has kept: the newest editions, for gossip, and the versions below which it takes nothing.
@@ -81,16 +90,49 @@ pub(crate) struct Kept {
     pub(crate) floors: HashMap<Name, u64>,
 }
 
+impl Index {
+    fn read(state: &StateDir) -> Result<Self, StateError> {
+        let index: Self = match state.read(INDEX)? {
+            // Going on without it would undo the protection from old editions: a person has to decide that.
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| state.damaged(INDEX, e))?,
+            None => Self { version: INDEX_VERSION, ..Self::default() },
+        };
+        if index.version > INDEX_VERSION {
+            return Err(state.newer(INDEX));
+        }
+        Ok(index)
+    }
+}
+
+/// Stores versions that the mesh has reached, as a node that comes in is told: it takes none that is older. One that is too high
+/// to be true is left out, or the node would take nothing at all.
+pub(crate) fn keep_floors(state: &StateDir, floors: &[Floor]) -> Result<(), StateError> {
+    const TOO_HIGH: u64 = 1 << 32;
+    let mut index = Index::read(state)?;
+    for Floor { kind, version } in floors.iter().filter(|floor| floor.version < TOO_HIGH) {
+        let floor = index.floors.entry(kind.clone()).or_default();
+        *floor = (*floor).max(*version);
+    }
+    state.write(INDEX, &serde_json::to_vec_pretty(&index).expect("names and numbers are JSON"))
+}
+
 impl Documents {
     /// Reads the state directory. What was on trial when the process died is quarantined.
     pub(crate) fn open(state: &StateDir) -> Result<(Self, Kept), StateError> {
-        let mut index: Index = match state.read(INDEX)? {
-            // Going on without it would undo the protection from old editions: a person has to decide that.
-            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| state.damaged(INDEX, e))?,
-            None => Index::default(),
-        };
+        let mut index = Index::read(state)?;
         for (kind, hash) in std::mem::take(&mut index.on_trial) {
-            tracing::error!(%kind, hash, "the node died soon after this document came into force; it is quarantined");
+            if FAIL_CLOSED.contains(&kind.as_str()) {
+                // Whoever can make a node die must not be able to make it forget what it must refuse.
+                continue;
+            }
+            let deaths = index.deaths.entry(hash.clone()).or_default();
+            *deaths += 1;
+            if *deaths < DEATHS {
+                tracing::warn!(%kind, hash, "the node died soon after this document came into force; once more, and it is quarantined");
+                continue;
+            }
+            tracing::error!(%kind, hash, "the node died twice soon after this document came into force; it is quarantined");
+            index.deaths.remove(&hash);
             index.quarantined.insert(hash);
         }
         let read = |name: String| -> Option<Arc<SignedDocument>> {
@@ -170,7 +212,8 @@ impl Documents {
             let kind = view.document.kind.clone();
             if table.kinds.get(&kind).is_none_or(|known| known.newest.hash != view.hash) {
                 self.store(&newest_file(&kind), &view.signed);
-                table.index.floors.insert(kind.clone(), view.document.version);
+                let floor = table.index.floors.entry(kind.clone()).or_default();
+                *floor = view.document.version.max(*floor);
                 let (in_force, trial, good) = match table.kinds.remove(&kind) {
                     Some(known) => (known.in_force, known.trial, known.good),
                     None => {
@@ -208,6 +251,7 @@ impl Documents {
             self.store(&good_file(name), &trial.signed);
             kind.good = Some(trial.hash);
             table.index.on_trial.remove(name);
+            table.index.deaths.remove(&trial.hash.to_string());
             self.store_index(&table.index);
         }
         let readers = table.readers.get(name).map_or(&[][..], Vec::as_slice);
@@ -216,6 +260,9 @@ impl Documents {
         }
         let next = if table.index.quarantined.contains(&hash.to_string()) {
             DocumentState::Quarantined
+        } else if !document.understood {
+            // Of a later version: kept and passed on, and the one before stays in force.
+            DocumentState::Refused
         } else if document.deleted {
             DocumentState::Deleted
         } else if document.not_before > now {
@@ -236,7 +283,7 @@ impl Documents {
                     table.index.on_trial.insert(name.clone(), hash.to_string());
                     self.store_index(&table.index);
                 }
-                match readers.iter().try_for_each(|read| read(Some(&document.content))) {
+                match readers.iter().try_for_each(|read| read(Some(&document.content[..]))) {
                     Ok(()) => {
                         kind.in_force = Some(document.clone());
                         let (until, signed) = (Instant::now() + TRIAL, kind.newest.signed.clone());
@@ -246,7 +293,7 @@ impl Documents {
                         tracing::error!(kind = %name, version = document.version, error, "a document is not understood");
                         kind.state = DocumentState::Refused;
                         // Those that had read it already go back to what was in force.
-                        let old = kind.in_force.as_ref().map(|d| d.content.as_slice());
+                        let old = kind.in_force.as_ref().map(|d| &d.content[..]);
                         give(readers, old);
                         match &kind.trial {
                             // The edition in force is still on its own.
@@ -325,16 +372,17 @@ mod tests {
 
     fn view(version: u64, content: &[u8], deleted: bool) -> DocumentView {
         let document = MeshDocument {
-            kind: "policy".parse().unwrap(),
+            kind: "plans".parse().unwrap(),
             version,
             previous: DocumentHash::default(),
             not_before: 100,
             expires: Some(200),
             deleted,
-            content: content.to_vec(),
+            content: content.to_vec().into(),
+            understood: true,
         };
         let body = SignedDocument::encode_body(&document);
-        let signed = SignedDocument { body, signature: vec![], certificate: vec![] };
+        let signed = SignedDocument { body, signature: Default::default(), certificate: Default::default() };
         DocumentView { document: Arc::new(document), hash: signed.hash(), signed: Arc::new(signed) }
     }
 
@@ -351,7 +399,7 @@ mod tests {
     fn editions_come_into_force_when_they_are_understood_and_their_time_has_come() {
         let dir = tempfile::tempdir().unwrap();
         let (documents, _) = Documents::open(&StateDir::open(dir.path()).unwrap()).unwrap();
-        let value = documents.follow("policy".parse().unwrap(), number);
+        let value = documents.follow("plans".parse().unwrap(), number);
         let read = || value.borrow().as_deref().copied();
         documents.take([view(1, b"7", false)].into_iter(), 99);
         assert_eq!((state_of(&documents), read()), (DocumentState::Pending, None));
@@ -387,10 +435,15 @@ mod tests {
         assert!(first_life.table().kinds.values().all(|k| k.trial.is_some()));
         assert_eq!(first_life.table().index.on_trial.len(), 1);
         drop(first_life);
+        // Once may be chance.
+        let (unlucky, _) = Documents::open(&state).unwrap();
+        unlucky.take([view(2, b"2", false)].into_iter(), 150);
+        assert_eq!(state_of(&unlucky), DocumentState::Active);
+        drop(unlucky);
 
         let (second_life, kept) = Documents::open(&state).unwrap();
-        assert_eq!((kept.newest.len(), kept.floors[&"policy".parse::<Name>().unwrap()]), (1, 3));
-        let value = second_life.follow("policy".parse().unwrap(), number);
+        assert_eq!((kept.newest.len(), kept.floors[&"plans".parse::<Name>().unwrap()]), (1, 3));
+        let value = second_life.follow("plans".parse().unwrap(), number);
         second_life.take([view(2, b"2", false)].into_iter(), 150);
         assert_eq!((state_of(&second_life), value.borrow().as_deref().copied()), (DocumentState::Quarantined, Some(1)));
         second_life.take([view(3, b"3", false)].into_iter(), 150);

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use quinn::crypto::rustls::QuicClientConfig;
 use rand::RngExt;
 use starling_gossip::{Durable, GossipHandle, Ident, Outgoing, Reach};
-use starling_protocol::{CloseCode, GossipRequest, Items, NodeId, alpn};
+use starling_protocol::{CloseCode, Items, NodeId, alpn, frame};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use self::{
@@ -31,10 +31,8 @@ use crate::{
         Identity,
         tls::{self, Peer},
     },
-    port::{
-        endpoint::{self, CONTROL, MeshEndpoint},
-        frames,
-    },
+    port::endpoint::{self, CONTROL, MeshEndpoint},
+    run::keep_peers,
     state::StateDir,
 };
 
@@ -54,6 +52,10 @@ const MAX_UNREACHABLE: usize = 256;
 /// Connections of one peer that are served at a time: the one in use, one dialled by each side at once, and one of a former
 /// life of the peer, which is not found dead yet, or was given up and is still listened to.
 const MAX_CONNECTIONS_OF_PEER: usize = 4;
+/// Dials at a time that are made for checks and exchanges.
+const DIALS: usize = 64;
+/// How long what a peer may still say is remembered after its last connection has ended.
+const FLOW_KEPT: Duration = Duration::from_secs(60);
 /// Large frames that are read at a time, from all peers: bounds the memory that they can take.
 const LARGE_FRAMES: usize = 4;
 
@@ -72,13 +74,27 @@ struct LinksState {
     /// Why addresses did not answer last time, for the operator.
     unreachable: Mutex<HashMap<SocketAddr, String>>,
     large_frames: Semaphore,
+    /// Dials that a check or an exchange is the cause of.
+    dials: Semaphore,
     /// Connections that are served, by peer, and what it may say over them.
     served: Mutex<HashMap<NodeId, Served>>,
     counters: LinkCounters,
 }
 
 /// How many connections of a peer are served, and what it may still say over them.
-type Served = (usize, Arc<Mutex<Flow>>);
+struct Served {
+    count: usize,
+    flow: Arc<Mutex<Flow>>,
+    /// When there was one last.
+    at: Instant,
+}
+
+impl Served {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { count: 0, flow: Arc::new(Mutex::new(Flow::new(now))), at: now }
+    }
+}
 
 /// What peers sent that was not let through.
 #[derive(Debug, Default)]
@@ -105,6 +121,7 @@ impl Links {
             table: Mutex::default(),
             unreachable: Mutex::default(),
             large_frames: Semaphore::new(LARGE_FRAMES),
+            dials: Semaphore::new(DIALS),
             served: Mutex::default(),
             counters: LinkCounters::default(),
         }))
@@ -126,7 +143,7 @@ impl Links {
                         return;
                     }
                     let now = durable.borrow_and_update().clone();
-                    keep(&state, &stored, &now);
+                    keep(&state, &stored, &now).await;
                     stored = now;
                 }
                 next = outgoing.recv() => match next {
@@ -163,7 +180,7 @@ impl Links {
     pub(crate) async fn accept(self, connection: quinn::Connection, peer: Peer) {
         if let Some(turn) = self.take_turn(peer.id, &connection) {
             self.adopt(&connection, peer.id, peer.id);
-            self.serve(connection, turn).await;
+            self.serve(connection, turn, peer.expires).await;
         }
     }
 
@@ -203,19 +220,19 @@ impl Links {
 
     async fn dial_member(&self, to: Ident) {
         let dialled = self.dial(to.addr).await;
-        let worked = dialled.as_ref().is_ok_and(|(_, peer)| *peer == to.id);
+        let worked = dialled.as_ref().is_ok_and(|(_, peer)| peer.id == to.id);
         let held = self.table().dialled(to.id, worked, Instant::now());
         if let Ok((connection, peer)) = dialled {
-            if peer == to.id {
+            if peer.id == to.id {
                 for bytes in held {
                     let _ = connection.send_datagram(bytes);
                 }
             }
-            self.adopt_dialled(connection, peer);
+            self.adopt_dialled(connection, &peer);
         }
     }
 
-    async fn dial(&self, addr: SocketAddr) -> Result<(quinn::Connection, NodeId), String> {
+    async fn dial(&self, addr: SocketAddr) -> Result<(quinn::Connection, Peer), String> {
         let crypto = self.0.crypto.clone();
         let connecting = self.0.endpoint.dial_gossip(addr, crypto, CONTROL).map_err(|e| e.to_string())?;
         let connection = tokio::time::timeout(EXCHANGE_TIMEOUT, connecting)
@@ -227,14 +244,14 @@ impl Links {
             connection.close((CloseCode::Done as u32).into(), b"");
             return Err("this node itself answers there".into());
         }
-        Ok((connection, peer.id))
+        Ok((connection, peer))
     }
 
-    fn adopt_dialled(&self, connection: quinn::Connection, peer: NodeId) {
-        if let Some(turn) = self.take_turn(peer, &connection) {
-            self.adopt(&connection, peer, self.0.identity.id());
-            let links = self.clone();
-            tokio::spawn(async move { links.serve(connection, turn).await });
+    fn adopt_dialled(&self, connection: quinn::Connection, peer: &Peer) {
+        if let Some(turn) = self.take_turn(peer.id, &connection) {
+            self.adopt(&connection, peer.id, self.0.identity.id());
+            let (links, until) = (self.clone(), tls::useful_until(peer, &self.0.identity));
+            tokio::spawn(async move { links.serve(connection, turn, until).await });
         }
     }
 
@@ -250,12 +267,17 @@ impl Links {
         }
     }
 
-    /// Reads what the peer sends, until the connection ends. A peer that sends too much is not listened to for the rest of
+    /// Reads what the peer sends, until the connection ends, or the time of a certificate behind it. A peer that sends too much is not listened to for the rest of
     /// the second; the others do not notice.
-    async fn serve(&self, connection: quinn::Connection, turn: Turn) {
+    async fn serve(&self, connection: quinn::Connection, turn: Turn, until: u64) {
         let peer = turn.peer;
+        let mut over = std::pin::pin!(tls::until(until));
         loop {
             tokio::select! {
+                () = &mut over => {
+                    connection.close((CloseCode::Unauthenticated as u32).into(), b"a certificate has ended");
+                    break;
+                }
                 datagram = connection.read_datagram() => match datagram {
                     Ok(bytes) if lock(&turn.flow).datagram(Instant::now()) => self.0.gossip.deliver(peer, bytes),
                     Ok(_) => self.flooded(peer, &turn),
@@ -263,8 +285,8 @@ impl Links {
                 },
                 stream = connection.accept_bi() => match stream {
                     Ok((send, receive)) if lock(&turn.flow).stream(Instant::now()) => {
-                        let links = self.clone();
-                        tokio::spawn(async move { links.answer(peer, send, receive).await });
+                        let (links, flow) = (self.clone(), turn.flow.clone());
+                        tokio::spawn(async move { links.answer(peer, send, receive, flow).await });
                     }
                     // Dropping them resets the one and stops the other.
                     Ok(_) => self.flooded(peer, &turn),
@@ -278,15 +300,21 @@ impl Links {
     /// Counts the connections of a peer that are served, so that it cannot say more by opening more; closes one too many.
     fn take_turn(&self, peer: NodeId, connection: &quinn::Connection) -> Option<Turn> {
         let mut served = lock(&self.0.served);
-        let new = || (0, Arc::new(Mutex::new(Flow::new(Instant::now()))));
-        let (count, flow) = served.entry(peer).or_insert_with(new);
-        if *count >= MAX_CONNECTIONS_OF_PEER {
+        // Whoever dials again goes on where it was.
+        served.retain(|_, peer| peer.count > 0 || peer.at.elapsed() < FLOW_KEPT);
+        let of_peer = served.entry(peer).or_insert_with(Served::new);
+        if of_peer.count >= MAX_CONNECTIONS_OF_PEER {
             self.0.counters.flood.fetch_add(1, Relaxed);
             connection.close((CloseCode::Duplicate as u32).into(), b"too many connections");
             return None;
         }
-        *count += 1;
-        Some(Turn { links: self.clone(), peer, flow: flow.clone() })
+        of_peer.count += 1;
+        Some(Turn { links: self.clone(), peer, flow: of_peer.flow.clone() })
+    }
+
+    /// What a peer may still say.
+    fn flow_of(&self, peer: NodeId) -> Arc<Mutex<Flow>> {
+        lock(&self.0.served).entry(peer).or_insert_with(Served::new).flow.clone()
     }
 
     fn flooded(&self, peer: NodeId, turn: &Turn) {
@@ -298,7 +326,7 @@ impl Links {
 
     fn push(&self, fanout: usize, items: Items) {
         let mut connections = self.table().live();
-        let request = Arc::new(GossipRequest::Push(items));
+        let request = Bytes::from(frame(&items));
         let mut rng = rand::rng();
         for _ in 0..fanout.min(connections.len()) {
             let (peer, connection) = connections.swap_remove(rng.random_range(0..connections.len()));
@@ -306,8 +334,9 @@ impl Links {
             let request = request.clone();
             tokio::spawn(async move {
                 let pushed = async {
-                    let (mut send, _) = connection.open_bi().await?;
-                    frames::write_frame(&mut send, &*request).await
+                    let (mut send, _) = connection.open_bi().await.ok()?;
+                    send.write_all(&request).await.ok()?;
+                    send.finish().ok()
                 };
                 let _ = tokio::time::timeout(EXCHANGE_TIMEOUT, pushed).await;
             });
@@ -359,11 +388,8 @@ struct Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let mut served = lock(&self.links.0.served);
-        if let Some((count, _)) = served.get_mut(&self.peer) {
-            *count -= 1;
-            if *count == 0 {
-                served.remove(&self.peer);
-            }
+        if let Some(peer) = served.get_mut(&self.peer) {
+            (peer.count, peer.at) = (peer.count - 1, Instant::now());
         }
     }
 }
@@ -375,15 +401,19 @@ async fn retire(connection: quinn::Connection, after: Duration, code: CloseCode)
     }
 }
 
-/// Stores what changed.
-fn keep(state: &StateDir, before: &Durable, now: &Durable) {
-    if now.generation != before.generation {
-        state.keep("generation", now.generation.to_string().as_bytes());
-    }
+/// Stores what changed; not on this thread, which must answer probes while the disk syncs.
+async fn keep(state: &StateDir, before: &Durable, now: &Durable) {
     if now.peers != before.peers {
-        let (state, json) = (state.clone(), serde_json::to_vec(&now.peers).expect("addresses are JSON"));
-        // Not on this thread, which must answer probes while the disk syncs.
-        tokio::task::spawn_blocking(move || state.keep("peers.json", &json));
+        let (state, peers) = (state.clone(), now.peers.clone());
+        tokio::task::spawn_blocking(move || keep_peers(&state, &peers));
+    }
+    if now.generation != before.generation {
+        let (state, generation) = (state.clone(), now.generation);
+        let stored = tokio::task::spawn_blocking(move || {
+            state.keep("generation", generation.to_string().as_bytes());
+        });
+        // Before anything else is sent.
+        let _ = stored.await;
     }
 }
 

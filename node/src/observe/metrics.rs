@@ -12,7 +12,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
-use starling_gossip::{Counters, Snapshot};
+use starling_gossip::{Counters, Refused, Snapshot};
 
 use crate::MeshClient;
 
@@ -37,6 +37,12 @@ struct RefusedLabels {
     reason: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MemberLabels {
+    member: String,
+    what: String,
+}
+
 /// What gossip and its transport have counted.
 #[derive(Debug, Default)]
 pub(crate) struct GossipFigures {
@@ -45,6 +51,8 @@ pub(crate) struct GossipFigures {
     pub(crate) flood: u64,
     /// Messages dropped because a queue was full.
     pub(crate) dropped: u64,
+    /// What was refused of members, by name.
+    pub(crate) of_members: Vec<(String, Refused)>,
 }
 
 type Durations = Family<CallLabels, Histogram, fn() -> Histogram>;
@@ -62,6 +70,7 @@ struct Families {
     in_flight: Gauge,
     retries: Counter,
     refused: Family<RefusedLabels, Counter>,
+    of_members: Family<MemberLabels, Counter>,
     lost: Counter,
     exchanges: Counter,
     doubt: Gauge,
@@ -101,6 +110,9 @@ impl Metrics {
         registry.register("starling_retries", "Attempts beyond a call's first", retries.clone());
         let refused = Family::<RefusedLabels, Counter>::default();
         registry.register("starling_gossip_refused", "Gossip refused or dropped, by what and why", refused.clone());
+        let of_members = Family::<MemberLabels, Counter>::default();
+        let help = "Things of a member that were refused: of one that lies, or has a bad link";
+        registry.register("starling_gossip_refused_of_member", help, of_members.clone());
         let (lost, exchanges) = (Counter::default(), Counter::default());
         registry.register("starling_gossip_lost", "Times that the mesh declared this node dead", Counter::clone(&lost));
         registry.register("starling_gossip_exchanges", "Exchanges of state begun", Counter::clone(&exchanges));
@@ -124,6 +136,7 @@ impl Metrics {
             in_flight,
             retries,
             refused,
+            of_members,
             lost,
             exchanges,
             doubt,
@@ -184,7 +197,7 @@ impl Metrics {
     ) -> String {
         let shared = &self.0;
         for status in ["alive", "suspect", "down", "left"] {
-            let count = snapshot.members.iter().filter(|m| crate::admin::status_of(m).as_str() == status).count();
+            let count = snapshot.members.iter().filter(|m| crate::admin::status_of(m).to_string() == status).count();
             shared.members.get_or_create(&StatusLabel { status: status.into() }).set(count as i64);
         }
         shared.cert_expiry.set(cert_left);
@@ -195,13 +208,28 @@ impl Metrics {
             ("packet", "invalid", counters.packets_refused),
             ("record", "invalid", counters.records_refused),
             ("record", "stale", counters.records_stale),
+            ("packet", "later-version", counters.packets_unsupported),
             ("document", "invalid", counters.documents_refused),
+            ("strike", "invalid", counters.strikes_refused),
             ("stream", "invalid", gossip.streams_refused),
             ("any", "flood", gossip.flood),
             ("any", "busy", gossip.dropped),
         ] {
             let labels = RefusedLabels { what: what.into(), reason: reason.into() };
             catch_up(&shared.refused.get_or_create(&labels), total);
+        }
+        for (member, refused) in &gossip.of_members {
+            for (what, total) in [
+                ("forged", refused.forged),
+                ("malformed", refused.malformed),
+                ("stranger", refused.strangers),
+                ("complaint", refused.complaints),
+            ] {
+                if total > 0 {
+                    let labels = MemberLabels { member: member.clone(), what: what.into() };
+                    catch_up(&shared.of_members.get_or_create(&labels), total);
+                }
+            }
         }
         catch_up(&shared.lost, counters.lost);
         catch_up(&shared.exchanges, counters.exchanges);

@@ -37,6 +37,9 @@ const CALLS_IN: Transport = Transport {
     datagrams: Some(Datagrams { send_bytes: 16 << 10, receive_bytes: 64 << 10 }),
     between_nodes: true,
 };
+/// Before it is known who dials: enough for a handshake and a request to join.
+const STRANGER_STREAMS: u32 = 8;
+const STRANGER_WINDOW_BYTES: u32 = 128 << 10;
 /// Towards whoever is dialled for calls or to join. Servers open no streams both ways (RFC 9114 §6.1).
 const CALLS_OUT: Transport =
     Transport { bidi_streams: 0, idle: Duration::from_secs(30), keep_alive: Some(Duration::from_secs(10)), ..CALLS_IN };
@@ -69,7 +72,14 @@ impl MeshEndpoint {
         let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
         config.cid_generator(move || Box::new(OwnedBy(index)));
         let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
-        server.transport_config(if index == CONTROL { GOSSIP_IN } else { CALLS_IN }.config());
+        let known = if index == CONTROL { GOSSIP_IN } else { CALLS_IN };
+        let stranger = Transport {
+            bidi_streams: STRANGER_STREAMS,
+            uni_streams: STRANGER_STREAMS,
+            connection_window_bytes: STRANGER_WINDOW_BYTES,
+            ..known
+        };
+        server.transport_config(stranger.config());
         let listening = quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))?;
         let dialling = quinn::Endpoint::new(
             EndpointConfig::default(),
@@ -110,6 +120,13 @@ impl MeshEndpoint {
         let told = async { tokio::join!(self.listening.wait_idle(), self.dialling.wait_idle()) };
         let _ = tokio::time::timeout(Duration::from_millis(500), told).await;
     }
+}
+
+/// The peer is a member: it gets the room that it needs.
+pub(crate) fn welcome(connection: &quinn::Connection) {
+    connection.set_receive_window(CALLS_IN.connection_window_bytes.into());
+    connection.set_max_concurrent_bi_streams(CALLS_IN.bidi_streams.into());
+    connection.set_max_concurrent_uni_streams(CALLS_IN.uni_streams.into());
 }
 
 /// Gossip may have been aimed at a thread that takes calls, and gets no more streams there than elsewhere.

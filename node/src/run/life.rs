@@ -2,14 +2,25 @@
 
 use std::net::SocketAddr;
 
+use serde::{Deserialize, Serialize};
 use starling_gossip::Announcement;
-use starling_protocol::{NodeKind, Phase, ServiceRecord, ServiceState};
+use starling_protocol::{Capabilities, NodeKind, Phase, ServiceRecord, ServiceState};
 
 use crate::{
     config::Config,
     identity::{Identity, authority::SharedAuthority, unix_now},
     state::{StateDir, StateError},
 };
+
+const PEERS: &str = "peers.json";
+const PEERS_VERSION: u32 = 1;
+
+/// Addresses of former peers, on disk.
+#[derive(Serialize, Deserialize)]
+struct PeersFile {
+    version: u32,
+    peers: Vec<SocketAddr>,
+}
 
 /// Higher than in any former life, also when the clock was set back; stored before anything is sent.
 pub(super) fn next_generation(state: &StateDir) -> Result<u64, StateError> {
@@ -24,8 +35,20 @@ pub(super) fn next_generation(state: &StateDir) -> Result<u64, StateError> {
 
 pub(super) fn remembered_peers(state: &StateDir) -> Vec<SocketAddr> {
     // A damaged list costs nothing but the way back through former peers.
-    let bytes = state.read("peers.json").ok().flatten();
-    bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+    let bytes = state.read(PEERS).ok().flatten();
+    let file: Option<PeersFile> = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    file.filter(|file| file.version == PEERS_VERSION).map(|file| file.peers).unwrap_or_default()
+}
+
+pub(crate) fn keep_peers(state: &StateDir, peers: &[SocketAddr]) {
+    let file = PeersFile { version: PEERS_VERSION, peers: peers.to_vec() };
+    state.keep(PEERS, &serde_json::to_vec(&file).expect("addresses are JSON"));
+}
+
+/// The zone that the certificate binds this node to, or else the configured one.
+pub(super) fn zone_of(config: &Config, identity: &Identity) -> String {
+    let bound = identity.grants().zone;
+    if bound.is_empty() { config.node.zone.clone() } else { bound }
 }
 
 pub(super) fn announcement(
@@ -37,8 +60,7 @@ pub(super) fn announcement(
     Announcement {
         name: identity.name().clone(),
         kind,
-        zone: config.node.zone.clone(),
-        issuer: authority.as_ref().map(|a| a.id()),
+        zone: zone_of(config, identity),
         services: config
             .service
             .iter()
@@ -52,5 +74,7 @@ pub(super) fn announcement(
             .collect(),
         phase: Phase::Up,
         cert_expires: identity.validity().1,
+        issuer: authority.as_ref().map(|a| a.proof(identity.id())),
+        speaks: Capabilities::own(env!("CARGO_PKG_VERSION")),
     }
 }

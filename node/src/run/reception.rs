@@ -2,23 +2,34 @@
 
 use std::sync::Arc;
 
-use starling_http::accept::{self, Room};
+use starling_http::{
+    accept::{self, Room, Sources},
+    h3::Code,
+};
 use starling_protocol::{CloseCode, alpn};
 
 use super::Running;
-use crate::identity::{
-    admission::Admission,
-    tls::{self, Peer},
+use crate::{
+    identity::{
+        admission::Admission,
+        tls::{self, Peer},
+    },
+    port::endpoint,
 };
 
 /// Connections of one endpoint on the mesh port.
-const ROOM: Room = Room { connections: 20_000, unproven: 2_000 };
+const ROOM: Room = Room { connections: 20_000, unproven: 2_000, unproven_handshakes: 64, handshakes_of_one: 256 };
+/// Connections without a certificate of this mesh, which can only join: at most, and of one address. They get no place that a
+/// member could have.
+const STRANGERS: usize = 512;
+const STRANGERS_OF_ONE: usize = 64;
 
 /// Takes connections on the mesh port and leads each to its protocol.
 #[derive(Clone)]
 pub(super) struct Reception {
     pub(super) running: Arc<Running>,
     pub(super) admission: Admission,
+    pub(super) strangers: Sources,
 }
 
 impl Reception {
@@ -28,20 +39,36 @@ impl Reception {
 
     async fn lead(self, connection: quinn::Connection) {
         let protocol = tls::protocol_of(&connection).unwrap_or_default();
+        let peer = Peer::of(&connection, &self.running.identity);
         if protocol == alpn::JOIN {
-            return self.admission.serve(connection).await;
+            let from = connection.remote_address().ip();
+            if peer.is_ok() {
+                return self.admission.serve(connection).await;
+            }
+            let place = self.strangers.enter(from, STRANGERS_OF_ONE).filter(|_| self.strangers.total() <= STRANGERS);
+            match place {
+                Some(_place) => return self.admission.serve(connection).await,
+                None => return connection.close((CloseCode::Busy as u32).into(), b"too many strangers; try again"),
+            }
         }
-        let peer = match Peer::of(&connection, &self.running.identity) {
+        let peer = match peer {
             Ok(peer) => peer,
             Err(error) => {
                 tracing::info!(from = %connection.remote_address(), %error, "refused a connection");
                 return connection.close((CloseCode::Unauthenticated as u32).into(), b"certificate required");
             }
         };
+        endpoint::welcome(&connection);
         let drain = self.running.drain.clone();
         if protocol == alpn::CALLS {
-            let inbound = self.running.inbound.clone();
-            let _ = drain.clone().spawn(inbound.serve(connection, peer, drain)).await;
+            let (inbound, expires) = (self.running.inbound.clone(), peer.expires);
+            let served = drain.clone().spawn(inbound.serve(connection.clone(), peer, drain));
+            tokio::select! {
+                _ = served => {}
+                () = tls::until(expires) => {
+                    connection.close(Code::H3_NO_ERROR.into(), b"the certificate has ended");
+                }
+            }
         } else {
             self.running.links.clone().accept(connection, peer).await;
         }

@@ -1,6 +1,6 @@
 //! What a changed configuration changes while the node runs, and what it cannot.
 
-use super::Running;
+use super::{Running, life::zone_of};
 use crate::config::Config;
 
 impl Running {
@@ -27,8 +27,12 @@ impl Running {
             let what = "name, addresses, and which services and upstreams there are";
             return Err(format!("{what} change only with a restart; nothing was changed"));
         }
+        let bound = self.identity.grants().zone;
+        if !bound.is_empty() && !new.node.zone.is_empty() && new.node.zone != bound {
+            return Err(format!("node.zone: the certificate binds this node to zone {bound:?}; nothing was changed"));
+        }
         self.seeds.send_replace(new.node.seeds.clone());
-        let (gossip, zone, services) = (self.gossip.clone(), new.node.zone.clone(), new.service.clone());
+        let (gossip, zone, services) = (self.gossip.clone(), zone_of(new, &self.identity), new.service.clone());
         runtime.spawn(async move {
             gossip
                 .announce(move |a| {

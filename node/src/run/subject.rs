@@ -1,29 +1,37 @@
 //! What the admin API asks of a running node.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use starling_gossip::{MemberView, Snapshot};
-use starling_protocol::{DocumentEdition, admin as json};
+use starling_protocol::{DocumentEdition, Name, Strike, admin as json};
 
 use super::Running;
 use crate::{
     MeshClient,
     admin::{self, ExtraRoutes, Subject},
-    identity::unix_now,
+    identity::{admission::Admission, names, unix_now},
     mesh::{documents, survey},
     observe::metrics::GossipFigures,
 };
 
 /// A node that finds nobody is ready anyway after this long: what it serves itself can be called.
 const LONELY_READY: Duration = Duration::from_secs(5);
+/// What is said to who asks about names where none are given.
+const NO_ISSUER: &str = "this node is no issuer; ask one: `starling status` says which nodes are";
 /// How long a member may take to answer an operator's ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Running {
+    fn admission(&self) -> Admission {
+        let (identity, authority, gossip) = (self.identity.clone(), self.authority.clone(), self.gossip.clone());
+        Admission::new(identity, authority, gossip, self.documents.clone(), self.control.clone())
+    }
+
     fn phase(&self) -> &'static str {
         match () {
             () if self.drain_asked.is_cancelled() => "draining",
@@ -81,20 +89,30 @@ impl Subject for Running {
 
     async fn metrics(&self) -> String {
         let left = self.identity.validity().1 as i64 - unix_now() as i64;
-        let of_links = self.links.counters();
+        let (of_links, snapshot) = (self.links.counters(), self.snapshot());
         let figures = GossipFigures {
             counters: self.gossip.counters().await,
             streams_refused: of_links.streams_refused.load(Relaxed),
             flood: of_links.flood.load(Relaxed),
             dropped: self.gossip.dropped(),
+            of_members: self
+                .gossip
+                .details()
+                .await
+                .iter()
+                .map(|d| (admin::name_of(&snapshot, &d.id), d.refused))
+                .collect(),
         };
-        self.metrics.text(&self.snapshot(), &self.client, &figures, left)
+        self.metrics.text(&snapshot, &self.client, &figures, left)
     }
 
     async fn members(&self, detailed: bool) -> Vec<json::Member> {
         let mut members = admin::members(&self.snapshot());
         if detailed {
             let (links, details) = (self.links.views(), self.gossip.details().await);
+            let snapshot = self.snapshot();
+            let told = |m: &MemberView| Some((m.id.to_string(), m.record.as_ref()?.speaks.software.clone()));
+            let software: HashMap<String, String> = snapshot.members.iter().filter_map(told).collect();
             for member in members.iter_mut().filter(|m| !m.is_self) {
                 let known = details.iter().find(|d| d.id.to_string() == member.id);
                 let link = known.and_then(|d| links.get(&d.id));
@@ -103,6 +121,8 @@ impl Subject for Running {
                     connection: link.map_or("none", |l| l.state).into(),
                     rtt_us: link.and_then(|l| l.rtt).map(|rtt| rtt.as_micros() as u64),
                     root: known.and_then(|d| d.root).map(|root| format!("{root:016x}")),
+                    software: software.get(&member.id).cloned().unwrap_or_default(),
+                    refused: known.map_or_else(json::Refused::default, |d| refused(&d.refused)),
                 });
             }
         }
@@ -138,10 +158,52 @@ impl Subject for Running {
         Ok(json::Pinged { node: name, addr: member.addr, rtt_us, generation: pong.generation })
     }
 
-    async fn forget(&self, node: &str, prune: bool) -> Result<(), String> {
-        let id = find(&self.snapshot(), node)?.id;
-        let outcome = self.gossip.forget(id, prune).await.ok_or("the node is going away")?;
+    async fn forget(&self, forget: json::Forget) -> Result<(), String> {
+        let json::Forget { node, prune, signed } = forget;
+        let signed = match (signed, &self.authority) {
+            (Some(base64), _) => {
+                let bytes = STANDARD.decode(&base64).map_err(|e| format!("the strike is not base64: {e}"))?;
+                starling_protocol::decode(&bytes).map_err(|e| format!("the strike does not decode: {e}"))?
+            }
+            (None, Some(authority)) => {
+                let snapshot = self.snapshot();
+                let member = find(&snapshot, &node)?;
+                authority.strike(&Strike { id: member.id, generation: member.generation, prune })
+            }
+            (None, None) => {
+                return Err("only an issuer or the admin key can strike a member off; ask an issuer's node, or add \
+                            --state with the directory that `starling init` filled"
+                    .into());
+            }
+        };
+        let outcome = self.gossip.strike(signed).await.ok_or("the node is going away")?;
         outcome.map_err(|e| format!("{node}: {e}"))
+    }
+
+    fn names(&self) -> Result<Vec<json::OwnedName>, String> {
+        let authority = self.authority.as_ref().ok_or(NO_ISSUER)?;
+        let owned = |(name, id, since, until)| json::OwnedName {
+            name,
+            id,
+            since: admin::rfc3339(since),
+            until: admin::rfc3339(until),
+        };
+        Ok(authority.names().into_iter().map(owned).collect())
+    }
+
+    async fn free_name(&self, name: Name) -> Result<(), String> {
+        let authority = self.authority.clone().ok_or(NO_ISSUER)?;
+        let freed = {
+            let name = name.clone();
+            tokio::task::spawn_blocking(move || authority.free(&name)).await.map_err(|e| e.to_string())??
+        };
+        match freed {
+            true => {
+                names::share(&self.admission(), Some(&name)).await;
+                Ok(())
+            }
+            false => Err(format!("nobody has the name {name}")),
+        }
     }
 
     fn drain(&self) {
@@ -168,6 +230,11 @@ impl Subject for Running {
     fn extra(&self) -> Option<Arc<dyn ExtraRoutes>> {
         Running::extra(self).routes.clone()
     }
+}
+
+fn refused(of: &starling_gossip::Refused) -> json::Refused {
+    let starling_gossip::Refused { forged, malformed, strangers, complaints } = *of;
+    json::Refused { forged, malformed, strangers, complaints }
 }
 
 pub(super) fn find<'a>(snapshot: &'a Snapshot, node: &str) -> Result<&'a MemberView, String> {

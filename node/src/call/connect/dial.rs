@@ -1,12 +1,15 @@
 //! Making a connection to a peer: from an instance to an authenticated connection that speaks HTTP/3.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use starling_gossip::Instance;
 use starling_http::h3::{Code, client::Client};
 use starling_protocol::alpn;
 
-use super::Connection;
+use super::{Connection, State};
 use crate::{
     identity::{
         Identity,
@@ -14,6 +17,23 @@ use crate::{
     },
     port::endpoint::{FIRST_WORKER, MeshEndpoint},
 };
+
+/// New calls go elsewhere some time before a certificate behind the connection ends; at the end, the connection does, too.
+async fn end_in_time(made: Weak<State>, connection: quinn::Connection, until: u64, ends: u64) {
+    let over = async {
+        tls::until(until).await;
+        if let Some(made) = made.upgrade() {
+            made.retired.store(true, Relaxed);
+        }
+        drop(made);
+        tls::until(ends).await;
+        connection.close(Code::H3_NO_ERROR.into(), b"the certificate has ended");
+    };
+    tokio::select! {
+        () = over => {}
+        _ = connection.closed() => {}
+    }
+}
 
 /// How long a handshake may take.
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -43,5 +63,8 @@ async fn connect(identity: &Arc<Identity>, endpoint: &MeshEndpoint, instance: &I
         connection.close(Code::H3_NO_ERROR.into(), b"");
         return Err(format!("{} answers at its address", found.name));
     }
-    Ok(Connection::new(Client::start(connection), instance.generation))
+    let (until, ends) = (tls::useful_until(&found, identity), found.expires);
+    let made = Connection::new(Client::start(connection.clone()), instance.generation);
+    tokio::spawn(end_in_time(Arc::downgrade(&made.0), connection, until, ends));
+    Ok(made)
 }

@@ -1,18 +1,25 @@
 //! What goes over the streams of a link, on the asking and on the answering side.
 
-use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed, time::Instant};
-
-use quinn::ReadExactError;
-use serde::de::DeserializeOwned;
-use starling_gossip::{Ident, Sync, Target, Via};
-use starling_protocol::{
-    Delta, FrameError, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Pong, View, frame,
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, atomic::Ordering::Relaxed},
+    time::Instant,
 };
 
-use super::{EXCHANGE_TIMEOUT, Links};
+use quinn::ReadExactError;
+use starling_gossip::{Ident, Sync, Target, Via};
+use starling_protocol::{
+    Delta, Framed, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Ping, Pong, Summary, Unsupported,
+    View, WireError, frame,
+};
+
+use super::{EXCHANGE_TIMEOUT, Links, flow::Flow};
+use tokio::sync::SemaphorePermit;
+
 use crate::{
     admin,
-    port::frames::{self, StreamFault},
+    identity::tls::Peer,
+    port::frames::{self, Frame, StreamFault},
 };
 
 /// Longest answer to a ping, in bytes.
@@ -23,21 +30,28 @@ impl Links {
     pub(super) async fn sync(&self, sync: Sync) {
         let addr = sync.with.addr();
         let outcome = tokio::time::timeout(EXCHANGE_TIMEOUT, self.exchange(sync)).await;
-        match outcome.unwrap_or_else(|_| Err("no answer in time".into())) {
-            Ok(()) => drop(super::lock(&self.0.unreachable).remove(&addr)),
-            Err(why) => self.not_reached(addr, why),
+        match (outcome.unwrap_or_else(|_| Err("no answer in time".into())), addr) {
+            (Ok(()), Some(addr)) => drop(super::lock(&self.0.unreachable).remove(&addr)),
+            (Err(why), Some(addr)) => self.not_reached(addr, why),
+            (Ok(()), None) => {}
+            (Err(why), None) => tracing::debug!(why, "a peer is not asked for its record"),
         }
     }
 
     async fn exchange(&self, sync: Sync) -> Result<(), String> {
         let (connection, peer) = match sync.with {
             Target::Node(member) => (self.connection_to(member).await?, member.id),
-            Target::Addr(addr) => self.connect(addr).await?,
+            Target::Addr(addr) => {
+                let (connection, peer) = self.connect(addr).await?;
+                (connection, peer.id)
+            }
+            Target::Linked(id) => (self.table().heard_over(&id, Instant::now()).ok_or("its connection is gone")?, id),
         };
         let text = |e: StreamFault| e.to_string();
         let (mut send, mut receive) = connection.open_bi().await.map_err(|e| e.to_string())?;
-        send.write_all(&frame(&GossipRequest::Sync(sync.summary))).await.map_err(|e| e.to_string())?;
-        let delta: Delta = frames::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await.map_err(text)?;
+        send.write_all(&frame(&sync.summary)).await.map_err(|e| e.to_string())?;
+        let flow = self.flow_of(peer);
+        let delta: Delta = self.read_message(&mut receive, &flow).await.map_err(text)?;
         let wanted = self.0.gossip.absorb(peer, sync.with, delta).await.unwrap_or_default();
         frames::write_frame(&mut send, &wanted).await.map_err(text)
     }
@@ -54,8 +68,8 @@ impl Links {
             let connection = self.connection_to(member).await?;
             let asked = async {
                 let (mut send, mut receive) = connection.open_bi().await?;
-                frames::write_frame(&mut send, &GossipRequest::Inspect).await?;
-                frames::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await
+                frames::write_frame(&mut send, &Inspect {}).await?;
+                frames::read_frame(&mut receive, MAX_GOSSIP_FRAME_BYTES).await?.read()
             };
             asked.await.map_err(|e: StreamFault| e.to_string())
         };
@@ -68,25 +82,38 @@ impl Links {
         if let Some(connection) = known {
             return Ok(connection);
         }
+        let _permit = self.0.dials.acquire().await.map_err(|e| e.to_string())?;
         let (connection, peer) = self.connect(member.addr).await?;
-        if peer == member.id { Ok(connection) } else { Err("another node answers at its address".into()) }
+        if peer.id == member.id { Ok(connection) } else { Err("another node answers at its address".into()) }
     }
 
     /// A new connection, and who answered.
-    async fn connect(&self, addr: SocketAddr) -> Result<(quinn::Connection, NodeId), String> {
+    async fn connect(&self, addr: SocketAddr) -> Result<(quinn::Connection, Peer), String> {
         let (connection, peer) = self.dial(addr).await?;
-        self.adopt_dialled(connection.clone(), peer);
+        self.adopt_dialled(connection.clone(), &peer);
         Ok((connection, peer))
     }
 
-    /// Answers a stream that a peer opened.
-    pub(super) async fn answer(&self, peer: NodeId, send: quinn::SendStream, receive: quinn::RecvStream) {
-        match tokio::time::timeout(EXCHANGE_TIMEOUT, self.respond(peer, send, receive)).await {
+    /// Answers a stream that a peer opened; `flow` is what it may still say.
+    pub(super) async fn answer(
+        &self,
+        peer: NodeId,
+        send: quinn::SendStream,
+        receive: quinn::RecvStream,
+        flow: Arc<Mutex<Flow>>,
+    ) {
+        match tokio::time::timeout(EXCHANGE_TIMEOUT, self.respond(peer, send, receive, &flow)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error @ (StreamFault::Frame(_) | StreamFault::Read(ReadExactError::FinishedEarly(_))))) => {
+            Ok(Err(
+                error @ (StreamFault::Frame(_)
+                | StreamFault::Unexpected(_)
+                | StreamFault::Read(ReadExactError::FinishedEarly(_))),
+            )) => {
                 self.0.counters.streams_refused.fetch_add(1, Relaxed);
+                self.0.gossip.malformed(peer);
                 tracing::debug!(%peer, %error, "refused a gossip stream");
             }
+            Ok(Err(StreamFault::Flood)) => drop(self.0.counters.flood.fetch_add(1, Relaxed)),
             Ok(Err(error)) => tracing::debug!(%error, "gossip stream"),
             Err(_) => tracing::debug!("gossip stream timed out"),
         }
@@ -97,58 +124,79 @@ impl Links {
         peer: NodeId,
         mut send: quinn::SendStream,
         mut receive: quinn::RecvStream,
+        flow: &Mutex<Flow>,
     ) -> Result<(), StreamFault> {
         let gossip = &self.0.gossip;
-        match self.read_request(&mut receive).await? {
-            GossipRequest::Push(items) => gossip.receive(peer, items, Via::Push).await,
-            GossipRequest::Sync(summary) => {
-                let Some(delta) = gossip.answer(peer, summary).await else { return Ok(()) };
-                frames::write_frame(&mut send, &delta).await?;
-                let items: Items = self.read_frame(&mut receive).await?.0;
+        let request = self.read_frame(&mut receive, flow).await?;
+        match request.kind {
+            Items::KIND if request.body.len() > MAX_PUSH_BYTES => {
+                let (length, limit) = (request.body.len(), MAX_PUSH_BYTES);
+                return Err(WireError::TooLong { length, limit }.into());
+            }
+            Items::KIND => gossip.receive(peer, request.read()?, Via::Push).await,
+            Summary::KIND => {
+                let Some(delta) = gossip.answer(peer, request.read()?).await else { return Ok(()) };
+                let delta = frame(&delta);
+                // What it is told costs, too.
+                if !super::lock(flow).bytes(delta.len(), Instant::now()) {
+                    return Err(StreamFault::Flood);
+                }
+                frames::write_bytes(&mut send, &delta).await?;
+                let items: Items = self.read_message(&mut receive, flow).await?;
                 if !items.is_empty() {
                     gossip.receive(peer, items, Via::Exchange).await;
                 }
             }
-            GossipRequest::Ping { suspected } => {
-                if let Some(pong) = gossip.answer_ping(peer, suspected).await {
+            Ping::KIND => {
+                if let Some(pong) = gossip.answer_ping(peer, request.read::<Ping>()?.suspected).await {
                     frames::write_frame(&mut send, &pong).await?;
                 }
             }
-            GossipRequest::Inspect => {
+            Inspect::KIND => {
                 let view = View { members: admin::sights(&gossip.snapshot()), documents: self.0.documents.sights() };
                 frames::write_frame(&mut send, &view).await?;
             }
+            // Of a later version, which can do without.
+            kind => frames::write_frame(&mut send, &Unsupported { kind }).await?,
         }
         Ok(())
     }
 
-    /// The first frame.
-    async fn read_request(&self, receive: &mut quinn::RecvStream) -> Result<GossipRequest, StreamFault> {
-        match self.read_frame(receive).await? {
-            (GossipRequest::Push(_), length) if length > MAX_PUSH_BYTES => {
-                Err(FrameError::TooLong { length, limit: MAX_PUSH_BYTES }.into())
-            }
-            (request, _) => Ok(request),
-        }
-    }
-
-    /// A frame from a peer, and its length. Large ones, which only a first exchange of a large mesh needs, are read a few at
-    /// a time, from all peers together.
-    async fn read_frame<T: DeserializeOwned>(
+    /// A message from a peer, as [`Links::read_frame`] reads it; a large one is unfolded while it still counts.
+    async fn read_message<T: Framed>(
         &self,
         receive: &mut quinn::RecvStream,
-    ) -> Result<(T, usize), StreamFault> {
-        let length = frames::read_length(receive, MAX_GOSSIP_FRAME_BYTES).await?;
-        let _permit = match length > MAX_PUSH_BYTES {
-            true => Some(self.0.large_frames.acquire().await),
+        flow: &Mutex<Flow>,
+    ) -> Result<T, StreamFault> {
+        let (frame, _permit) = self.read_counted(receive, flow).await?;
+        frame.read()
+    }
+
+    async fn read_frame(&self, receive: &mut quinn::RecvStream, flow: &Mutex<Flow>) -> Result<Frame, StreamFault> {
+        self.read_counted(receive, flow).await.map(|(frame, _)| frame)
+    }
+
+    /// A frame from a peer. What it has to say has a limit a second, which is looked at before anything is read; large ones,
+    /// which only a first exchange of a large mesh needs, are read a few at a time, from all peers together.
+    async fn read_counted(
+        &self,
+        receive: &mut quinn::RecvStream,
+        flow: &Mutex<Flow>,
+    ) -> Result<(Frame, Option<SemaphorePermit<'_>>), StreamFault> {
+        let header = frames::read_header(receive, MAX_GOSSIP_FRAME_BYTES).await?;
+        if !super::lock(flow).bytes(header.1, Instant::now()) {
+            return Err(StreamFault::Flood);
+        }
+        let permit = match header.1 > MAX_PUSH_BYTES {
+            true => self.0.large_frames.acquire().await.ok(),
             false => None,
         };
-        Ok((frames::read_body(receive, length).await?, length))
+        Ok((frames::read_body(receive, header).await?, permit))
     }
 }
 
 pub(super) async fn ping_over(connection: &quinn::Connection, suspected: Option<u16>) -> Result<Pong, StreamFault> {
     let (mut send, mut receive) = connection.open_bi().await?;
-    frames::write_frame(&mut send, &GossipRequest::Ping { suspected }).await?;
-    frames::read_frame(&mut receive, MAX_PONG_BYTES).await
+    frames::write_frame(&mut send, &Ping { suspected }).await?;
+    frames::read_frame(&mut receive, MAX_PONG_BYTES).await?.read()
 }

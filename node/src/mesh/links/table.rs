@@ -16,6 +16,8 @@ const STALE: Duration = Duration::from_millis(150);
 const MAX_HELD: usize = 8;
 /// Most links. Above, those that were used for probes alone go first, the longest unused before others.
 const MAX_LINKS: usize = 1024;
+/// Most dials at a time: in a mesh that falls apart, the rest waits.
+const MAX_DIALS: usize = 64;
 /// Pause between two rumours over one connection that were meant for somebody else.
 const STRAY_PERIOD: Duration = Duration::from_millis(200);
 /// Pauses after dials that failed.
@@ -90,6 +92,11 @@ impl Table {
         }
     }
 
+    /// The same, or one over which a member that was given up is still heard.
+    pub(super) fn heard_over(&mut self, peer: &NodeId, now: Instant) -> Option<quinn::Connection> {
+        self.up(peer, now).or_else(|| self.given_up.get(peer).filter(|c| c.close_reason().is_none()).cloned())
+    }
+
     /// Decides about a packet, and holds it if its link is being dialled and it is for this peer alone.
     pub(super) fn send(&mut self, to: NodeId, bytes: &Bytes, reach: Reach, now: Instant) -> Step {
         if let Some(connection) = self.up(&to, now) {
@@ -110,7 +117,14 @@ impl Table {
             Some(Link::Resting { pause, .. }) => *pause,
             _ => REST_MIN,
         };
+        let dialling = |link: &&Link| matches!(link, Link::Dialling { .. });
+        if self.links.values().filter(dialling).count() >= MAX_DIALS {
+            return Step::Nothing;
+        }
         self.links.insert(to, Link::Dialling { held: vec![(now, bytes.clone())], pause });
+        if self.links.len() > MAX_LINKS {
+            self.forget_resting(&to);
+        }
         Step::Dial
     }
 
@@ -168,6 +182,17 @@ impl Table {
         }
         adopted.losers.extend(self.make_room(&peer));
         adopted
+    }
+
+    /// Forgets the peer that has rested longest.
+    fn forget_resting(&mut self, except: &NodeId) {
+        let resting = self.links.iter().filter_map(|(id, link)| match link {
+            Link::Resting { until, .. } if id != except => Some((*until, *id)),
+            _ => None,
+        });
+        if let Some((_, id)) = resting.min() {
+            self.links.remove(&id);
+        }
     }
 
     /// Drops the least useful link if there are too many.

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use starling_protocol::{MeshName, Name};
+use starling_protocol::{MeshName, Name, NamePattern, is_label};
 
 /// A service mesh and API edge without a control plane: QUIC and HTTP/3 between nodes, gossip for discovery.
 #[derive(Debug, Parser)]
@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Drain(ClientArgs),
     /// Leave for good: the mesh will show the node as left, not down
     Leave(ClientArgs),
+    /// Names of nodes, and the keys that they belong to, as an issuer has them
+    Names(NamesArgs),
     /// API keys of an edge
     Keys {
         #[command(subcommand)]
@@ -109,6 +111,12 @@ pub(crate) struct TokenArgs {
     /// The node may admit others
     #[arg(long)]
     pub(crate) issuer: bool,
+    /// A name that the node may take, or the beginning of one with `*` behind it; may be repeated; any, if absent
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<NamePattern>,
+    /// The zone that the node stands in, which it cannot change
+    #[arg(long, default_value = "", hide_default_value = true, value_parser = zone)]
+    pub(crate) zone: String,
     /// Where to join; may be repeated
     #[arg(long = "seed", value_name = "HOST:PORT")]
     pub(crate) seeds: Vec<String>,
@@ -229,12 +237,38 @@ pub(crate) struct PingArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct NamesArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<NamesCommand>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NamesCommand {
+    /// Free the name of a node that is gone for good, so that another key can have it
+    Free(FreeNameArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FreeNameArgs {
+    /// The name
+    pub(crate) name: Name,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct ForceLeaveArgs {
     /// Name or id of the member, which must be down
     pub(crate) node: String,
     /// Do not even show it any more
     #[arg(long)]
     pub(crate) prune: bool,
+    /// Directory with the mesh's admin key; without it, the node that is asked must be an issuer
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
 }
@@ -329,4 +363,11 @@ pub(crate) struct KeysTarget {
 pub(crate) struct CheckArgs {
     /// The configuration file
     pub(crate) file: PathBuf,
+}
+
+fn zone(text: &str) -> Result<String, String> {
+    match is_label(text) {
+        true => Ok(text.into()),
+        false => Err("a zone is at most 64 letters, digits and -._+/".into()),
+    }
 }

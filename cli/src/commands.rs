@@ -9,6 +9,7 @@ pub(crate) mod force_leave;
 pub(crate) mod init;
 pub(crate) mod keys;
 pub(crate) mod members;
+pub(crate) mod names;
 pub(crate) mod node;
 pub(crate) mod ping;
 pub(crate) mod sample;

@@ -48,6 +48,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Documents(args) => commands::documents::run(&args).await,
         Command::Ping(args) => commands::ping::run(&args).await,
         Command::ForceLeave(args) => commands::force_leave::run(&args).await,
+        Command::Names(args) => commands::names::run(&args).await,
         Command::Drain(args) => commands::drain::run(&args, "/v1/drain").await,
         Command::Leave(args) => commands::drain::run(&args, "/v1/leave").await,
         Command::Keys { command } => commands::keys::run(&command).await,

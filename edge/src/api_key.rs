@@ -22,12 +22,35 @@ const SECRET_BYTES: usize = 32;
 const FIELD: HeaderName = HeaderName::from_static("x-api-key");
 
 /// All keys of an edge, by id: what `keys.json` has.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct KeyStore {
+    /// Of the file's form.
+    #[serde(default)]
+    version: u32,
     /// In the order of their ids, each id once.
     #[serde(deserialize_with = "sorted")]
     keys: Vec<StoredKey>,
+}
+
+impl Default for KeyStore {
+    fn default() -> Self {
+        Self { version: VERSION, keys: Vec::new() }
+    }
+}
+
+/// The form of `keys.json` that this version writes.
+const VERSION: u32 = 1;
+
+/// Why `keys.json` is not read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ParseError {
+    /// Not what it should be.
+    #[error(transparent)]
+    Json(serde_json::Error),
+    /// Of a later version.
+    #[error("it was written by a newer version")]
+    Newer,
 }
 
 /// What is kept of a key. The secret is not.
@@ -141,8 +164,19 @@ fn sorted<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<StoredKey>, D::Error> {
 
 impl KeyStore {
     /// Reads a document. The error says what is wrong with it and where.
-    pub(crate) fn parse(document: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(document)
+    pub(crate) fn parse(document: &[u8]) -> Result<Self, ParseError> {
+        // First the version: a later form may have fields that are not known here, and must not be written back without.
+        #[derive(Deserialize)]
+        struct Version {
+            #[serde(default)]
+            version: u32,
+        }
+        let Version { version } = serde_json::from_slice(document).map_err(ParseError::Json)?;
+        if version > VERSION {
+            return Err(ParseError::Newer);
+        }
+        let store: Self = serde_json::from_slice(document).map_err(ParseError::Json)?;
+        Ok(Self { version: VERSION, ..store })
     }
 
     /// The document: JSON for people to read, with a line end. It opens no door, but names all consumers.

@@ -17,6 +17,7 @@ use crate::config;
 const MAX_TOKEN: usize = 8 * 1024;
 
 /// Longest subject, in bytes: it goes into a header and into the limiter's memory.
+const TYPES: [&str; 2] = ["JWT", "at+jwt"];
 const MAX_SUBJECT: usize = 256;
 
 /// How far the issuer's clock may be off, in seconds.
@@ -58,6 +59,9 @@ pub(crate) enum JwtError {
     /// No key has its `kid`.
     #[error("the token is signed with an unknown key")]
     UnknownKey,
+    /// Made for something else.
+    #[error("the token is no access token")]
+    Type,
     /// Not in the list, or not for that key.
     #[error("the token's algorithm is not accepted")]
     Algorithm,
@@ -178,6 +182,11 @@ impl Verifier {
         // RFC 7515 §4.1.11: we know no extension, so none may be critical.
         if header.crit.is_some() {
             return Err(JwtError::Malformed);
+        }
+        // RFC 8725 §3.11: a token that says that it is another kind of thing (an ID token's logout, a DPoP proof) is not taken.
+        let kind = header.typ.as_deref().map(|typ| typ.strip_prefix("application/").unwrap_or(typ));
+        if kind.is_some_and(|kind| !TYPES.iter().any(|known| kind.eq_ignore_ascii_case(known))) {
+            return Err(JwtError::Type);
         }
         let key = self.key(header.kid.as_deref(), header.alg)?;
         let Raw { sub, scope, scp, .. } = decode(token, &key.decoding, &key.validation)?.claims;

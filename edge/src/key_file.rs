@@ -7,7 +7,7 @@ use starling_node::{StateDir, StateError, unix_now};
 use starling_protocol::admin::{Key, NewKey};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::api_key::{Consumer, KeyStore, StoredKey};
+use crate::api_key::{Consumer, KeyStore, ParseError, StoredKey};
 
 /// Why keys cannot be changed.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +81,10 @@ impl KeyFile {
 
 fn read(state: &StateDir) -> Result<KeyStore, KeyError> {
     match state.read(KeyFile::NAME)? {
-        Some(bytes) => Ok(KeyStore::parse(&bytes).map_err(|e| state.damaged(KeyFile::NAME, e))?),
+        Some(bytes) => Ok(KeyStore::parse(&bytes).map_err(|e| match e {
+            ParseError::Newer => state.newer(KeyFile::NAME),
+            ParseError::Json(_) => state.damaged(KeyFile::NAME, e),
+        })?),
         None => Ok(KeyStore::default()),
     }
 }

@@ -22,7 +22,8 @@ use crate::{
 /// Connections of a listener.
 const MAX_CONNECTIONS: usize = 10_000;
 /// The same of its QUIC endpoint.
-const ROOM: Room = Room { connections: MAX_CONNECTIONS, unproven: 512 };
+const ROOM: Room =
+    Room { connections: MAX_CONNECTIONS, unproven: 512, unproven_handshakes: 64, handshakes_of_one: 256 };
 const LIMITS: Limits = Limits { max_streams: 128, stream_window_bytes: 256 << 10 };
 
 /// Of HTTP/3: the windows of HTTP/2, and a minute of silence.

@@ -138,7 +138,7 @@ burst = 5
             vec![
                 m.name.clone(),
                 format!("{:?}", m.kind).to_lowercase(),
-                m.status.as_str().into(),
+                m.status.to_string(),
                 m.addr.to_string(),
                 services(m),
             ]

@@ -69,7 +69,7 @@ async fn list(client: &ClientArgs) -> Result<(), Failure> {
 
 /// Signs the next edition and hands it to a node.
 async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, deleted: bool) -> Result<(), Failure> {
-    let key = Admin::require(&StateDir::open(&args.state)?)?;
+    let key = Admin::require(&StateDir::existing(&args.state)?)?;
     let known: Vec<Document> = admin::ask(&args.client.admin, Method::GET, "/v1/documents", None).await?;
     let known = known.iter().find(|document| document.kind == args.kind);
     if known.is_none() && deleted {
@@ -82,7 +82,8 @@ async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, delet
         not_before: unix_now(),
         expires,
         deleted,
-        content,
+        content: content.into(),
+        understood: true,
     };
     let signed: SignedDocument = key.sign(&document);
     let body = serde_json::to_value(NewDocument { signed: STANDARD.encode(encode(&signed)) })?;

@@ -13,7 +13,7 @@ pub(crate) async fn run(args: &EdgeArgs) -> Result<(), Failure> {
         return Err(Failure::failed(super::check::render(&args.config, &problems)));
     };
     if args.token.is_some() {
-        config.node.token.clone_from(&args.token);
+        config.node.token = args.token.clone().map(Into::into);
     }
     let patience = config.node.drain_timeout;
     let listen = sections.edge.listen;

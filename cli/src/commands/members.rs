@@ -28,7 +28,7 @@ pub(crate) async fn run(args: &MembersArgs) -> Result<(), Failure> {
     let mut last = None;
     loop {
         let mut members: Vec<Member> = admin::ask(&args.client.admin, Method::GET, path, None).await?;
-        members.retain(|m| args.status.as_ref().is_none_or(|re| re.is_match(m.status.as_str())));
+        members.retain(|m| args.status.as_ref().is_none_or(|re| re.is_match(&m.status.to_string())));
         members.retain(|m| args.service.as_ref().is_none_or(|name| m.services.iter().any(|s| s.name == *name)));
         if last.as_ref() != Some(&members) {
             print(&members, args)?;
@@ -51,7 +51,7 @@ fn print(members: &[Member], args: &MembersArgs) -> Result<(), Failure> {
         Output::Table => {
             let rows = members.iter().map(|m| {
                 let name = if m.is_self { format!("{}*", m.name) } else { m.name.clone() };
-                vec![name, m.status.as_str().into(), m.addr.to_string(), services(m), m.zone.clone()]
+                vec![name, m.status.to_string(), m.addr.to_string(), services(m), m.zone.clone()]
             });
             output::table(&["NAME", "STATUS", "ADDRESS", "SERVICES", "ZONE"], rows.collect());
         }
@@ -62,7 +62,7 @@ fn print(members: &[Member], args: &MembersArgs) -> Result<(), Failure> {
                 vec![
                     name,
                     kind,
-                    m.status.as_str().into(),
+                    m.status.to_string(),
                     m.addr.to_string(),
                     services(m),
                     m.zone.clone(),
@@ -74,6 +74,8 @@ fn print(members: &[Member], args: &MembersArgs) -> Result<(), Failure> {
                     detail(m, |d| Some(d.connection.clone())),
                     detail(m, |d| d.rtt_us.map(|us| format!("{:.2} ms", us as f64 / 1000.0))),
                     detail(m, |d| d.root.as_ref().map(|root| root.chars().take(8).collect())),
+                    detail(m, |d| (!d.refused.is_nothing()).then(|| d.refused.total().to_string())),
+                    detail(m, |d| (!d.software.is_empty()).then(|| d.software.clone())),
                     m.cert_expires.clone().unwrap_or_default(),
                     m.id.clone(),
                 ]
@@ -93,6 +95,8 @@ fn print(members: &[Member], args: &MembersArgs) -> Result<(), Failure> {
                 "LINK",
                 "RTT",
                 "ROOT",
+                "REFUSED",
+                "VERSION",
                 "CERT ENDS",
                 "ID",
             ];
@@ -127,7 +131,7 @@ async fn compare(args: &MembersArgs) -> Result<(), Failure> {
         let row = |subject: &&String| {
             let seen = views.iter().map(|view| match (&view.error, view.sees.get(*subject)) {
                 (Some(_), _) => "?".to_string(),
-                (None, Some(status)) => status.as_str().to_string(),
+                (None, Some(status)) => status.to_string(),
                 (None, None) => "-".to_string(),
             });
             let mark = if differ(subject) { "<- differs" } else { "" };

@@ -79,7 +79,10 @@ fn configuration(args: &NodeArgs) -> Result<Config, Failure> {
     macro_rules! override_with {
         ($($field:ident),*) => { $( if args.$field.is_some() { node.$field.clone_from(&args.$field); } )* };
     }
-    override_with!(state, name, advertise, token, token_file);
+    override_with!(state, name, advertise, token_file);
+    if let Some(token) = &args.token {
+        node.token = Some(token.clone().into());
+    }
     node.listen = args.listen.unwrap_or(node.listen);
     node.workers = args.workers.unwrap_or(node.workers);
     if let Some(zone) = &args.zone {

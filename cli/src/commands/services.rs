@@ -19,7 +19,7 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
         service.instances.iter().map(move |i| {
             let state = match (i.state, i.ejected) {
                 (_, true) => "ejected".to_string(),
-                (ServiceState::Up, false) => i.status.as_str().to_string(),
+                (ServiceState::Up, false) => i.status.to_string(),
                 (state, false) => format!("{state:?}").to_lowercase(),
             };
             let mut row = vec![service.name.to_string(), service.version.clone(), i.node.clone(), state];

@@ -12,9 +12,15 @@ pub(crate) fn create(args: &TokenArgs) -> Result<(), Failure> {
             args.state.display()
         )));
     }
-    let authority = Authority::require(&StateDir::open(&args.state)?)?;
+    let authority = Authority::require(&StateDir::existing(&args.state)?)?;
     let token = authority.token(&TokenRequest {
-        grants: Grants { services: args.services.clone(), edge: args.edge, issuer: args.issuer },
+        grants: Grants {
+            services: args.services.clone(),
+            edge: args.edge,
+            issuer: args.issuer,
+            names: args.names.clone(),
+            zone: args.zone.clone(),
+        },
         seeds: args.seeds.clone(),
         ttl: args.ttl,
         uses: args.uses,

@@ -106,6 +106,11 @@ impl Cluster {
         &self.binary
     }
 
+    /// Nodes that are started or restarted from now on, and commands, run that binary: another version of it.
+    pub fn switch(&mut self, binary: &Path) {
+        self.binary = binary.into();
+    }
+
     /// Mesh address of the seed.
     pub fn seed(&self) -> SocketAddr {
         self.seed

@@ -3,8 +3,7 @@
 use std::{net::SocketAddr, path::Path};
 
 use anyhow::{Context, Result};
-use bytes::{BufMut, Bytes};
-use foca::{Codec, Header, Member, Message, PostcardCodec};
+use bytes::Bytes;
 use rcgen::{KeyPair, SigningKey as _};
 use rustls::{
     DigitallySignedStruct, SignatureScheme,
@@ -12,10 +11,10 @@ use rustls::{
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime, pem::PemObject},
 };
-use starling_gossip::Ident;
 use starling_protocol::{
-    Delta, FRAME_HEADER_BYTES, GossipRequest, Items, MAX_GOSSIP_FRAME_BYTES, NodeRecord, Pong, SignedRecord, Summary,
-    alpn, decode, frame, frame_length,
+    Delta, FrameHeader, Framed, Inspect, Items, Life, MAX_FRAME_HEADER_BYTES, MAX_GOSSIP_FRAME_BYTES, MemberState,
+    News, NodeId, NodeRecord, Packet, Ping, Pong, Purpose, SignedRecord, Summary, Word, alpn, decode, frame,
+    frame_header,
 };
 
 use crate::raw_h3::{self, RawClient};
@@ -83,8 +82,8 @@ impl Rogue {
     /// Signs a record, whatever it says.
     pub fn sign(&self, record: &NodeRecord) -> SignedRecord {
         let body = SignedRecord::encode_body(record);
-        let signature = self.sign_bytes(&SignedRecord::signed_bytes(&body));
-        SignedRecord { body, signature, chain: self.chain.iter().map(|der| der.to_vec()).collect() }
+        let signature = self.sign_bytes(&SignedRecord::signed_bytes(&body)).into();
+        SignedRecord { body, signature, chain: self.chain.iter().map(|der| Bytes::copy_from_slice(der)).collect() }
     }
 
     /// ECDSA P-256 with SHA-256, ASN.1, over any bytes.
@@ -93,8 +92,27 @@ impl Rogue {
     }
 
     /// DER of the node's own certificate.
-    pub fn certificate(&self) -> Vec<u8> {
-        self.chain[0].to_vec()
+    pub fn certificate(&self) -> Bytes {
+        Bytes::copy_from_slice(&self.chain[0])
+    }
+
+    /// DER of the certificate of whoever issued it.
+    pub fn issuer_certificate(&self) -> Bytes {
+        Bytes::copy_from_slice(&self.chain[1])
+    }
+
+    /// A word in this node's name or, if it lies, in another's: signed by this node's key.
+    pub fn word(&self, kind: u8, by: NodeId, subject: Life, incarnation: u16) -> Word {
+        let Life { id, generation } = subject;
+        let mut word = Word { kind, subject: id, generation, incarnation, by, raised: true, signature: Vec::new() };
+        word.signature = self.sign_bytes(&word.signed_bytes());
+        word
+    }
+
+    /// How it dials for a protocol, with its certificate.
+    pub fn client_config(&self, protocol: &[u8]) -> quinn::ClientConfig {
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()));
+        raw_h3::client_config(Some((self.chain.clone(), key)), protocol).expect("it was good once")
     }
 }
 
@@ -121,13 +139,18 @@ impl Line {
 
     /// Pushes items.
     pub async fn push(&self, items: Items) -> Result<()> {
-        self.stream(&frame(&GossipRequest::Push(items))).await
+        self.stream(&frame(&items)).await
     }
 
     /// Everything that the node knows: the answer to one that knows nothing. `last` ends the exchange.
     pub async fn exchange(&self, last: &[u8]) -> Result<Delta> {
+        self.exchange_with(Summary::default(), last).await
+    }
+
+    /// The answer to one that says so.
+    pub async fn exchange_with(&self, summary: Summary, last: &[u8]) -> Result<Delta> {
         let (mut send, mut receive) = self.0.open_bi().await?;
-        send.write_all(&frame(&GossipRequest::Sync(Summary::default()))).await?;
+        send.write_all(&frame(&summary)).await?;
         let delta = read(&mut receive).await?;
         send.write_all(last).await?;
         send.finish()?;
@@ -136,8 +159,13 @@ impl Line {
 
     /// A ping over a stream, and its answer.
     pub async fn ping(&self) -> Result<Pong> {
+        self.ping_suspecting(None).await
+    }
+
+    /// The same, saying that the node is suspected at that incarnation.
+    pub async fn ping_suspecting(&self, suspected: Option<u16>) -> Result<Pong> {
         let (mut send, mut receive) = self.0.open_bi().await?;
-        send.write_all(&frame(&GossipRequest::Ping { suspected: None })).await?;
+        send.write_all(&frame(&Ping { suspected })).await?;
         send.finish()?;
         read(&mut receive).await
     }
@@ -146,30 +174,42 @@ impl Line {
     pub async fn pester(&self) -> bool {
         let Ok((mut send, _)) = self.0.open_bi().await else { return false };
         // A stream that is refused is stopped, perhaps before everything is written.
-        let _ = send.write_all(&frame(&GossipRequest::Inspect)).await;
+        let _ = send.write_all(&frame(&Inspect {})).await;
         let _ = send.finish();
         true
     }
 }
 
-async fn read<T: serde::de::DeserializeOwned>(receive: &mut quinn::RecvStream) -> Result<T> {
-    let mut header = [0; FRAME_HEADER_BYTES];
-    receive.read_exact(&mut header).await?;
-    let mut body = vec![0; frame_length(header, MAX_GOSSIP_FRAME_BYTES)?];
-    receive.read_exact(&mut body).await?;
+/// Reads a frame: its kind, and its body.
+pub async fn read_frame(receive: &mut quinn::RecvStream) -> Result<(u64, Bytes)> {
+    let mut header = [0; MAX_FRAME_HEADER_BYTES];
+    for length in 1..=header.len() {
+        receive.read_exact(&mut header[length - 1..length]).await?;
+        if let Some(FrameHeader { kind, length, .. }) = frame_header(&header[..length], MAX_GOSSIP_FRAME_BYTES)? {
+            let mut body = vec![0; length];
+            receive.read_exact(&mut body).await?;
+            return Ok((kind, body.into()));
+        }
+    }
+    anyhow::bail!("no frame")
+}
+
+async fn read<T: Framed>(receive: &mut quinn::RecvStream) -> Result<T> {
+    let (kind, body) = read_frame(receive).await?;
+    anyhow::ensure!(kind == T::KIND, "an answer of kind {kind}");
     Ok(decode(&body)?)
 }
 
-/// A gossip datagram: no root hash that anybody has, the header, and news of members.
-pub fn packet(src: Ident, dst: Ident, message: Message<Ident>, news: &[Member<Ident>]) -> Vec<u8> {
-    let mut bytes = vec![7; starling_protocol::ROOT_HASH_BYTES];
-    let header = Header { src, src_incarnation: 0, dst, message };
-    PostcardCodec.encode_header(&header, &mut bytes).expect("a vector grows");
-    bytes.put_u16(news.len() as u16);
-    for member in news {
-        PostcardCodec.encode_member(member, &mut bytes).expect("a vector grows");
-    }
-    bytes
+/// A gossip packet with a root hash that nobody has.
+pub fn packet(source: Life, receiver: Life, purpose: Purpose, news: &[News]) -> Packet {
+    let (news, words) = (news.to_vec(), Vec::new());
+    Packet { root: 0x0707_0707, source, incarnation: 0, receiver, purpose, probe: 1, news, words }
+}
+
+/// How a liar says that a member is.
+pub fn claim(life: Life, incarnation: u16, health: starling_protocol::MemberHealth) -> MemberState {
+    let Life { id, generation } = life;
+    MemberState { id, generation, seq: 1, incarnation, health, down_s: 1 }
 }
 
 /// Believes every server: an attacker does not care whom it talks to.

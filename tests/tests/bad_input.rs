@@ -179,7 +179,7 @@ async fn tokens_are_refused_with_the_reason() {
     assert!(try_join(expired, "orders", "a").await.contains("expired"));
     let good = token(&[]).await;
     assert!(try_join(good.clone(), "users", "a").await.contains("does not grant service users"), "grants are strict");
-    assert!(try_join(good, "orders", "seed").await.contains("a live node is called \"seed\" already"));
+    assert!(try_join(good, "orders", "seed").await.contains("the name \"seed\" belongs to another node"));
 
     // Another mesh's token at this mesh's seed.
     let mut foreign = vec!["token", "create", "--state"];

@@ -2,53 +2,83 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use serde::{Serialize, de::DeserializeOwned};
 use starling_protocol::{
-    Delta, FRAME_HEADER_BYTES, GossipRequest, Items, JoinReply, JoinRequest, MAX_GOSSIP_FRAME_BYTES, MeshDocument,
-    NodeRecord, Pong, RecordEdition, SignedDocument, SignedRecord, Summary, TokenClaims, View, decode, encode, frame,
-    frame_length,
+    Answer, Application, Capabilities, Delta, DocumentEdition, FrameHeader, Framed, Grants, IssuerProof, Items, Join,
+    Ledger, MAX_GOSSIP_FRAME_BYTES, Message, Packet, Ping, Pong, Refusal, Relayed, Renew, Reservation, ServiceRecord,
+    SignedAnswer, SignedDocument, SignedRecord, SignedReservation, SignedStrike, Summary, TokenClaims, View, Word,
+    decode, encode, frame, frame_header,
 };
 
 /// By encodings, since not all types can be compared.
-fn check<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
-    let Ok(value) = decode::<T>(bytes) else { return };
+fn check<T: Message>(bytes: &[u8]) -> Option<T> {
+    let value = decode::<T>(bytes).ok()?;
     let encoded = encode(&value);
-    assert!(encoded.len() <= bytes.len(), "no encoding is longer than one that decodes");
     let again: T = decode(&encoded).expect("what was encoded decodes");
     assert_eq!(encode(&again), encoded);
+    Some(value)
+}
 
+fn check_framed<T: Framed>(bytes: &[u8]) {
+    let Some(value) = check::<T>(bytes) else { return };
     let framed = frame(&value);
-    let (header, body) = framed.split_first_chunk::<FRAME_HEADER_BYTES>().expect("a header");
-    assert_eq!(frame_length(*header, body.len()), Ok(body.len()));
-    assert_eq!(body, encoded);
-    if let Some(less) = body.len().checked_sub(1) {
-        assert!(frame_length(*header, less).is_err());
+    let FrameHeader { kind, length, rest: body } =
+        frame_header(&framed, framed.len()).expect("it fits").expect("it is whole");
+    assert_eq!((kind, length, body), (T::KIND, body.len(), &encode(&value)[..]));
+    if let Some(less) = length.checked_sub(1) {
+        assert!(frame_header(&framed, less).is_err());
     }
 }
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((kind, body)) = bytes.split_first() else { return };
     match kind {
-        0 => check::<GossipRequest>(body),
-        1 => check::<Delta>(body),
-        2 => check::<Items>(body),
-        3 => check::<View>(body),
-        4 => check::<Pong>(body),
-        5 => check::<JoinRequest>(body),
-        6 => check::<JoinReply>(body),
-        7 => check::<NodeRecord>(body),
-        8 => check::<MeshDocument>(body),
-        9 => check::<SignedRecord>(body),
-        10 => check::<SignedDocument>(body),
-        11 => check::<TokenClaims>(body),
-        12 => check::<Summary>(body),
-        13 => check::<RecordEdition>(body),
+        0 => check_framed::<Items>(body),
+        1 => check_framed::<Delta>(body),
+        2 => check_framed::<Summary>(body),
+        3 => check_framed::<View>(body),
+        4 => check_framed::<Pong>(body),
+        5 => check_framed::<Ping>(body),
+        6 => check_framed::<Join>(body),
+        7 => check_framed::<Renew>(body),
+        8 => check_framed::<Relayed>(body),
+        9 => check_framed::<SignedAnswer>(body),
+        10 => check_framed::<Refusal>(body),
+        11 => check_framed::<Ledger>(body),
+        12 => drop(check::<Application>(body)),
+        13 => drop(check::<Answer>(body)),
+        14 => drop(check::<Reservation>(body)),
+        15 => drop(check::<SignedReservation>(body)),
+        16 => drop(check::<SignedRecord>(body)),
+        17 => drop(check::<SignedDocument>(body)),
+        18 => drop(check::<SignedStrike>(body)),
+        19 => drop(check::<ServiceRecord>(body)),
+        20 => drop(check::<IssuerProof>(body)),
+        21 => drop(check::<Capabilities>(body)),
+        22 => drop(check::<Grants>(body)),
+        23 => drop(check::<DocumentEdition>(body)),
+        24 => {
+            if let Ok(claims) = TokenClaims::decode(body) {
+                assert_eq!(TokenClaims::decode(&claims.encode()).as_ref(), Ok(&claims));
+            }
+        }
+        25 => {
+            if let Ok(packet) = Packet::decode(body) {
+                let encoded = packet.encode();
+                let again = Packet::decode(&encoded).expect("what was encoded decodes");
+                // What does not fit is left out from the end.
+                assert_eq!(again.news, packet.news[..again.news.len()]);
+                assert_eq!(again.words, packet.words[..again.words.len()]);
+                assert_eq!(again.encode(), encoded);
+            }
+        }
+        26 => {
+            if let Ok(word) = Word::decode(body) {
+                assert_eq!(Word::decode(&word.encode()), Ok(word));
+            }
+        }
         _ => {
-            if let Some(header) = body.first_chunk()
-                && let Ok(length) = frame_length(*header, MAX_GOSSIP_FRAME_BYTES)
-            {
-                assert!(length <= MAX_GOSSIP_FRAME_BYTES);
-                assert_eq!((length as u32).to_be_bytes(), *header);
+            if let Ok(Some(FrameHeader { length, rest, .. })) = frame_header(body, MAX_GOSSIP_FRAME_BYTES) {
+                assert!(length <= MAX_GOSSIP_FRAME_BYTES && rest.len() < body.len());
             }
         }
     }

@@ -4,7 +4,7 @@
 use std::{fmt, str::FromStr};
 
 use libfuzzer_sys::fuzz_target;
-use starling_protocol::{JoinToken, MeshName, Name, TokenClaims, decode, service_of_host};
+use starling_protocol::{JoinToken, MeshName, Name, NamePattern, TokenClaims, service_of_host};
 
 fn check<T: FromStr + fmt::Display + fmt::Debug + PartialEq>(text: &str) -> Option<T> {
     let value: T = text.parse().ok()?;
@@ -13,7 +13,7 @@ fn check<T: FromStr + fmt::Display + fmt::Debug + PartialEq>(text: &str) -> Opti
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    if let Ok(claims) = decode::<TokenClaims>(bytes) {
+    if let Ok(claims) = TokenClaims::decode(bytes) {
         let token = JoinToken::new(claims, [7; 32]);
         assert_eq!(token.to_string().parse().as_ref(), Ok(&token));
     }
@@ -25,6 +25,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     check::<MeshName>(text);
     check::<JoinToken>(text);
+    check::<NamePattern>(text);
     if let Some(service) = service_of_host(text) {
         assert_eq!(service_of_host(&text.to_ascii_uppercase()), Some(service.clone()));
         assert_eq!(service_of_host(&service.service_host()), Some(service));

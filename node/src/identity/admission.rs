@@ -87,7 +87,7 @@ impl Admission {
             // Whose certificate is good for more than renewing it.
             let member = Peer::of(&connection, &self.identity).ok();
             if member.is_some() {
-                endpoint::welcome(&connection);
+                endpoint::welcome_to_gossip(&connection);
             }
             let from = connection.remote_address();
             if header.0 == Ledger::KIND {

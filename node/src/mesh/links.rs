@@ -31,7 +31,7 @@ use crate::{
         Identity,
         tls::{self, Peer},
     },
-    port::endpoint::{self, CONTROL, MeshEndpoint},
+    port::endpoint::{CONTROL, MeshEndpoint},
     run::keep_peers,
     state::StateDir,
 };
@@ -257,7 +257,6 @@ impl Links {
 
     /// Makes the connection the one to send over, or lets it go because a better one is there.
     fn adopt(&self, connection: &quinn::Connection, peer: NodeId, dialled_by: NodeId) {
-        endpoint::limit_to_gossip(connection);
         let adopted = self.table().adopt(connection, peer, dialled_by, Instant::now());
         for bytes in adopted.held {
             let _ = connection.send_datagram(bytes);

@@ -122,17 +122,21 @@ impl MeshEndpoint {
     }
 }
 
-/// The peer is a member: it gets the room that it needs.
-pub(crate) fn welcome(connection: &quinn::Connection) {
-    connection.set_receive_window(CALLS_IN.connection_window_bytes.into());
-    connection.set_max_concurrent_bi_streams(CALLS_IN.bidi_streams.into());
-    connection.set_max_concurrent_uni_streams(CALLS_IN.uni_streams.into());
+/// The peer is a member that calls: it gets the room that it needs.
+pub(crate) fn welcome_to_calls(connection: &quinn::Connection) {
+    welcome(connection, &CALLS_IN);
 }
 
-/// Gossip may have been aimed at a thread that takes calls, and gets no more streams there than elsewhere.
-pub(crate) fn limit_to_gossip(connection: &quinn::Connection) {
-    connection.set_max_concurrent_bi_streams(GOSSIP_IN.bidi_streams.into());
-    connection.set_max_concurrent_uni_streams(GOSSIP_IN.uni_streams.into());
+/// The peer is a member that gossips or carries a join, whichever thread it aimed at. Not more than it needs: QUIC keeps some
+/// 50 bytes for every stream that a peer may open, and a node has a link to everybody.
+pub(crate) fn welcome_to_gossip(connection: &quinn::Connection) {
+    welcome(connection, &GOSSIP_IN);
+}
+
+fn welcome(connection: &quinn::Connection, room: &Transport) {
+    connection.set_receive_window(room.connection_window_bytes.into());
+    connection.set_max_concurrent_bi_streams(room.bidi_streams.into());
+    connection.set_max_concurrent_uni_streams(room.uni_streams.into());
 }
 
 /// An endpoint that can only dial, for a node that has no identity yet.

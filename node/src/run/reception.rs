@@ -58,9 +58,9 @@ impl Reception {
                 return connection.close((CloseCode::Unauthenticated as u32).into(), b"certificate required");
             }
         };
-        endpoint::welcome(&connection);
         let drain = self.running.drain.clone();
         if protocol == alpn::CALLS {
+            endpoint::welcome_to_calls(&connection);
             let (inbound, expires) = (self.running.inbound.clone(), peer.expires);
             let served = drain.clone().spawn(inbound.serve(connection.clone(), peer, drain));
             tokio::select! {
@@ -70,6 +70,7 @@ impl Reception {
                 }
             }
         } else {
+            endpoint::welcome_to_gossip(&connection);
             self.running.links.clone().accept(connection, peer).await;
         }
     }

@@ -14,13 +14,13 @@ use http::HeaderName;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde::{Deserialize, Deserializer, de};
-use starling_node::config::{self, Config, Diagnostic};
+use starling_node::{
+    LimitSettings,
+    config::{self, Config, Diagnostic},
+};
 use starling_protocol::Name;
 
 use crate::{jwt, route};
-
-/// How long a whole call may take if its route says nothing.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Longest timeout of a route: more than a day is a slip of the pen.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -142,17 +142,26 @@ pub struct Route {
     /// Whether the service sees the path without the prefix.
     #[serde(default)]
     pub strip_prefix: bool,
-    /// How long a whole call may take; 15 s if not told.
-    #[serde(default = "default_timeout", deserialize_with = "timeout")]
-    pub timeout: Duration,
+    /// Time to the head of an answer; 15 s if not told, for gRPC what the caller says, or none.
+    #[serde(default, deserialize_with = "timeout")]
+    pub timeout: Option<Duration>,
+    /// Silence that ends a call; 1 h if not told.
+    #[serde(default, deserialize_with = "timeout")]
+    pub idle_timeout: Option<Duration>,
+    /// Time to the end of an answer; none if not told.
+    #[serde(default, deserialize_with = "timeout")]
+    pub total_timeout: Option<Duration>,
+}
+
+impl Route {
+    /// Its limits of time.
+    pub fn limits(&self) -> LimitSettings {
+        LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
 }
 
 fn root() -> String {
     "/".into()
-}
-
-fn default_timeout() -> Duration {
-    DEFAULT_TIMEOUT
 }
 
 /// Which hosts a route is for.
@@ -495,7 +504,7 @@ fn digits(text: &str) -> Option<u64> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
-fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(d)?;
     let end = text.bytes().take_while(u8::is_ascii_digit).count();
     let unit_ms = match &text[end..] {
@@ -509,6 +518,7 @@ fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
         .and_then(|unit| digits(&text[..end])?.checked_mul(unit))
         .map(Duration::from_millis)
         .filter(|timeout| !timeout.is_zero() && *timeout <= MAX_TIMEOUT)
+        .map(Some)
         .ok_or_else(|| {
             de::Error::custom(format!(
                 "{text:?} is not a timeout: use \"500ms\", \"10s\", \"5m\" or \"1h\", at most \"24h\""
@@ -740,7 +750,7 @@ mod tests {
         .unwrap();
         assert_eq!(edge.certificate[0].hosts, ["api.example.com"]);
         assert_eq!(edge.route[0].auth, [AuthMethod::ApiKey, AuthMethod::Jwt]);
-        assert_eq!(edge.route[0].timeout, Duration::from_secs(10));
+        assert_eq!(edge.route[0].timeout, Some(Duration::from_secs(10)));
         assert_eq!(edge.version[0].from[0], VersionSource::Path);
         assert_eq!(edge.version[0].versions["v1"].deprecated.unwrap().unix(), 1_767_225_600);
         assert_eq!((edge.plan[0].rate.count.get(), edge.plan[0].burst().get()), (50, 100));
@@ -755,7 +765,7 @@ mod tests {
         ))
         .unwrap();
         let route = &edge.route[0];
-        assert_eq!((&route.host, route.path.as_str(), route.timeout), (&Host::Any, "/", DEFAULT_TIMEOUT));
+        assert_eq!((&route.host, route.path.as_str(), route.timeout), (&Host::Any, "/", None));
         assert!(!route.strip_prefix && !edge.plan[0].shadow);
         assert_eq!((edge.plan[0].burst().get(), edge.plan[0].rate.window), (100, Duration::from_secs(60)));
     }

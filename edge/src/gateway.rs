@@ -215,8 +215,9 @@ impl Gateway {
 
         let dress = Dress { path: &path, route, caller: &caller, arrival, authority: &checked.authority };
         dress.put_on(&mut parts, &entry.request_id)?;
+        let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
-        let call = Call { service: route.service.clone(), version, request, timeout: route.timeout };
+        let call = Call { service: route.service.clone(), version, request, limits };
         self.0.client.call(call).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
@@ -354,6 +355,7 @@ fn public_detail(status: StatusCode, fault: Fault) -> &'static str {
         (504, _) => "the service did not answer in time",
         (508, _) => "the request goes round in circles",
         (431, _) => "the header fields are too large",
+        (408, _) => "the rest of the request does not come",
         (_, Fault::Caller) => "the request broke off",
         _ => "the service broke off",
     }

@@ -18,21 +18,25 @@ use std::{
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
 use rand::RngExt;
 use starling_gossip::Snapshot;
-use starling_http::{Body, Guarded, ProxyError, Source, normal::number};
+use starling_http::{Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grpc, normal::number};
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
+pub(crate) use self::budget::RetryBudget;
 pub use self::{
     attempt::Carried,
     error::{CallError, Fault, Sent},
 };
 use self::{
-    attempt::Timing,
-    budget::RetryBudget,
+    attempt::Terms,
     choose::{Candidate, pick},
     connect::Pool,
 };
 
+/// Time to the head of an answer, if nobody sets it.
+const DEFAULT_HEAD: Duration = Duration::from_secs(15);
+/// Silence of a call that ends it, if nobody sets it.
+const DEFAULT_IDLE: Duration = Duration::from_secs(3600);
 /// Attempts per call, the first one included.
 const MAX_ATTEMPTS: u32 = 3;
 /// Attempts over all hops: a chain of proxies must not multiply them.
@@ -51,8 +55,44 @@ pub struct Call {
     pub version: Option<String>,
     /// The request, normalised: path and query as its target, no Host, no hop-by-hop fields.
     pub request: Request<Body>,
-    /// How long the head of the answer may take, from now or from the last progress of the upload.
-    pub timeout: Duration,
+    /// How long it may take.
+    pub limits: Limits,
+}
+
+/// How long a call may take; `None` is without limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Until the head of the answer is there, from the end of the upload on.
+    pub head: Option<Duration>,
+    /// Until something moves again, in either direction.
+    pub idle: Option<Duration>,
+    /// Until the end of the answer.
+    pub total: Option<Duration>,
+}
+
+/// Limits as an operator sets them, for an upstream, a service or a route: what is left out is as usual.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitSettings {
+    /// Sets [`Limits::head`].
+    pub timeout: Option<Duration>,
+    /// Sets [`Limits::idle`].
+    pub idle_timeout: Option<Duration>,
+    /// Sets [`Limits::total`].
+    pub total_timeout: Option<Duration>,
+}
+
+impl LimitSettings {
+    /// The limits of one request. A gRPC caller that names a deadline gets it, unless the operator's is shorter; one that
+    /// names none has none, because its protocol has none.
+    pub fn of(&self, request: &HeaderMap) -> Limits {
+        let named = grpc_timeout(request);
+        let usual = if is_grpc(request) { None } else { Some(DEFAULT_HEAD) };
+        Limits {
+            head: [self.timeout, named].into_iter().flatten().min().or(usual),
+            idle: Some(self.idle_timeout.unwrap_or(DEFAULT_IDLE)),
+            total: [self.total_timeout, named].into_iter().flatten().min(),
+        }
+    }
 }
 
 /// Calls services. Cheap to clone; every clone shares connections and experience.
@@ -97,9 +137,9 @@ impl MeshClient {
         self.0.retries.load(Relaxed)
     }
 
-    /// Whether calls keep away from that peer for now.
-    pub fn is_ejected(&self, id: &NodeId) -> bool {
-        self.0.pool.is_ejected(id)
+    /// Whether calls keep away from that instance for now.
+    pub fn is_ejected(&self, id: &NodeId, service: &Name) -> bool {
+        self.0.pool.is_ejected(id, service)
     }
 
     /// The mesh as calls see it.
@@ -114,7 +154,7 @@ impl MeshClient {
 
     /// Makes a call. Dropping the future cancels it at the service's node too.
     pub async fn call(&self, call: Call) -> Result<Response<Guarded<Carried>>, CallError> {
-        let Call { service, version, request, timeout } = call;
+        let Call { service, version, request, limits } = call;
         let (mut parts, body) = request.into_parts();
         let earlier = attempts_so_far(&parts.headers);
         self.prepare(&mut parts)?;
@@ -122,20 +162,26 @@ impl MeshClient {
 
         let bodiless = http_body::Body::is_end_stream(&body);
         let source = (!bodiless).then(|| Source::new(body));
-        let started = Instant::now();
-        let mut tried: Vec<NodeId> = Vec::new();
+        let until = limits.total.map(|total| Instant::now() + total);
+        let due = Due::new(limits.head, until, source.as_ref());
+        let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle: limits.idle, until };
+        let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
+        let mut failed = None;
         loop {
-            let candidate = self.candidate(&service, version.as_deref(), &tried)?;
+            let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead) {
+                Ok(candidate) => candidate,
+                // What the last one said tells more than that there is no other.
+                Err(none_left) => return Err(failed.unwrap_or(none_left)),
+            };
             let attempt = tried.len() as u32 + 1;
             tried.push(candidate.instance.node);
             parts.headers.insert(headers::ATTEMPT, HeaderValue::from(earlier + attempt));
-            let timing = Timing { started, timeout };
-            let outcome = self.attempt(&candidate, &service, &mut parts, source.as_ref(), timing).await;
+            let outcome = self.attempt(&candidate, &mut parts, terms).await;
 
             let last = attempt >= MAX_ATTEMPTS || earlier + attempt >= MAX_TOTAL_ATTEMPTS;
             let may_repeat = |sent: Sent| {
                 !last
-                    && started.elapsed() < timeout
+                    && !due.is_over()
                     && (sent == Sent::No || parts.method.is_idempotent())
                     && source.as_ref().is_none_or(Source::can_replay)
                     && self.0.budget.spend()
@@ -146,7 +192,12 @@ impl MeshClient {
                     _ => return Ok(answer.response),
                 },
                 Err(error) if error.fault == Fault::Caller || !may_repeat(error.sent) => return Err(error),
-                Err(_) => {}
+                Err(error) => {
+                    if error.fault == Fault::Mesh {
+                        dead.push(candidate.instance.node);
+                    }
+                    failed = Some(error);
+                }
             }
             self.0.retries.fetch_add(1, Relaxed);
             if attempt > 1 {
@@ -180,7 +231,13 @@ impl MeshClient {
         Ok(())
     }
 
-    fn candidate(&self, service: &Name, version: Option<&str>, tried: &[NodeId]) -> Result<Candidate, CallError> {
+    fn candidate(
+        &self,
+        service: &Name,
+        version: Option<&str>,
+        tried: &[NodeId],
+        dead: &[NodeId],
+    ) -> Result<Candidate, CallError> {
         let snapshot = self.snapshot();
         let unavailable = |detail| {
             let status = StatusCode::SERVICE_UNAVAILABLE;
@@ -197,7 +254,7 @@ impl MeshClient {
         };
         let matching = instances.iter().filter(|i| version.is_none_or(|v| i.version == v)).cloned();
         let candidates = self.0.pool.candidates(matching);
-        pick(&candidates, &self.0.zone, tried, &mut rand::rng()).cloned().ok_or_else(|| match version {
+        pick(&candidates, &self.0.zone, tried, dead, &mut rand::rng()).cloned().ok_or_else(|| match version {
             Some(version) => unavailable(format!("no instance of {service} {version} is alive")),
             None => unavailable(format!("no instance of {service} is alive")),
         })

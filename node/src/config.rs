@@ -7,6 +7,8 @@ use starling_gossip::Profile;
 use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
 use toml::de::DeTable;
 
+use crate::LimitSettings;
+
 /// Everything that a node can be told.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -124,11 +126,25 @@ impl Default for AdminConfig {
 pub struct OutboundConfig {
     /// TCP address; `None` (in TOML: no way to say so) turns it off on edges.
     pub listen: Option<SocketAddr>,
+    /// Time to the head of an answer. Default 15 s; for gRPC what the caller says, or none.
+    #[serde(deserialize_with = "limit")]
+    pub timeout: Option<Duration>,
+    /// Silence that ends a call. Default 1 h.
+    #[serde(deserialize_with = "limit")]
+    pub idle_timeout: Option<Duration>,
+    /// Time to the end of an answer. Default: none.
+    #[serde(deserialize_with = "limit")]
+    pub total_timeout: Option<Duration>,
 }
 
 impl Default for OutboundConfig {
     fn default() -> Self {
-        Self { listen: Some(([127, 0, 0, 1], OUTBOUND_PORT).into()) }
+        Self {
+            listen: Some(([127, 0, 0, 1], OUTBOUND_PORT).into()),
+            timeout: None,
+            idle_timeout: None,
+            total_timeout: None,
+        }
     }
 }
 
@@ -155,6 +171,46 @@ pub struct ServiceConfig {
     /// Allows an address that is not loopback, which peers could reach without the mesh.
     #[serde(default)]
     pub allow_remote: bool,
+    /// Time to the head of an answer, if the caller does not wait shorter. Default: as the caller says.
+    #[serde(default, deserialize_with = "limit")]
+    pub timeout: Option<Duration>,
+    /// Silence that ends a call. Default: as the caller has it.
+    #[serde(default, deserialize_with = "limit")]
+    pub idle_timeout: Option<Duration>,
+    /// Time to the end of an answer. Default: none.
+    #[serde(default, deserialize_with = "limit")]
+    pub total_timeout: Option<Duration>,
+    /// How long a connection to the service is kept for the next call. Default 4 s: some servers close after 5.
+    #[serde(default = "keep_idle", deserialize_with = "duration")]
+    pub keep_idle: Duration,
+    /// Connections to the service at most; what comes beyond is refused at once. Default 1024.
+    #[serde(default = "max_connections")]
+    pub max_connections: usize,
+}
+
+impl ServiceConfig {
+    /// A service with everything else as usual.
+    pub fn new(name: Name, addr: SocketAddr) -> Self {
+        Self {
+            name,
+            addr,
+            protocol: CheckedProtocol::default(),
+            version: String::new(),
+            weight: normal_weight(),
+            health: None,
+            allow_remote: false,
+            timeout: None,
+            idle_timeout: None,
+            total_timeout: None,
+            keep_idle: keep_idle(),
+            max_connections: max_connections(),
+        }
+    }
+
+    /// Its limits of time.
+    pub fn limits(&self) -> LimitSettings {
+        LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
 }
 
 /// `health = { path = "/healthz", interval = "2s" }`
@@ -179,6 +235,35 @@ pub struct UpstreamConfig {
     /// How the application speaks; HTTP/1.1 and h2c are told apart by themselves.
     #[serde(default)]
     pub protocol: CheckedProtocol,
+    /// Time to the head of an answer. Default 15 s; for gRPC what the caller says, or none.
+    #[serde(default, deserialize_with = "limit")]
+    pub timeout: Option<Duration>,
+    /// Silence that ends a call. Default 1 h.
+    #[serde(default, deserialize_with = "limit")]
+    pub idle_timeout: Option<Duration>,
+    /// Time to the end of an answer. Default: none.
+    #[serde(default, deserialize_with = "limit")]
+    pub total_timeout: Option<Duration>,
+}
+
+impl UpstreamConfig {
+    /// A port with everything else as usual.
+    pub fn new(service: Name, listen: SocketAddr) -> Self {
+        let protocol = CheckedProtocol::default();
+        Self { service, listen, protocol, timeout: None, idle_timeout: None, total_timeout: None }
+    }
+
+    /// Its limits of time.
+    pub fn limits(&self) -> LimitSettings {
+        LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
+}
+
+impl OutboundConfig {
+    /// Its limits of time.
+    pub fn limits(&self) -> LimitSettings {
+        LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
 }
 
 /// A protocol of this version; others are refused with a plain word.
@@ -204,6 +289,23 @@ pub fn duration<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(d)?;
     humantime::parse_duration(&text)
         .map_err(|e| de::Error::custom(format!("{text:?} is not a duration like \"10s\": {e}")))
+}
+
+fn keep_idle() -> Duration {
+    Duration::from_secs(4)
+}
+
+fn max_connections() -> usize {
+    1024
+}
+
+/// A limit of time: a duration above zero.
+pub fn limit<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+    let limit = duration(d)?;
+    if limit.is_zero() {
+        return Err(de::Error::custom("nothing could be done in no time; leave it out for the default"));
+    }
+    Ok(Some(limit))
 }
 
 impl Config {

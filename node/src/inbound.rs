@@ -14,7 +14,7 @@ use std::{
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, request, uri};
 use starling_http::{
-    Body, Drain, Guard, Guarded, Problem, ProxyError, Source,
+    Body, Drain, Due, Guard, Guarded, Late, Problem, ProxyError, Source,
     h3::server,
     is_grpc,
     normal::{self, Origin, number},
@@ -29,10 +29,6 @@ use crate::{
     observe::metrics::Metrics,
 };
 
-/// Time for a call that came without a deadline.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
-/// Longest deadline that is believed; far beyond it, clocks overflow.
-const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Calls at once; beyond it they are refused at once, not queued.
 const MAX_IN_FLIGHT: usize = 10_000;
 
@@ -49,13 +45,18 @@ struct Services {
 
 impl Inbound {
     pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics) -> Self {
-        let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s.addr, s.protocol.0))).collect();
+        let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s))).collect();
         Self(Arc::new(Services { services, pseudonym, in_flight: AtomicUsize::new(0), metrics }))
     }
 
     /// Calls in flight.
     pub(crate) fn in_flight(&self) -> usize {
         self.0.in_flight.load(Relaxed)
+    }
+
+    /// Requests that were sent to services once more.
+    pub(crate) fn repeats(&self) -> u64 {
+        self.0.services.values().map(LocalService::repeated).sum()
     }
 
     /// Serves a connection of an authenticated peer.
@@ -115,10 +116,10 @@ impl Inbound {
             let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, "too many calls in flight");
             return Err((Some(service), problem.retry_after(Duration::from_secs(1))));
         }
-        let timeout = number(&parts.headers, headers::DEADLINE).map_or(DEFAULT_TIMEOUT, Duration::from_millis);
-        let timeout = timeout.min(MAX_TIMEOUT);
-        if timeout.is_zero() {
-            return Err((Some(service), too_late(timeout)));
+        let told = number(&parts.headers, headers::DEADLINE).map(Duration::from_millis);
+        let head = [told, local.limits().timeout].into_iter().flatten().min();
+        if head.is_some_and(|head| head.is_zero()) {
+            return Err((Some(service), too_late(Duration::ZERO)));
         }
         // What the local service reads: who called, and nothing else of ours.
         parts.headers.remove(headers::DEADLINE);
@@ -135,7 +136,7 @@ impl Inbound {
             .path_and_query(target)
             .build()
             .map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
-        Ok(Plan { service, local, parts, length: checked.length, timeout })
+        Ok(Plan { service, local, parts, length: checked.length, head })
     }
 }
 
@@ -153,25 +154,35 @@ struct Plan<'a> {
     parts: request::Parts,
     /// Of the body, if the head promises one.
     length: Option<u64>,
-    timeout: Duration,
+    /// Until the head of the answer.
+    head: Option<Duration>,
 }
 
 impl Plan<'_> {
     async fn carry_out(self, body: Body) -> Result<Response<Guarded<Place>>, (Sent, Problem)> {
-        let Self { local, parts, length, timeout, .. } = self;
+        let Self { local, parts, length, head, .. } = self;
         let method = parts.method.clone();
         let body = body.with_length(length);
         let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::new(body));
         let body = source.as_ref().map_or_else(Body::empty, Source::attempt);
+        let until = local.limits().total_timeout.map(|total| Instant::now() + total);
+        let due = Due::new(head, until, source.as_ref());
         let response = tokio::select! {
             biased;
             answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|e| (e.sent, e.problem))?,
-            () = starling_http::late(source.as_ref(), timeout) => return Err((Sent::Maybe, too_late(timeout))),
+            late = due.passed() => return Err((Sent::Maybe, match late {
+                Late::Answer => too_late(due.limit()),
+                Late::Upload => {
+                    let detail = "the rest of the request does not come";
+                    Problem::proxy(StatusCode::REQUEST_TIMEOUT, ProxyError::HttpRequestError, detail)
+                }
+            })),
         };
         let (mut head, body) = response.into_parts();
         let length =
             normal::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
-        Ok(Response::from_parts(head, body.with_length(length)))
+        let body = body.with_length(length).with_pace(local.limits().idle_timeout, until, source.as_ref());
+        Ok(Response::from_parts(head, body))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The doors for the local application: the outbound listener, which routes by host name, and a port for each upstream.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use http::{Request, Response, StatusCode};
 use starling_http::{
@@ -12,14 +12,12 @@ use starling_http::{
 use starling_protocol::{Name, service_of_host};
 use tokio::net::TcpListener;
 
-use crate::{Call, Carried, MeshClient, observe::metrics::Metrics};
+use crate::{Call, Carried, LimitSettings, MeshClient, observe::metrics::Metrics};
 
 /// The application is trusted with more than the internet.
 const LIMITS: Limits = Limits { max_streams: 1024, stream_window_bytes: 1 << 20 };
 /// Connections of the application to one door.
 const MAX_CONNECTIONS: usize = 10_000;
-/// Time for a call.
-pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// One door.
 #[derive(Clone)]
@@ -27,6 +25,7 @@ pub(crate) struct Door {
     pub(crate) client: MeshClient,
     /// The service that this door leads to; by host name if `None`.
     pub(crate) service: Option<Name>,
+    pub(crate) limits: LimitSettings,
     pub(crate) metrics: Metrics,
 }
 
@@ -77,8 +76,9 @@ impl Door {
         };
         // Only names that the mesh knows become labels of metrics.
         *called = self.client.snapshot().instances(&service).is_some().then(|| service.clone());
+        let limits = self.limits.of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
-        let call = Call { service, version: None, request, timeout: DEFAULT_TIMEOUT };
+        let call = Call { service, version: None, request, limits };
         Ok(self.client.call(call).await?)
     }
 }

@@ -43,7 +43,7 @@ use crate::{
 pub use self::error::StartError;
 pub(crate) use self::life::keep_peers;
 use self::{
-    addresses::{Bound, MESH_PORT, tokio_listener},
+    addresses::{Bound, DoorFrame, MESH_PORT, tokio_listener},
     establish::{Established, establish_identity},
     life::{announcement, next_generation, remembered_peers, zone_of},
     reception::Reception,
@@ -172,7 +172,7 @@ impl Node {
             kind,
             listen,
             advertise,
-            outbound: doors.iter().find(|(service, _)| service.is_none()).and_then(|(_, l)| l.local_addr().ok()),
+            outbound: doors.iter().find(|door| door.service.is_none()).and_then(|door| door.listener.local_addr().ok()),
             started: Instant::now(),
             met_somebody: AtomicBool::new(false),
             seeds: watch::Sender::new(config.node.seeds.clone()),
@@ -198,8 +198,8 @@ impl Node {
         let (socket, subject) = (state.path().join("admin.sock"), running.clone());
         tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
 
-        for (service, listener) in doors {
-            let door = Door { client: client.clone(), service, metrics: metrics.clone() };
+        for DoorFrame { service, limits, listener } in doors {
+            let door = Door { client: client.clone(), service, limits, metrics: metrics.clone() };
             let of = drain.clone();
             worker.handle.spawn(async move {
                 match tokio_listener(listener) {

@@ -110,15 +110,8 @@ pub(crate) fn read_file(path: &std::path::Path) -> Result<String, Failure> {
 pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
     let (name, rest) = text.split_once('=').ok_or("use NAME=IP:PORT[,version=V][,protocol=http1|h2c]")?;
     let mut parts = rest.split(',');
-    let mut service = ServiceConfig {
-        name: name.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?,
-        addr: parse_addr(parts.next().unwrap_or_default())?,
-        protocol: CheckedProtocol::default(),
-        version: String::new(),
-        weight: 100,
-        health: None,
-        allow_remote: false,
-    };
+    let name = name.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?;
+    let mut service = ServiceConfig::new(name, parse_addr(parts.next().unwrap_or_default())?);
     for part in parts {
         match part.split_once('=') {
             Some(("version", version)) => service.version = version.to_string(),
@@ -132,11 +125,8 @@ pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
 /// `SERVICE=IP:PORT`
 pub(crate) fn parse_upstream(text: &str) -> Result<UpstreamConfig, String> {
     let (service, addr) = text.split_once('=').ok_or("use SERVICE=IP:PORT")?;
-    Ok(UpstreamConfig {
-        service: service.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?,
-        listen: parse_addr(addr)?,
-        protocol: CheckedProtocol::default(),
-    })
+    let service = service.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?;
+    Ok(UpstreamConfig::new(service, parse_addr(addr)?))
 }
 
 fn parse_addr(text: &str) -> Result<SocketAddr, String> {

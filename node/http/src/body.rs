@@ -1,9 +1,10 @@
 //! Message bodies, whatever protocol they come from and go to.
 
 use std::{
+    future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use http::{HeaderMap, Method, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 
 use crate::{
-    Problem, ProxyError,
+    Problem, ProxyError, Source,
     h3::{Receiver, UploadBody},
     normal,
     replay::Replay,
@@ -43,6 +44,18 @@ pub struct Body {
     peeked: Option<Box<Result<Frame<Bytes>, BodyError>>>,
     /// What Content-Length promised and how much of it is still to come.
     length: Option<Length>,
+    pace: Option<Box<Pace>>,
+}
+
+/// How long a body may be silent, and how long it may take.
+struct Pace {
+    idle: Option<Duration>,
+    until: Option<Instant>,
+    /// What the other direction does is no silence either.
+    upload: Option<Source>,
+    /// Since when nothing came.
+    since: Instant,
+    timer: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 enum Kind {
@@ -77,6 +90,16 @@ impl Body {
     /// Holds the body to a length: more or fewer bytes become an error (RFC 9110 §8.6).
     pub fn with_length(mut self, promised: Option<u64>) -> Self {
         self.length = promised.map(|promised| Length { promised, seen: 0 });
+        self
+    }
+
+    /// Lets the body break off when nothing has moved for `idle`, neither of it nor of the `upload` that it answers, and when
+    /// it has not ended by `until`.
+    pub fn with_pace(mut self, idle: Option<Duration>, until: Option<Instant>, upload: Option<&Source>) -> Self {
+        if (idle.is_some() || until.is_some()) && !self.is_end_stream() {
+            self.pace =
+                Some(Box::new(Pace { idle, until, upload: upload.cloned(), since: Instant::now(), timer: None }));
+        }
         self
     }
 
@@ -136,6 +159,28 @@ impl Body {
     }
 }
 
+impl Pace {
+    /// Resolves when the body has taken too long.
+    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        loop {
+            let moved = self.upload.as_ref().map_or(self.since, |upload| self.since.max(upload.moved()));
+            let silent = self.idle.map(|idle| moved + idle);
+            let Some(due) = [silent, self.until].into_iter().flatten().min() else { return Poll::Pending };
+            let now = Instant::now();
+            if due <= now {
+                let over =
+                    if self.until.is_some_and(|until| until <= now) { "it took too long" } else { "it fell silent" };
+                return Poll::Ready(BodyError::Broken(over.into()));
+            }
+            let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due.into())));
+            if timer.deadline() != due.into() {
+                timer.as_mut().reset(due.into());
+            }
+            ready!(timer.as_mut().poll(cx));
+        }
+    }
+}
+
 impl http_body::Body for Body {
     type Data = Bytes;
     type Error = BodyError;
@@ -143,7 +188,16 @@ impl http_body::Body for Body {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match self.peeked.take() {
             Some(frame) => Some(*frame),
-            None => ready!(self.poll_kind(cx)),
+            None => match (self.poll_kind(cx), &mut self.pace) {
+                (Poll::Ready(frame), pace) => {
+                    if let Some(pace) = pace {
+                        pace.since = Instant::now();
+                    }
+                    frame
+                }
+                (Poll::Pending, None) => return Poll::Pending,
+                (Poll::Pending, Some(pace)) => Some(Err(ready!(pace.poll_over(cx)))),
+            },
         };
         Poll::Ready(match frame {
             Some(Ok(frame)) => Some(match frame.into_data() {
@@ -221,7 +275,7 @@ fn reason(error: &hyper::Error) -> String {
 
 impl From<Kind> for Body {
     fn from(kind: Kind) -> Self {
-        Self { kind, peeked: None, length: None }
+        Self { kind, peeked: None, length: None, pace: None }
     }
 }
 

@@ -3,12 +3,13 @@
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
 
-use crate::{Body, BodyError};
+use crate::{Body, BodyError, Source};
 
 /// What a body keeps alive: a count, a connection, an entry of a log. Dropped when the body has ended or is dropped itself.
 pub trait Guard: Send + Unpin + 'static {
@@ -54,6 +55,13 @@ impl<G: Guard> Guarded<G> {
     pub fn with_length(mut self, promised: Option<u64>) -> Self {
         let body = std::mem::replace(&mut self.body, Body::empty());
         self.body = body.with_length(promised);
+        self
+    }
+
+    /// Gives the body limits of time, as [`Body::with_pace`] does.
+    pub fn with_pace(mut self, idle: Option<Duration>, until: Option<Instant>, upload: Option<&Source>) -> Self {
+        let body = std::mem::replace(&mut self.body, Body::empty());
+        self.body = body.with_pace(idle, until, upload);
         self
     }
 }

@@ -106,3 +106,15 @@ where
         tracing::debug!(%error, "connection");
     }
 }
+
+/// Whether an HTTP/2 server says of a request that it did nothing about it (RFC 9113 §8.7).
+pub fn was_refused(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        if let Some(h2) = error.downcast_ref::<h2::Error>() {
+            return h2.reason() == Some(h2::Reason::REFUSED_STREAM) && h2.is_reset();
+        }
+        source = error.source();
+    }
+    false
+}

@@ -16,9 +16,10 @@ pub mod h3;
 pub mod normal;
 
 pub use body::{Body, BodyError};
-pub use deadline::late;
+pub use deadline::{Due, Late};
 pub use drain::Drain;
 pub use guarded::{Guard, Guarded};
-pub use problem::{Problem, ProxyError, is_grpc, pseudonym};
+pub use h1h2::was_refused;
+pub use problem::{Problem, ProxyError, grpc_timeout, is_grpc, pseudonym};
 pub use replay::Source;
 pub use transport::{Datagrams, Transport};

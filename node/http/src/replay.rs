@@ -31,8 +31,24 @@ struct Progress {
     kept_bytes: usize,
     ended: bool,
     broken: bool,
-    /// When the body last moved: an upload that makes progress is not late.
-    last_read: Instant,
+    /// When the body last moved, and how many bytes it had then.
+    moved: Instant,
+    bytes: u64,
+    /// Somebody waits for more of it.
+    starved: bool,
+    /// Of the attempt that may read it: a former one, which perhaps still runs somewhere, must not take the bytes away.
+    attempt: u32,
+}
+
+/// How far an upload has come.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UploadProgress {
+    /// When it last moved.
+    pub(crate) moved: Instant,
+    pub(crate) bytes: u64,
+    pub(crate) ended: bool,
+    /// The caller is waited for.
+    pub(crate) starved: bool,
 }
 
 impl Source {
@@ -44,17 +60,21 @@ impl Source {
             kept_bytes: 0,
             ended: false,
             broken: false,
-            last_read: Instant::now(),
+            moved: Instant::now(),
+            bytes: 0,
+            starved: false,
+            attempt: 0,
         })))
     }
 
-    /// The body for one attempt, from its start. Only one may be read at a time.
+    /// The body for one attempt, from its start. Former attempts read no more.
     pub fn attempt(&self) -> Body {
-        let hint = {
-            let shared = self.lock();
-            if shared.kept_bytes == 0 { shared.rest.size_hint().exact() } else { None }
+        let (hint, attempt) = {
+            let mut shared = self.lock();
+            shared.attempt += 1;
+            (if shared.kept_bytes == 0 { shared.rest.size_hint().exact() } else { None }, shared.attempt)
         };
-        Body::replay(Replay { source: self.clone(), next: 0, hint })
+        Body::replay(Replay { source: self.clone(), attempt, next: 0, hint })
     }
 
     /// Whether another attempt would see the whole body.
@@ -68,10 +88,21 @@ impl Source {
         self.lock().broken
     }
 
-    /// When the upload last made progress; `None` once it is complete.
-    pub fn uploading_since(&self) -> Option<Instant> {
+    /// How far it has come.
+    pub(crate) fn progress(&self) -> UploadProgress {
         let shared = self.lock();
-        (!shared.ended).then_some(shared.last_read)
+        let ended = shared.ended || shared.rest.is_end_stream();
+        UploadProgress { moved: shared.moved, bytes: shared.bytes, ended, starved: shared.starved }
+    }
+
+    /// When the body last moved, if it ever did: its end, once that has come.
+    pub fn moved(&self) -> Instant {
+        self.lock().moved
+    }
+
+    #[cfg(test)]
+    pub(crate) fn move_for_test(&self, later: std::time::Duration) {
+        self.lock().moved += later;
     }
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
@@ -82,6 +113,7 @@ impl Source {
 /// One attempt's view of the body: what was kept, then the rest.
 pub(crate) struct Replay {
     source: Source,
+    attempt: u32,
     next: usize,
     hint: Option<u64>,
 }
@@ -89,6 +121,9 @@ pub(crate) struct Replay {
 impl Replay {
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let mut shared = self.source.lock();
+        if shared.attempt != self.attempt {
+            return Poll::Ready(Some(Err(BodyError::Broken("another attempt has begun".into()))));
+        }
         if let Some(chunk) = shared.kept.as_ref().and_then(|kept| kept.get(self.next)) {
             self.next += 1;
             return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
@@ -99,11 +134,14 @@ impl Replay {
         if shared.ended {
             return Poll::Ready(None);
         }
-        let frame = ready!(Pin::new(&mut shared.rest).poll_frame(cx));
-        shared.last_read = Instant::now();
+        let polled = Pin::new(&mut shared.rest).poll_frame(cx);
+        shared.starved = polled.is_pending();
+        let frame = ready!(polled);
+        shared.moved = Instant::now();
         match &frame {
             Some(Ok(frame)) => match frame.data_ref() {
                 Some(data) => {
+                    shared.bytes += data.len() as u64;
                     shared.kept_bytes += data.len() + CHUNK_BYTES;
                     if shared.kept_bytes > KEEP_BYTES {
                         shared.kept = None;
@@ -139,7 +177,11 @@ impl Replay {
 impl Drop for Replay {
     fn drop(&mut self) {
         // An attempt that ends while it waits for data leaves nobody waiting.
-        self.source.lock().rest.pause();
+        let mut shared = self.source.lock();
+        if shared.attempt == self.attempt {
+            shared.starved = false;
+            shared.rest.pause();
+        }
     }
 }
 

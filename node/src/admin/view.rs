@@ -81,7 +81,7 @@ pub(crate) fn services(snapshot: &Snapshot, client: &MeshClient) -> Vec<admin::S
                 zone: record.zone.clone(),
                 status: status_of(member),
                 state: service.state,
-                ejected: client.is_ejected(&member.id),
+                ejected: client.is_ejected(&member.id, &service.name),
             };
             match services.iter_mut().find(|s| s.name == service.name && s.version == service.version) {
                 Some(known) => known.instances.push(instance),

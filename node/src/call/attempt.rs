@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 use http::{HeaderValue, Response, StatusCode, request};
 use starling_gossip::Instance;
 use starling_http::{
-    Body, Guard, Guarded, ProxyError, Source,
+    Body, Due, Guard, Guarded, Late, ProxyError, Source, grpc_timeout,
     h3::{
         Broken, Code,
         client::{self, Head, RequestError},
     },
-    late,
     normal::{self, Origin, number},
 };
 use starling_protocol::{Name, headers};
@@ -22,63 +21,81 @@ use super::{
     connect::Connection,
 };
 
+/// What all attempts of a call have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Terms<'a> {
+    pub(super) service: &'a Name,
+    pub(super) source: Option<&'a Source>,
+    pub(super) due: &'a Due,
+    pub(super) idle: Option<Duration>,
+    pub(super) until: Option<Instant>,
+}
+
 impl MeshClient {
     pub(super) async fn attempt(
         &self,
         candidate: &Candidate,
-        service: &Name,
         parts: &mut request::Parts,
-        source: Option<&Source>,
-        timing: Timing,
+        terms: Terms<'_>,
     ) -> Result<Attempted, CallError> {
-        let Candidate { instance, load } = candidate;
-        let connection = self.0.pool.connection(instance).await.map_err(|e| {
-            CallError::new(
-                Fault::Mesh,
-                Sent::No,
-                StatusCode::SERVICE_UNAVAILABLE,
-                ProxyError::DestinationUnavailable,
-                format!("node {} of {service} cannot be reached: {e}", instance.node_name),
-            )
-        })?;
-        let pending = load.begin();
+        let Terms { service, source, due, idle, until } = terms;
+        let Candidate { instance, experience, .. } = candidate;
+        let unreached = |why: String| {
+            let detail = format!("node {} of {service} cannot be reached: {why}", instance.node_name);
+            let (status, error) = (StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable);
+            CallError::new(Fault::Mesh, Sent::No, status, error, detail)
+        };
+        let connection = tokio::select! {
+            biased;
+            connection = self.0.pool.connection(instance) => connection.map_err(|e| unreached(e.to_string()))?,
+            late = due.passed() => return Err(too_late(late, due, Sent::No)),
+        };
+        let pending = candidate.begin();
         connection.wake_watch();
         let begun = Instant::now();
-        parts.headers.insert(headers::DEADLINE, HeaderValue::from(timing.left().as_millis() as u64));
-        let client::Answer { mut head, body, upload } =
-            match exchange(&connection, instance, service, parts, source, timing).await {
-                Ok(answer) => answer,
-                Err(_) if source.is_some_and(Source::is_broken) => {
-                    let (status, error) = (StatusCode::BAD_REQUEST, ProxyError::HttpRequestError);
-                    let detail = "the request body broke off";
-                    return Err(CallError::new(Fault::Caller, Sent::Maybe, status, error, detail));
+        tell_deadline(parts, due);
+        let outcome = exchange(&connection, instance, parts, terms).await;
+        // A slow upload is nobody's latency but the caller's.
+        let latency = source.map_or(begun, |source| source.moved().max(begun)).elapsed();
+        let client::Answer { mut head, body, upload } = match outcome {
+            Ok(answer) => answer,
+            Err(_) if source.is_some_and(Source::is_broken) => {
+                let (status, error) = (StatusCode::BAD_REQUEST, ProxyError::HttpRequestError);
+                let detail = "the request body broke off";
+                return Err(CallError::new(Fault::Caller, Sent::Maybe, status, error, detail));
+            }
+            Err(error) => {
+                // That a connection went, or is going, says nothing about the service behind it.
+                if error.fault == Fault::Service {
+                    experience.answered(latency, true);
                 }
-                Err(error) => {
-                    match error.error {
-                        ProxyError::HttpResponseTimeout => load.answered(timing.timeout, true),
-                        _ => load.answered(begun.elapsed(), error.fault != Fault::Caller),
-                    }
-                    return Err(error);
-                }
-            };
+                return Err(error);
+            }
+        };
         let failed = head.status.is_server_error() || head.status == StatusCode::TOO_MANY_REQUESTS;
-        load.answered(begun.elapsed(), failed);
+        experience.answered(latency, failed);
         let length = normal::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
             let error = ProxyError::HttpProtocolError;
             CallError::new(Fault::Service, Sent::Maybe, StatusCode::BAD_GATEWAY, error, m.reason)
         })?;
         if let Some(told) = number(&head.headers, headers::LOAD) {
-            load.told(told);
+            experience.told(told);
         }
         // Only a node sets this field, on answers of its own making: the service's word is never taken for it.
-        let unanswered = head.headers.remove(headers::SENT).map(|v| if v == "no" { Sent::No } else { Sent::Maybe });
+        let sent = head.headers.remove(headers::SENT).map(|v| if v == "no" { Sent::No } else { Sent::Maybe });
+        // What is wrong with the request itself is wrong everywhere.
+        let elsewhere = head.status.is_server_error() || head.status == StatusCode::NOT_FOUND;
+        let unanswered = sent.filter(|_| elsewhere);
         head.headers.remove(headers::LOAD);
         head.version = http::Version::HTTP_11;
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
         let is_trailers_only =
             starling_http::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status");
-        let body = if is_trailers_only { Body::empty() } else { body.with_length(length) };
+        let body = match is_trailers_only {
+            true => Body::empty(),
+            false => body.with_length(length).with_pace(idle, until, source),
+        };
         let carried = Carried { _pending: pending, _connection: connection, _upload: upload };
         Ok(Attempted { response: Response::from_parts(head, Guarded::new(body, carried)), unanswered })
     }
@@ -99,15 +116,34 @@ pub(super) struct Attempted {
     pub(super) unanswered: Option<Sent>,
 }
 
-#[derive(Clone, Copy)]
-pub(super) struct Timing {
-    pub(super) started: Instant,
-    pub(super) timeout: Duration,
+/// Tells the node how long it is waited for, and the service, too, if it understands that.
+fn tell_deadline(parts: &mut request::Parts, due: &Due) {
+    let Some(left) = due.left() else { return drop(parts.headers.remove(headers::DEADLINE)) };
+    let left_ms = left.as_millis() as u64;
+    parts.headers.insert(headers::DEADLINE, HeaderValue::from(left_ms));
+    if grpc_timeout(&parts.headers).is_some() {
+        // Eight digits at most, says the protocol.
+        let value = if left_ms < 100_000_000 { format!("{left_ms}m") } else { format!("{}S", left_ms / 1000) };
+        parts.headers.insert("grpc-timeout", HeaderValue::from_str(&value).expect("digits and a letter"));
+    }
 }
 
-impl Timing {
-    fn left(&self) -> Duration {
-        self.timeout.saturating_sub(self.started.elapsed())
+fn too_late(late: Late, due: &Due, sent: Sent) -> CallError {
+    match late {
+        Late::Answer => CallError::new(
+            Fault::Service,
+            sent,
+            StatusCode::GATEWAY_TIMEOUT,
+            ProxyError::HttpResponseTimeout,
+            format!("no answer within {} ms", due.limit().as_millis()),
+        ),
+        Late::Upload => CallError::new(
+            Fault::Caller,
+            sent,
+            StatusCode::REQUEST_TIMEOUT,
+            ProxyError::HttpRequestError,
+            "the rest of the request does not come",
+        ),
     }
 }
 
@@ -115,31 +151,26 @@ impl Timing {
 async fn exchange(
     connection: &Connection,
     instance: &Instance,
-    service: &Name,
     parts: &request::Parts,
-    source: Option<&Source>,
-    timing: Timing,
+    terms: Terms<'_>,
 ) -> Result<client::Answer, CallError> {
     let node = &instance.node_name;
-    let authority = service.service_host();
+    let authority = terms.service.service_host();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let head = Head { method: &parts.method, authority: &authority, path, fields: &parts.headers };
     tokio::select! {
         biased;
-        answered = connection.client().send(head, source.map(Source::attempt)) => {
+        answered = connection.client().send(head, terms.source.map(Source::attempt)) => {
             answered.map_err(|error| fault_of(&error, connection, node))
         }
-        () = connection.silent() => {
-            Err(CallError::terminated(Sent::Maybe, format!("node {node} does not answer any more")))
-        }
-        () = late(source, timing.left()) => Err(CallError::new(
-            Fault::Service,
-            Sent::Maybe,
-            StatusCode::GATEWAY_TIMEOUT,
-            ProxyError::HttpResponseTimeout,
-            format!("no answer within {} ms", timing.timeout.as_millis()),
-        )),
+        () = connection.silent() => Err(lost(Sent::Maybe, format!("node {node} does not answer any more"))),
+        late = terms.due.passed() => Err(too_late(late, terms.due, Sent::Maybe)),
     }
+}
+
+/// The connection went. Whether the node is reached at all, the next dial finds out.
+fn lost(sent: Sent, detail: String) -> CallError {
+    CallError { fault: Fault::Connection, ..CallError::terminated(sent, detail) }
 }
 
 fn fault_of(error: &RequestError, connection: &Connection, node: &Name) -> CallError {
@@ -153,7 +184,7 @@ fn fault_of(error: &RequestError, connection: &Connection, node: &Name) -> CallE
         ),
         RequestError::Broken(Broken::Reset(code)) if *code == Code::H3_REQUEST_REJECTED => {
             connection.retire();
-            CallError::terminated(Sent::No, format!("node {node} is going away"))
+            lost(Sent::No, format!("node {node} is going away"))
         }
         RequestError::Broken(Broken::Reset(code)) => {
             CallError::terminated(Sent::Maybe, format!("node {node} broke the call off ({code})"))
@@ -167,11 +198,11 @@ fn fault_of(error: &RequestError, connection: &Connection, node: &Name) -> CallE
         ),
         RequestError::Broken(Broken::Lost(error)) => {
             connection.retire();
-            CallError::terminated(Sent::Maybe, format!("connection to node {node}: {error}"))
+            lost(Sent::Maybe, format!("connection to node {node}: {error}"))
         }
         RequestError::NotSent(error) => {
             connection.retire();
-            CallError::terminated(Sent::No, format!("connection to node {node}: {error}"))
+            lost(Sent::No, format!("connection to node {node}: {error}"))
         }
         RequestError::Body => CallError::terminated(Sent::Maybe, "the request body broke off"),
     }

@@ -8,7 +8,7 @@ const BUDGET_PER_SECOND: u64 = 10_000;
 const BUDGET_MAX: u64 = 100_000;
 
 /// Retries are bounded by what succeeds: a fifth of the calls, and ten a second for quiet times.
-pub(super) struct RetryBudget(Mutex<Budget>);
+pub(crate) struct RetryBudget(Mutex<Budget>);
 
 struct Budget {
     /// In thousandths of a retry.
@@ -23,12 +23,12 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    pub(super) fn earn(&self) {
+    pub(crate) fn earn(&self) {
         let mut budget = self.lock();
         budget.balance = (budget.balance + BUDGET_PER_CALL).min(BUDGET_MAX);
     }
 
-    pub(super) fn spend(&self) -> bool {
+    pub(crate) fn spend(&self) -> bool {
         let mut budget = self.lock();
         let elapsed = budget.refilled.elapsed();
         budget.refilled = Instant::now();

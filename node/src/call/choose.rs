@@ -4,6 +4,6 @@ mod experience;
 mod pick;
 
 pub(crate) use self::{
-    experience::{PeerLoad, PendingCall},
+    experience::{Experience, PendingCall, Reach},
     pick::{Candidate, pick},
 };

@@ -10,8 +10,10 @@ use starling_http::{Problem, ProxyError};
 pub enum Fault {
     /// The caller asked for something impossible, or went away.
     Caller,
-    /// The mesh could not carry it.
+    /// No connection came about.
     Mesh,
+    /// The connection broke, or its other end is going away.
+    Connection,
     /// The service failed.
     Service,
 }

@@ -26,19 +26,20 @@ pub(crate) fn spawn(services: &[ServiceConfig], gossip: &GossipHandle) {
 }
 
 async fn run(service: ServiceConfig, health: HealthConfig, gossip: GossipHandle) {
-    let local = LocalService::new(service.addr, service.protocol.0);
+    let local = LocalService::new(&service);
     let target: Uri = match format!("http://{}{}", service.name.service_host(), health.path).parse() {
         Ok(target) => target,
         Err(error) => return tracing::error!(service = %service.name, %error, "health check path"),
     };
-    let mut failures = 0;
-    let mut state = ServiceState::Up;
+    // Nobody knows yet: it was announced as unhealthy, and the first check decides.
+    let mut failures = FAILURES;
+    let mut state = ServiceState::Unhealthy;
     loop {
         let mut request = Request::new(Body::empty());
         *request.uri_mut() = target.clone();
         let answer = tokio::time::timeout(CHECK_TIMEOUT, local.send(request)).await;
         let good = matches!(answer, Ok(Ok(response)) if !response.status().is_server_error());
-        failures = if good { 0 } else { failures + 1 };
+        failures = if good { 0 } else { failures.saturating_add(1) };
         let now = if failures >= FAILURES { ServiceState::Unhealthy } else { ServiceState::Up };
         if now != state && (good || now == ServiceState::Unhealthy) {
             state = now;

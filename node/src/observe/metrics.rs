@@ -1,6 +1,7 @@
 //! What `/metrics` tells, in OpenMetrics text.
 
 use std::{
+    collections::HashMap,
     fmt::Write as _,
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::Duration,
@@ -78,16 +79,34 @@ struct Families {
     panicking: Gauge,
     /// 1 if the last reload was taken.
     reload: Gauge,
-    /// Handles by label, newest first: a call looks through a few entries instead of hashing strings.
-    cache: Mutex<Vec<Cached>>,
+    repeats: Counter,
+    /// Handles by service: whoever counts a call makes no label. Methods and statuses are few, whatever strangers send.
+    series: Mutex<HashMap<String, Vec<Series>>>,
 }
 
-struct Cached {
+struct Series {
     server: bool,
-    service: String,
-    method: Method,
-    status: StatusCode,
+    method: &'static str,
+    status: u16,
     histogram: Histogram,
+}
+
+/// Stands for what is not counted by name.
+const OTHER: &str = "_OTHER";
+/// Services that are counted by name; a mesh has fewer, but names come and go.
+const MAX_SERVICES: usize = 4096;
+
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        Method::PATCH => "PATCH",
+        _ => OTHER,
+    }
 }
 
 impl Metrics {
@@ -108,6 +127,9 @@ impl Metrics {
         );
         let retries = Counter::<u64, AtomicU64>::default();
         registry.register("starling_retries", "Attempts beyond a call's first", retries.clone());
+        let repeats = Counter::<u64, AtomicU64>::default();
+        let help = "Requests sent to a service once more, because a kept connection was closed";
+        registry.register("starling_service_repeats", help, repeats.clone());
         let refused = Family::<RefusedLabels, Counter>::default();
         registry.register("starling_gossip_refused", "Gossip refused or dropped, by what and why", refused.clone());
         let of_members = Family::<MemberLabels, Counter>::default();
@@ -143,7 +165,8 @@ impl Metrics {
             backlog,
             panicking,
             reload,
-            cache: Mutex::default(),
+            repeats,
+            series: Mutex::default(),
         }))
     }
 
@@ -161,30 +184,34 @@ impl Metrics {
     }
 
     fn observe(&self, server: bool, service: &str, method: &Method, status: StatusCode, took: Duration) {
-        /// Bounds the memory that a caller can make us use with strange statuses.
-        const MAX_CACHED: usize = 1024;
-        let mut cache = self.0.cache.lock().unwrap_or_else(|e| e.into_inner());
-        let found = cache
-            .iter()
-            .find(|c| c.server == server && c.status == status && c.method == *method && c.service == service);
-        if let Some(cached) = found {
-            cached.histogram.observe(took.as_secs_f64());
-            return;
+        let method = method_label(method);
+        // One that nobody has registered means what the first of its class does (RFC 9110 §15).
+        let status = match status.canonical_reason() {
+            Some(_) => status.as_u16(),
+            None => status.as_u16() / 100 * 100,
+        };
+        let mut series = self.0.series.lock().unwrap_or_else(|e| e.into_inner());
+        let service = match series.contains_key(service) || series.len() < MAX_SERVICES {
+            true => service,
+            false => OTHER,
+        };
+        let of_service = match series.get_mut(service) {
+            Some(known) => known,
+            None => series.entry(service.to_string()).or_default(),
+        };
+        let known = of_service.iter().find(|s| s.server == server && s.status == status && s.method == method);
+        if let Some(known) = known {
+            return known.histogram.observe(took.as_secs_f64());
         }
-        if cache.len() >= MAX_CACHED {
-            return;
-        }
-        let known =
-            [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS, Method::PATCH];
         let labels = CallLabels {
             service: service.to_string(),
-            http_request_method: if known.contains(method) { method.to_string() } else { "_OTHER".into() },
-            http_response_status_code: status.as_u16(),
+            http_request_method: method.into(),
+            http_response_status_code: status,
         };
         let family = if server { &self.0.server } else { &self.0.client };
         let histogram = family.get_or_create(&labels).clone();
         histogram.observe(took.as_secs_f64());
-        cache.push(Cached { server, service: service.to_string(), method: method.clone(), status, histogram });
+        of_service.push(Series { server, method, status, histogram });
     }
 
     /// Everything, as text, with the gauges brought up to date.
@@ -192,6 +219,7 @@ impl Metrics {
         &self,
         snapshot: &Snapshot,
         client: &MeshClient,
+        repeats: u64,
         gossip: &GossipFigures,
         cert_left: i64,
     ) -> String {
@@ -203,6 +231,7 @@ impl Metrics {
         shared.cert_expiry.set(cert_left);
         shared.in_flight.set(client.in_flight() as i64);
         catch_up(&shared.retries, client.retries());
+        catch_up(&shared.repeats, repeats);
         let counters = &gossip.counters;
         for (what, reason, total) in [
             ("packet", "invalid", counters.packets_refused),
@@ -246,4 +275,23 @@ impl Metrics {
 
 fn catch_up(counter: &Counter, total: u64) {
     counter.inc_by(total.saturating_sub(counter.get()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_make_no_series() {
+        let metrics = Metrics::new();
+        for i in 0..2000u32 {
+            let method = Method::from_bytes(format!("M{i}").as_bytes()).unwrap();
+            let status = StatusCode::from_u16(600 + (i % 400) as u16).unwrap();
+            metrics.client_call("orders", &method, status, Duration::ZERO);
+        }
+        metrics.client_call("late", &Method::GET, StatusCode::OK, Duration::ZERO);
+        let series = metrics.0.series.lock().unwrap();
+        assert_eq!(series["orders"].len(), 4, "one for each class of statuses");
+        assert_eq!(series["late"].len(), 1, "and nobody is blind for what comes later");
+    }
 }

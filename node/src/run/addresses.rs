@@ -9,7 +9,7 @@ use starling_protocol::Name;
 use tokio::net::TcpListener;
 
 use super::StartError;
-use crate::{config::Config, port::reuseport};
+use crate::{LimitSettings, config::Config, port::reuseport};
 
 /// What the mesh port is called where it cannot be had.
 pub(super) const MESH_PORT: &str = "the mesh port (UDP)";
@@ -23,8 +23,15 @@ pub(super) struct Bound {
     pub(super) control_socket: UdpSocket,
     pub(super) worker_socket: UdpSocket,
     pub(super) admin_listener: std::net::TcpListener,
-    /// The application's doors: the service that each leads to, or by host name.
-    pub(super) doors: Vec<(Option<Name>, std::net::TcpListener)>,
+    pub(super) doors: Vec<DoorFrame>,
+}
+
+/// A door for the application, not open yet.
+pub(super) struct DoorFrame {
+    /// The service that it leads to; by host name if `None`.
+    pub(super) service: Option<Name>,
+    pub(super) limits: LimitSettings,
+    pub(super) listener: std::net::TcpListener,
 }
 
 impl Bound {
@@ -40,10 +47,12 @@ impl Bound {
         let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
         let mut doors = Vec::new();
         if let Some(addr) = config.outbound.listen {
-            doors.push((None, bind_tcp("the outbound port", addr)?));
+            let listener = bind_tcp("the outbound port", addr)?;
+            doors.push(DoorFrame { service: None, limits: config.outbound.limits(), listener });
         }
         for upstream in &config.upstream {
-            doors.push((Some(upstream.service.clone()), bind_tcp("an upstream port", upstream.listen)?));
+            let listener = bind_tcp("an upstream port", upstream.listen)?;
+            doors.push(DoorFrame { service: Some(upstream.service.clone()), limits: upstream.limits(), listener });
         }
         let advertise = advertised(config, listen);
         Ok(Self { listen, advertise, control_socket, worker_socket, admin_listener, doors })

@@ -69,7 +69,8 @@ pub(super) fn announcement(
                 version: s.version.clone(),
                 protocol: s.protocol.0,
                 weight: s.weight,
-                state: ServiceState::Up,
+                // Until its first check says otherwise.
+                state: if s.health.is_some() { ServiceState::Unhealthy } else { ServiceState::Up },
             })
             .collect(),
         phase: Phase::Up,

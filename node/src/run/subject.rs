@@ -103,7 +103,7 @@ impl Subject for Running {
                 .map(|d| (admin::name_of(&snapshot, &d.id), d.refused))
                 .collect(),
         };
-        self.metrics.text(&snapshot, &self.client, &figures, left)
+        self.metrics.text(&snapshot, &self.client, self.inbound.repeats(), &figures, left)
     }
 
     async fn members(&self, detailed: bool) -> Vec<json::Member> {

@@ -1,133 +1,306 @@
-//! This node's own experience with a peer: latency, failures in a row, ejection.
+//! What this node has lived through with peers and with the instances behind them.
+//!
+//! A peer is reached or not, whatever it serves; everything else (latency, failures) is an instance's own, so that one service
+//! never pays for its neighbour. Whatever is held against anybody fades with time alone: a penalty that only traffic could
+//! lift, and that keeps traffic away, would never end.
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
 
-/// Weight of the past: after this long, an old sample counts for about a third.
-const DECAY: Duration = Duration::from_secs(10);
-/// What a node is taken for before it has answered anything.
-const INITIAL_LATENCY: Duration = Duration::from_millis(1);
-/// What a failing answer counts as, so that a node that fails fast does not look fast.
-const FAILURE_LATENCY: Duration = Duration::from_secs(2);
-/// Failures in a row that take a node out.
+/// How fast experience fades: after this long, a third of it is left, and after seven times as long a second looks like a
+/// millisecond.
+const FADES: Duration = Duration::from_secs(1);
+/// What an instance is taken for of which nothing is known.
+const UNKNOWN_LATENCY: Duration = Duration::from_millis(1);
+/// What a failing answer counts as, so that an instance that fails fast does not look fast; also the most that a slow answer
+/// counts as, so that it is forgotten as fast.
+const WORST_LATENCY: Duration = Duration::from_secs(1);
+/// How long a peer's word about its own load is believed.
+const TOLD_FOR: Duration = Duration::from_secs(1);
+/// Failures in a row that take an instance out.
 const MAX_CONSECUTIVE_FAILURES: u32 = 5;
 const EJECT_MIN: Duration = Duration::from_secs(1);
 const EJECT_MAX: Duration = Duration::from_secs(60);
+/// How long a trial may take before there may be another one.
+const TRIAL: Duration = Duration::from_secs(5);
+/// Experience that is so old says nothing any more.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 
-/// This node's own experience with one peer. Counters only: read and written without locks on the way of a call.
-#[derive(Debug)]
-pub(crate) struct PeerLoad {
-    epoch: Instant,
-    in_flight: AtomicU32,
-    /// Calls in flight that the peer itself last told, from all its callers.
-    told: AtomicU32,
-    latency_ns: AtomicU64,
-    updated_ms: AtomicU64,
-    failures: AtomicU32,
-    ejections: AtomicU32,
-    ejected_until_ms: AtomicU64,
+/// Out for a while, longer each time; back by one real call that succeeds.
+#[derive(Debug, Default)]
+struct Ejection {
+    times: u32,
+    until: Option<Instant>,
+    /// When the call began that decides.
+    trial: Option<Instant>,
 }
 
-impl PeerLoad {
-    pub(crate) fn new() -> Self {
-        Self {
-            epoch: Instant::now(),
-            in_flight: AtomicU32::new(0),
-            told: AtomicU32::new(0),
-            latency_ns: AtomicU64::new(INITIAL_LATENCY.as_nanos() as u64),
-            updated_ms: AtomicU64::new(0),
-            failures: AtomicU32::new(0),
-            ejections: AtomicU32::new(0),
-            ejected_until_ms: AtomicU64::new(0),
+impl Ejection {
+    fn is_out(&self, now: Instant) -> bool {
+        let on_trial = || self.trial.is_some_and(|since| now.saturating_duration_since(since) < TRIAL);
+        self.until.is_some_and(|until| now < until || on_trial())
+    }
+
+    /// A call begins; whether it is the trial.
+    fn begin(&mut self, now: Instant) -> bool {
+        let is_trial = self.until.is_some() && !self.is_out(now);
+        if is_trial {
+            self.trial = Some(now);
         }
+        is_trial
     }
 
-    /// Counts a call until the guard is dropped.
-    pub(crate) fn begin(self: &Arc<Self>) -> PendingCall {
-        self.in_flight.fetch_add(1, Relaxed);
-        PendingCall(self.clone())
+    /// The trial ended without saying anything about the other end.
+    fn undecided(&mut self) {
+        self.trial = None;
     }
 
+    fn out(&mut self, now: Instant) {
+        if self.until.is_some_and(|until| now < until) {
+            return;
+        }
+        let pause = (EJECT_MIN * 2u32.pow(self.times.min(6))).min(EJECT_MAX);
+        *self = Self { times: self.times + 1, until: Some(now + pause), trial: None };
+    }
+
+    fn back(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Whether there is nothing to be kept.
+    fn is_over(&self, now: Instant) -> bool {
+        self.until.is_none_or(|until| now > until + FORGOTTEN)
+    }
+}
+
+/// Whether a peer is reached, and how many calls are under way to it.
+#[derive(Debug, Default)]
+pub(crate) struct Reach {
+    in_flight: AtomicU32,
+    ejection: Mutex<Ejection>,
+}
+
+impl Reach {
+    /// Calls in flight to the peer, to all of its services.
     pub(crate) fn in_flight(&self) -> u32 {
         self.in_flight.load(Relaxed)
     }
 
+    /// The connection failed or went silent. Out at once; gossip confirms later.
+    pub(crate) fn unreachable(&self) {
+        lock(&self.ejection).out(Instant::now());
+    }
+
+    /// A connection came about.
+    pub(crate) fn reached(&self) {
+        lock(&self.ejection).back();
+    }
+
+    pub(crate) fn is_out(&self) -> bool {
+        lock(&self.ejection).is_out(Instant::now())
+    }
+}
+
+/// This node's own experience with one instance: one service of one peer.
+#[derive(Debug)]
+pub(crate) struct Experience(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    in_flight: u32,
+    /// Calls in flight at the instance, from all its callers, as it last told, and when.
+    told: Option<(u32, Instant)>,
+    latency: f64,
+    updated: Instant,
+    failures: u32,
+    ejection: Ejection,
+}
+
+impl State {
+    /// The latency to be expected, in seconds: what was seen, faded into what is taken of the unknown.
+    fn latency(&self, now: Instant) -> f64 {
+        let unknown = UNKNOWN_LATENCY.as_secs_f64();
+        unknown + (self.latency - unknown) * self.kept(now)
+    }
+
+    /// The share of experience that is left.
+    fn kept(&self, now: Instant) -> f64 {
+        (-now.saturating_duration_since(self.updated).as_secs_f64() / FADES.as_secs_f64()).exp()
+    }
+
+    fn sample(&mut self, latency: Duration, now: Instant) {
+        let sample = latency.min(WORST_LATENCY).as_secs_f64();
+        let (old, kept) = (self.latency(now), self.kept(now));
+        // Peaks count at once, recovery takes its time.
+        self.latency = if sample > old { sample } else { old * kept + sample * (1.0 - kept) };
+        self.updated = now;
+    }
+}
+
+impl Experience {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(State {
+            in_flight: 0,
+            told: None,
+            latency: UNKNOWN_LATENCY.as_secs_f64(),
+            updated: Instant::now(),
+            failures: 0,
+            ejection: Ejection::default(),
+        }))
+    }
+
+    /// Counts a call until the guard is dropped.
+    pub(crate) fn begin(self: &Arc<Self>, peer: &Arc<Reach>) -> PendingCall {
+        peer.in_flight.fetch_add(1, Relaxed);
+        let mut state = self.lock();
+        state.in_flight += 1;
+        let is_trial = state.ejection.begin(Instant::now());
+        PendingCall { instance: self.clone(), peer: peer.clone(), is_trial }
+    }
+
     pub(crate) fn told(&self, load: u32) {
-        self.told.store(load, Relaxed);
+        self.lock().told = Some((load, Instant::now()));
     }
 
     /// An answer came after `latency`; `failed` if it was an error of the service or a refusal to work.
     pub(crate) fn answered(&self, latency: Duration, failed: bool) {
-        self.sample(if failed { latency.max(FAILURE_LATENCY) } else { latency });
-        if failed {
-            self.count_failure();
-        } else {
-            self.failures.store(0, Relaxed);
-            self.ejections.store(0, Relaxed);
-        }
+        self.answered_at(latency, failed, Instant::now());
     }
 
-    /// No answer: the connection failed or went silent. Out at once; gossip confirms later.
-    pub(crate) fn unreachable(&self) {
-        self.sample(FAILURE_LATENCY);
-        self.eject();
+    fn answered_at(&self, latency: Duration, failed: bool, now: Instant) {
+        let mut state = self.lock();
+        state.sample(if failed { WORST_LATENCY } else { latency }, now);
+        if !failed {
+            state.failures = 0;
+            state.ejection.back();
+            return;
+        }
+        state.failures += 1;
+        // One that is on trial has no more credit.
+        if state.failures >= MAX_CONSECUTIVE_FAILURES || state.ejection.until.is_some() {
+            state.failures = 0;
+            state.ejection.out(now);
+        }
     }
 
     pub(crate) fn is_ejected(&self) -> bool {
-        self.now_ms() < self.ejected_until_ms.load(Relaxed)
+        self.lock().ejection.is_out(Instant::now())
     }
 
-    fn count_failure(&self) {
-        if self.failures.fetch_add(1, Relaxed) + 1 >= MAX_CONSECUTIVE_FAILURES {
-            self.failures.store(0, Relaxed);
-            self.eject();
-        }
+    /// Whether forgetting it would lose nothing.
+    pub(crate) fn is_forgotten(&self) -> bool {
+        let (state, now) = (self.lock(), Instant::now());
+        state.in_flight == 0 && state.ejection.is_over(now) && now.duration_since(state.updated) > FORGOTTEN
     }
 
-    fn eject(&self) {
-        if self.is_ejected() {
-            return;
-        }
-        let times = self.ejections.fetch_add(1, Relaxed).min(6);
-        let pause = (EJECT_MIN * 2u32.pow(times)).min(EJECT_MAX);
-        self.ejected_until_ms.store(self.now_ms() + pause.as_millis() as u64, Relaxed);
-    }
-
-    fn sample(&self, latency: Duration) {
-        let now = self.now_ms();
-        let elapsed = now.saturating_sub(self.updated_ms.swap(now, Relaxed));
-        let sample = latency.as_nanos() as f64;
-        let old = self.latency_ns.load(Relaxed) as f64;
-        // Peaks count at once, recovery takes its time.
-        let new = if sample > old {
-            sample
-        } else {
-            let keep = (-(elapsed as f64 + 1.0) / DECAY.as_millis() as f64).exp();
-            old * keep + sample * (1.0 - keep)
-        };
-        self.latency_ns.store(new as u64, Relaxed);
-    }
-
+    /// What a call is expected to cost: the time that it takes, for as many as are in line.
     pub(super) fn cost(&self) -> f64 {
-        let in_flight = self.in_flight.load(Relaxed).max(self.told.load(Relaxed));
-        self.latency_ns.load(Relaxed) as f64 * f64::from(in_flight + 1)
+        self.cost_at(Instant::now())
     }
 
-    fn now_ms(&self) -> u64 {
-        self.epoch.elapsed().as_millis() as u64 + 1
+    fn cost_at(&self, now: Instant) -> f64 {
+        let state = self.lock();
+        let told =
+            state.told.filter(|(_, at)| now.saturating_duration_since(*at) < TOLD_FOR).map_or(0, |(load, _)| load);
+        state.latency(now) * f64::from(state.in_flight.max(told) + 1)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.0)
     }
 }
 
-/// One call in flight at a peer.
-pub(crate) struct PendingCall(Arc<PeerLoad>);
+/// One call in flight.
+pub(crate) struct PendingCall {
+    instance: Arc<Experience>,
+    peer: Arc<Reach>,
+    is_trial: bool,
+}
 
 impl Drop for PendingCall {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Relaxed);
+        self.peer.in_flight.fetch_sub(1, Relaxed);
+        let mut state = self.instance.lock();
+        state.in_flight -= 1;
+        if self.is_trial {
+            state.ejection.undecided();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn one_bad_answer_is_forgotten_by_time_alone() {
+        for (latency, failed) in [(MS, true), (Duration::from_secs(1), false), (Duration::from_secs(600), false)] {
+            let (instance, now) = (Experience::new(), Instant::now());
+            instance.answered_at(latency, failed, now);
+            assert!(instance.cost_at(now) > 0.9, "at first it is kept away from");
+            let later = instance.cost_at(now + 8 * FADES);
+            assert!(later < 0.0015, "{later}: after eight seconds it is as good as an unknown one");
+            assert!(!instance.is_ejected());
+        }
+    }
+
+    #[test]
+    fn what_a_peer_told_of_its_load_is_believed_for_a_moment() {
+        let instance = Experience::new();
+        instance.told(1000);
+        let now = Instant::now();
+        assert!(instance.cost_at(now) > 0.9);
+        assert!(instance.cost_at(now + TOLD_FOR) < 0.0011);
+    }
+
+    #[test]
+    fn an_ejected_instance_comes_back_by_one_call() {
+        let mut ejection = Ejection::default();
+        let start = Instant::now();
+        ejection.out(start);
+        assert!(ejection.is_out(start) && !ejection.begin(start), "a call in need is no trial");
+        let later = start + EJECT_MIN;
+        assert!(!ejection.is_out(later) && ejection.begin(later));
+        assert!(ejection.is_out(later) && !ejection.begin(later), "one at a time");
+        assert!(!ejection.is_out(later + TRIAL), "a trial that says nothing holds nobody up");
+        ejection.out(later);
+        assert!(ejection.is_out(later + EJECT_MIN), "longer each time");
+        ejection.back();
+        assert!(!ejection.is_out(later));
+    }
+
+    #[test]
+    fn failures_in_a_row_eject_and_a_trial_has_no_credit() {
+        let instance = Experience::new();
+        let now = Instant::now();
+        (1..MAX_CONSECUTIVE_FAILURES).for_each(|_| instance.answered_at(MS, true, now));
+        assert!(!instance.lock().ejection.is_out(now));
+        instance.answered_at(MS, true, now);
+        assert!(instance.lock().ejection.is_out(now));
+        let later = now + EJECT_MIN;
+        assert!(!instance.lock().ejection.is_out(later));
+        instance.answered_at(MS, true, later);
+        assert!(instance.lock().ejection.is_out(later));
+    }
+
+    #[test]
+    fn a_trial_that_was_given_up_decides_nothing() {
+        let (instance, peer) = (Arc::new(Experience::new()), Arc::default());
+        instance.lock().ejection = Ejection { times: 1, until: Some(Instant::now()), trial: None };
+        let trial = instance.begin(&peer);
+        assert!(instance.is_ejected());
+        drop(trial);
+        assert!(!instance.is_ejected());
     }
 }

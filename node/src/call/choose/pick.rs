@@ -1,67 +1,86 @@
-//! Which instance gets a call: two random choices, the less loaded one wins (Mitzenmacher 2001), load being the
-//! peak-sensitive moving average of latency times the calls in flight, as in Finagle's and Linkerd's PeakEWMA.
+//! Which instance gets a call: by chance, the likelier the less it is expected to cost, which is its latency, a moving
+//! average that peaks count in at once, times the calls that are in line, as in Finagle's and Linkerd's PeakEWMA.
 
 use std::sync::Arc;
 
-use rand::{Rng, RngExt};
+use rand::{Rng, RngExt, seq::index::sample};
 use starling_gossip::Instance;
+use starling_protocol::NodeId;
 
-use super::experience::PeerLoad;
+use super::experience::{Experience, PendingCall, Reach};
 
-/// An instance with what this node knows of its peer.
+/// Instances that are compared for a call, at most: drawn at random where there are more.
+const COMPARED: usize = 8;
+
+/// An instance with what this node knows of it and of its peer.
 #[derive(Clone, Debug)]
 pub(crate) struct Candidate {
     pub(crate) instance: Arc<Instance>,
-    pub(crate) load: Arc<PeerLoad>,
+    pub(crate) peer: Arc<Reach>,
+    pub(crate) experience: Arc<Experience>,
 }
 
-/// Picks among `candidates`, which are callable by the mesh's word; `tried` ones only if nothing else is left. Never lets
-/// more than half be ejected: then our own view is the suspect. Same zone first.
+impl Candidate {
+    /// Counts a call to it until the guard is dropped.
+    pub(crate) fn begin(&self) -> PendingCall {
+        self.experience.begin(&self.peer)
+    }
+
+    fn is_out(&self) -> bool {
+        self.peer.is_out() || self.experience.is_ejected()
+    }
+}
+
+/// Picks among `candidates`, which are callable by the mesh's word; `tried` ones only if nothing else is left, and `dead`
+/// ones, which could not be reached a moment ago, not at all. Never lets more than half be ejected: then our own view is the
+/// suspect. Same zone first.
 pub(crate) fn pick<'a>(
     candidates: &'a [Candidate],
     zone: &str,
-    tried: &[starling_protocol::NodeId],
+    tried: &[NodeId],
+    dead: &[NodeId],
     rng: &mut impl Rng,
 ) -> Option<&'a Candidate> {
-    let ejected = candidates.iter().filter(|c| c.load.is_ejected()).count();
-    let panic = ejected * 2 > candidates.len();
-    let fresh = |c: &&Candidate| !tried.contains(&c.instance.node);
-    let usable = |c: &&Candidate| panic || !c.load.is_ejected();
-    let near = |c: &&Candidate| !zone.is_empty() && c.instance.zone == zone;
-    let tiers: [&dyn Fn(&&Candidate) -> bool; 4] =
-        [&|c| fresh(c) && usable(c) && near(c), &|c| fresh(c) && usable(c), &|c| fresh(c), &|_| true];
-    tiers.iter().find_map(|tier| {
-        let tier: Vec<&Candidate> = candidates.iter().filter(|c| tier(c)).collect();
-        two_choices(&tier, rng)
+    let out: Vec<bool> = candidates.iter().map(Candidate::is_out).collect();
+    let panic = out.iter().filter(|out| **out).count() * 2 > candidates.len();
+    let live: Vec<(&Candidate, bool)> = candidates
+        .iter()
+        .zip(out)
+        .filter(|(candidate, _)| !dead.contains(&candidate.instance.node))
+        .map(|(candidate, out)| (candidate, panic || !out))
+        .collect();
+    let fresh = |c: &Candidate| !tried.contains(&c.instance.node);
+    let near = |c: &Candidate| !zone.is_empty() && c.instance.zone == zone;
+    // Whether one must be fresh, usable, near.
+    let tiers = [(true, true, true), (true, true, false), (true, false, false), (false, false, false)];
+    tiers.iter().find_map(|&(must_be_fresh, must_be_usable, must_be_near)| {
+        let fits = |c: &Candidate, is_usable: bool| {
+            (!must_be_fresh || fresh(c)) && (!must_be_usable || is_usable) && (!must_be_near || near(c))
+        };
+        draw(live.iter().filter(|(c, usable)| fits(c, *usable)).map(|(c, _)| *c).collect(), rng)
     })
 }
 
-fn two_choices<'a>(candidates: &[&'a Candidate], rng: &mut impl Rng) -> Option<&'a Candidate> {
-    match candidates {
-        [] => None,
-        [only] => Some(only),
-        _ => {
-            let a = weighted(candidates, None, rng);
-            let b = weighted(candidates, Some(a), rng);
-            let (a, b) = (candidates[a], candidates[b]);
-            Some(if a.load.cost() <= b.load.cost() { a } else { b })
+/// One of a few, drawn by its weight over the square of what it costs. Equals get equal shares, however close their costs;
+/// and one that is kept away from still gets a call now and then, by which it can show that it is better than its past. (Two
+/// random choices, of which the cheaper one is taken, would leave the second of two nearly equal instances with nothing.)
+fn draw<'a>(mut candidates: Vec<&'a Candidate>, rng: &mut impl Rng) -> Option<&'a Candidate> {
+    if candidates.len() > COMPARED {
+        candidates = sample(rng, candidates.len(), COMPARED).iter().map(|i| candidates[i]).collect();
+    }
+    if let [only] = *candidates {
+        return Some(only);
+    }
+    let share = |c: &Candidate| f64::from(c.instance.weight.max(1)) / c.experience.cost().powi(2);
+    let shares: Vec<f64> = candidates.iter().map(|c| share(c)).collect();
+    let mut at = rng.random::<f64>() * shares.iter().sum::<f64>();
+    for (candidate, share) in candidates.iter().zip(shares) {
+        at -= share;
+        if at < 0.0 {
+            return Some(candidate);
         }
     }
-}
-
-/// An index drawn by weight, not `except`.
-fn weighted(candidates: &[&Candidate], except: Option<usize>, rng: &mut impl Rng) -> usize {
-    let weight = |(i, c): (usize, &&Candidate)| if Some(i) == except { 0 } else { u32::from(c.instance.weight) };
-    let total: u32 = candidates.iter().enumerate().map(weight).sum();
-    let mut at = rng.random_range(0..total.max(1));
-    for (i, c) in candidates.iter().enumerate() {
-        let own = weight((i, c));
-        if at < own {
-            return i;
-        }
-        at -= own;
-    }
-    0
+    candidates.last().copied()
 }
 
 #[cfg(test)]
@@ -69,7 +88,7 @@ mod tests {
     use std::time::Duration;
 
     use rand::{SeedableRng, rngs::StdRng};
-    use starling_protocol::{NodeId, Protocol};
+    use starling_protocol::Protocol;
 
     use super::*;
 
@@ -85,44 +104,69 @@ mod tests {
             protocol: Protocol::Http1,
             weight: 100,
         };
-        Candidate { instance: Arc::new(instance), load: Arc::new(PeerLoad::new()) }
+        Candidate { instance: Arc::new(instance), peer: Arc::default(), experience: Arc::new(Experience::new()) }
     }
 
     fn shares(candidates: &[Candidate], zone: &str, tried: &[NodeId]) -> Vec<usize> {
         let mut rng = StdRng::seed_from_u64(1);
         let mut counts = vec![0; candidates.len()];
         for _ in 0..3000 {
-            let picked = pick(candidates, zone, tried, &mut rng).unwrap();
+            let picked = pick(candidates, zone, tried, &[], &mut rng).unwrap();
             counts[candidates.iter().position(|c| c.instance.node == picked.instance.node).unwrap()] += 1;
         }
         counts
     }
 
     #[test]
-    fn the_busy_and_the_slow_get_less() {
+    fn equals_get_equal_shares() {
         let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
-        let _busy: Vec<_> = (0..10).map(|_| all[0].load.begin()).collect();
+        // As alike as two machines ever are.
+        all[0].experience.answered(Duration::from_micros(1100), false);
         let counts = shares(&all, "", &[]);
-        assert!(counts[0] == 0 && counts[1] > 1000 && counts[2] > 1000, "{counts:?}");
+        assert!(counts.iter().all(|n| (800..1200).contains(n)), "{counts:?}");
     }
 
     #[test]
-    fn a_node_that_fails_fast_does_not_look_fast() {
+    fn weights_are_shares() {
+        for n in [2, 3, 7] {
+            let mut all: Vec<Candidate> = (1..=n).map(|i| candidate(i, "")).collect();
+            let first = Arc::make_mut(&mut all[0].instance);
+            first.weight = 900;
+            let wanted = 3000 * 9 / (9 + usize::from(n) - 1);
+            let counts = shares(&all, "", &[]);
+            assert!(counts[0].abs_diff(wanted) < 150, "{counts:?}, wanted {wanted}");
+        }
+    }
+
+    #[test]
+    fn the_busy_and_the_slow_get_less() {
+        let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
+        let _busy: Vec<_> = (0..10).map(|_| all[0].begin()).collect();
+        let counts = shares(&all, "", &[]);
+        assert!(counts[0] < 60 && counts[1] > 1200 && counts[2] > 1200, "{counts:?}");
+    }
+
+    #[test]
+    fn an_instance_that_fails_fast_does_not_look_fast() {
         let all = [candidate(1, ""), candidate(2, "")];
-        all[0].load.answered(Duration::from_micros(50), true);
-        all[1].load.answered(Duration::from_millis(20), false);
-        assert_eq!(shares(&all, "", &[]), [0, 3000]);
+        all[0].experience.answered(Duration::from_micros(50), true);
+        all[1].experience.answered(Duration::from_millis(20), false);
+        let counts = shares(&all, "", &[]);
+        assert!(counts[0] < 30, "{counts:?}");
     }
 
     #[test]
     fn the_unreachable_is_out_at_once_but_never_more_than_half() {
         let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
-        all[0].load.unreachable();
+        all[0].peer.unreachable();
         assert_eq!(shares(&all, "", &[])[0], 0);
-        all[1].load.unreachable();
+        all[1].peer.unreachable();
         let counts = shares(&all, "", &[]);
-        assert!(counts.iter().all(|n| *n > 0) || counts[2] == 3000, "{counts:?}");
-        assert!(pick(&all, "", &[all[2].instance.node], &mut rand::rng()).is_some());
+        assert!(counts.iter().all(|n| *n > 0), "{counts:?}");
+        let (last, rng) = (all[2].instance.node, &mut rand::rng());
+        assert!(pick(&all, "", &[last], &[], rng).is_some(), "better one that was tried than none");
+        let nobody: Vec<NodeId> = all.iter().map(|c| c.instance.node).collect();
+        assert!(pick(&all, "", &[], &nobody, rng).is_none(), "a dead address is not dialled twice");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use starling_gossip::Instance;
-use starling_protocol::NodeId;
+use starling_protocol::{Name, NodeId};
 use tokio::sync::watch;
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
     silence::watch_for_silence,
 };
 use crate::{
-    call::choose::{Candidate, PeerLoad},
+    call::choose::{Candidate, Experience, Reach},
     identity::Identity,
     port::endpoint::MeshEndpoint,
 };
@@ -29,9 +29,25 @@ enum Slot {
     Ready(Connection),
 }
 
+#[derive(Default)]
 struct PeerSlot {
-    load: Arc<PeerLoad>,
+    reach: Arc<Reach>,
+    /// By service.
+    instances: Mutex<HashMap<Name, Arc<Experience>>>,
     slot: Mutex<Slot>,
+}
+
+impl PeerSlot {
+    fn experience(&self, service: &Name) -> Arc<Experience> {
+        let mut instances = lock(&self.instances);
+        match instances.get(service) {
+            Some(known) => known.clone(),
+            None => {
+                instances.retain(|_, experience| !experience.is_forgotten());
+                instances.entry(service.clone()).or_insert_with(|| Arc::new(Experience::new())).clone()
+            }
+        }
+    }
 }
 
 /// The pool of one worker.
@@ -46,35 +62,37 @@ impl Pool {
         Self { identity, endpoint, peers: Mutex::default() }
     }
 
-    /// Pairs instances with what is known of their peers.
+    /// Pairs instances with what is known of them and their peers.
     pub(crate) fn candidates(&self, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
         let mut peers = lock(&self.peers);
         instances
             .map(|instance| {
-                let peer = peers.entry(instance.node).or_insert_with(new_peer);
-                Candidate { load: peer.load.clone(), instance }
+                let peer = peers.entry(instance.node).or_default();
+                Candidate { peer: peer.reach.clone(), experience: peer.experience(&instance.service), instance }
             })
             .collect()
     }
 
-    /// Whether calls keep away from that peer.
-    pub(crate) fn is_ejected(&self, id: &NodeId) -> bool {
-        lock(&self.peers).get(id).is_some_and(|peer| peer.load.is_ejected())
+    /// Whether calls keep away from that instance, or from all of its peer.
+    pub(crate) fn is_ejected(&self, id: &NodeId, service: &Name) -> bool {
+        lock(&self.peers).get(id).is_some_and(|peer| {
+            peer.reach.is_out() || lock(&peer.instances).get(service).is_some_and(|instance| instance.is_ejected())
+        })
     }
 
     /// Calls in flight to all peers.
     pub(crate) fn in_flight(&self) -> usize {
-        lock(&self.peers).values().map(|peer| peer.load.in_flight() as usize).sum()
+        lock(&self.peers).values().map(|peer| peer.reach.in_flight() as usize).sum()
     }
 
     /// Forgets peers that are not in the mesh any more.
     pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
-        lock(&self.peers).retain(|id, peer| keep(id) || peer.load.in_flight() > 0);
+        lock(&self.peers).retain(|id, peer| keep(id) || peer.reach.in_flight() > 0);
     }
 
     /// A connection to the instance's node: the one that is there, or a new one. Cancel safe; the dial goes on for others.
     pub(crate) async fn connection(self: &Arc<Self>, instance: &Arc<Instance>) -> Result<Connection, DialError> {
-        let peer = lock(&self.peers).entry(instance.node).or_insert_with(new_peer).clone();
+        let peer = lock(&self.peers).entry(instance.node).or_default().clone();
         let deadline = Instant::now() + DIAL_TIMEOUT;
         loop {
             let mut dialled = {
@@ -115,23 +133,20 @@ impl Pool {
     ) {
         let outcome = match dial(&self.identity, &self.endpoint, &instance).await {
             Ok(made) => {
-                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.load.clone()));
+                peer.reach.reached();
+                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.reach.clone()));
                 *lock(&peer.slot) = Slot::Ready(made);
                 Ok(())
             }
             Err(error) => {
                 tracing::debug!(node = %instance.node_name, addr = %instance.addr, %error, "cannot connect");
-                peer.load.unreachable();
+                peer.reach.unreachable();
                 *lock(&peer.slot) = Slot::Idle;
                 Err(error)
             }
         };
         done.send_replace(Some(outcome));
     }
-}
-
-fn new_peer() -> Arc<PeerSlot> {
-    Arc::new(PeerSlot { load: Arc::new(PeerLoad::new()), slot: Mutex::default() })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Connection, State};
-use crate::call::choose::PeerLoad;
+use crate::call::choose::Reach;
 
 /// How often a connection with calls in flight is looked at.
 const WATCH_PERIOD: Duration = Duration::from_millis(50);
@@ -18,7 +18,7 @@ const UNANSWERED: u64 = 3;
 
 /// Notices within a few hundred milliseconds that a peer has died or hangs, long before gossip can say so: calls that may
 /// be repeated then go elsewhere.
-pub(super) async fn watch_for_silence(of: Weak<State>, load: Arc<PeerLoad>) {
+pub(super) async fn watch_for_silence(of: Weak<State>, peer: Arc<Reach>) {
     let Some((connection, busy)) = of.upgrade().map(|state| (state.client.connection().clone(), state.busy.clone()))
     else {
         return;
@@ -31,7 +31,7 @@ pub(super) async fn watch_for_silence(of: Weak<State>, load: Arc<PeerLoad>) {
         let mut heard = connection.stats().udp_rx.datagrams;
         let mut sent_then = connection.stats().udp_tx.datagrams;
         let mut since: Option<Instant> = None;
-        while load.in_flight() > 0 && connection.close_reason().is_none() {
+        while peer.in_flight() > 0 && connection.close_reason().is_none() {
             let slept = Instant::now();
             tokio::time::sleep(WATCH_PERIOD).await;
             let stats = connection.stats();
@@ -43,7 +43,7 @@ pub(super) async fn watch_for_silence(of: Weak<State>, load: Arc<PeerLoad>) {
                 let quiet = since.get_or_insert(slept).elapsed();
                 if quiet > SILENCE.max(connection.rtt() * 3) && sent >= sent_then + UNANSWERED {
                     tracing::debug!(peer = %connection.remote_address(), ?quiet, "peer is silent");
-                    load.unreachable();
+                    peer.unreachable();
                     if let Some(state) = of.upgrade() {
                         let connection = Connection(state);
                         connection.retire();

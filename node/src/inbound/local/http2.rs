@@ -1,0 +1,155 @@
+//! HTTP/2 to the service: as few connections as carry the calls.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use http::{Request, Response, Version};
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use starling_http::{Body, Guarded};
+use tokio::sync::Notify;
+
+use super::{Dialler, LocalError, MAX_HEAD_BYTES, Room, failed};
+
+/// What one answer may hold that nobody reads.
+const STREAM_WINDOW_BYTES: u32 = 512 << 10;
+/// The same of all answers on a connection: so much that the streams' own windows end first.
+const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+/// Calls at once on a connection whose service has not said yet how many it takes; it says so at once.
+const UNTOLD: usize = 1;
+const SAYS_WITHIN: Duration = Duration::from_millis(100);
+/// Calls at once on a connection, whatever the service says: their answers must fit into the connection's window.
+const MAX_STREAMS: usize = (CONNECTION_WINDOW_BYTES / STREAM_WINDOW_BYTES) as usize;
+
+/// A connection without calls is closed after so long, looked at as often.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// The connections. More than one if the service takes fewer calls on one than there are.
+#[derive(Default)]
+pub(super) struct Pool {
+    connections: Arc<Mutex<Vec<Arc<Connection>>>>,
+    /// Held across a dial on purpose: whoever comes meanwhile perhaps wants this very connection.
+    dialling: tokio::sync::Mutex<()>,
+}
+
+struct Connection {
+    sender: SendRequest<Body>,
+    /// Calls at once that the service takes, as it last said.
+    room: Arc<AtomicUsize>,
+    in_flight: AtomicUsize,
+    _place: Room,
+}
+
+/// A call on a connection; given back when dropped.
+pub(crate) struct Place(Arc<Connection>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Relaxed);
+    }
+}
+
+impl Connection {
+    /// A place on it, if the service takes one more call.
+    fn enter(self: &Arc<Self>) -> Option<Place> {
+        let room = self.room.load(Relaxed).min(MAX_STREAMS);
+        let entered = self.in_flight.fetch_update(Relaxed, Relaxed, |n| (n < room).then_some(n + 1));
+        entered.is_ok().then(|| Place(self.clone()))
+    }
+}
+
+impl Pool {
+    pub(super) async fn send(
+        &self,
+        dialler: &Dialler,
+        mut request: Request<Body>,
+    ) -> Result<Response<Guarded<super::Place>>, LocalError> {
+        *request.version_mut() = Version::HTTP_2;
+        let place = match self.enter() {
+            Some(place) => place,
+            None => {
+                let _turn = self.dialling.lock().await;
+                match self.enter() {
+                    Some(place) => place,
+                    None => self.dial(dialler).await?,
+                }
+            }
+        };
+        let mut sender = place.0.sender.clone();
+        sender.ready().await.map_err(|e| failed(&e, true))?;
+        match sender.try_send_request(request).await {
+            Ok(response) => {
+                Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Http2 { _place: place })))
+            }
+            Err(mut error) => {
+                let unsent = error.take_message().is_some() || starling_http::was_refused(error.error());
+                Err(failed(error.error(), unsent))
+            }
+        }
+    }
+
+    /// A place on a connection that is there.
+    fn enter(&self) -> Option<Place> {
+        let mut connections = self.lock();
+        connections.retain(|connection| !connection.sender.is_closed());
+        connections.iter().find_map(Connection::enter)
+    }
+
+    async fn dial(&self, dialler: &Dialler) -> Result<Place, LocalError> {
+        let (stream, place) = dialler.dial().await?;
+        let (sender, mut connection) = Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_max_send_streams(UNTOLD)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_header_list_size(MAX_HEAD_BYTES as u32)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| failed(&e, true))?;
+        let (room, told) = (Arc::new(AtomicUsize::new(UNTOLD)), Arc::new(Notify::new()));
+        let (of, tell) = (room.clone(), told.clone());
+        tokio::spawn(poll_fn(move |cx| {
+            let ended = Pin::new(&mut connection).poll(cx);
+            let most = connection.current_max_send_streams();
+            if of.swap(most, Relaxed) != most || ended.is_ready() {
+                tell.notify_one();
+            }
+            ended.map(drop)
+        }));
+        let _ = tokio::time::timeout(SAYS_WITHIN, told.notified()).await;
+        let connection = Arc::new(Connection { sender, room, in_flight: AtomicUsize::new(1), _place: place });
+        self.lock().push(connection.clone());
+        tokio::spawn(close_when_idle(Arc::downgrade(&self.connections), Arc::downgrade(&connection)));
+        Ok(Place(connection))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
+        lock(&self.connections)
+    }
+}
+
+/// Closes a connection that had no calls twice in a row.
+async fn close_when_idle(all: Weak<Mutex<Vec<Arc<Connection>>>>, connection: Weak<Connection>) {
+    let mut idle_before = false;
+    loop {
+        tokio::time::sleep(IDLE).await;
+        let (Some(all), Some(connection)) = (all.upgrade(), connection.upgrade()) else { return };
+        let mut all = lock(&all);
+        let is_idle = connection.in_flight.load(Relaxed) == 0;
+        if is_idle && idle_before || connection.sender.is_closed() {
+            return all.retain(|other| !Arc::ptr_eq(other, &connection));
+        }
+        idle_before = is_idle;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -122,12 +122,17 @@ impl Client {
         Ok(connector.connect(name, TcpStream::connect(addr).await?).await?)
     }
 
-    async fn send_http3(&self, addr: SocketAddr, request: Request<Bytes>) -> Result<Answer> {
+    /// A QUIC connection to a server of that name, for HTTP/3, and the endpoint that it lives on.
+    pub async fn connect_quic(&self, addr: SocketAddr, host: &str) -> Result<(quinn::Connection, quinn::Endpoint)> {
         let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(self.tls(b"h3")?)?;
         let mut endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into())?;
         endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+        Ok((endpoint.connect(addr, host)?.await?, endpoint))
+    }
+
+    async fn send_http3(&self, addr: SocketAddr, request: Request<Bytes>) -> Result<Answer> {
         let name = request.uri().host().unwrap_or_default().to_string();
-        let connection = endpoint.connect(addr, &name)?.await?;
+        let (connection, _endpoint) = self.connect_quic(addr, &name).await?;
         let (mut driver, mut sender) = h3::client::new(h3_quinn::Connection::new(connection)).await?;
         let driving = tokio::spawn(async move { std::future::poll_fn(|cx| driver.poll_close(cx)).await });
 

@@ -98,11 +98,12 @@ impl Edge {
             quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(quic), udp, Arc::new(quinn::TokioRuntime))
                 .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?
         };
-        worker.spawn(listener::serve_quic(public.clone(), gateway.clone(), drain.clone()));
+        let shelf = listener::shelf();
+        worker.spawn(listener::serve_quic(public.clone(), gateway.clone(), shelf.clone(), drain.clone()));
         let of = drain.clone();
         worker.spawn(async move {
             match tokio::net::TcpListener::from_std(tcp) {
-                Ok(tcp) => listener::serve_tcp(tcp, tls, gateway, of).await,
+                Ok(tcp) => listener::serve_tcp(tcp, tls, gateway, shelf, of).await,
                 Err(error) => tracing::error!(%error, "the public port"),
             }
         });

@@ -6,12 +6,12 @@ use http::{HeaderValue, Request, Response, StatusCode, header};
 use quinn::crypto::rustls::QuicServerConfig;
 use rustls::crypto::CryptoProvider;
 use starling_http::{
-    Body, Drain, Problem, ProxyError, Transport,
-    accept::{self, Room},
-    h1h2::{self, Limits, Speaks},
+    Body, Drain, Problem, ProxyError, Shelf, Transport,
+    accept::{self, Room, TcpRoom},
     h3,
+    tcp::{self, Limits, Socket, Speaks},
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
@@ -24,20 +24,40 @@ const MAX_CONNECTIONS: usize = 10_000;
 /// The same of its QUIC endpoint.
 const ROOM: Room =
     Room { connections: MAX_CONNECTIONS, unproven: 512, unproven_handshakes: 64, handshakes_of_one: 256 };
-const LIMITS: Limits = Limits { max_streams: 128, stream_window_bytes: 256 << 10 };
+/// Connections of a TCP listener.
+const TCP_ROOM: TcpRoom = TcpRoom { connections: MAX_CONNECTIONS, of_one: MAX_CONNECTIONS / 4 };
+/// Requests at once on a connection.
+const MAX_STREAMS: u32 = 128;
+/// What an upload may hold that nobody takes.
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// The same of all uploads, over all connections.
+const STANDING_BYTES: u64 = 64 << 20;
+/// How long a connection may have no request.
+const IDLE: Duration = Duration::from_secs(60);
+/// What TLS may keep that the client does not take, in bytes.
+const TLS_BUFFER_BYTES: usize = 32 << 10;
 
-/// Of HTTP/3: the windows of HTTP/2, and a minute of silence.
+/// Of HTTP/3: the windows of HTTP/2.
 const TRANSPORT: Transport = Transport {
-    bidi_streams: LIMITS.max_streams,
+    bidi_streams: MAX_STREAMS,
     uni_streams: 8,
-    stream_window_bytes: LIMITS.stream_window_bytes,
-    connection_window_bytes: LIMITS.stream_window_bytes * 8,
-    send_window_bytes: 8 << 20,
-    idle: Duration::from_secs(60),
+    stream_window_bytes: STREAM_WINDOW_BYTES,
+    connection_window_bytes: STREAM_WINDOW_BYTES * MAX_STREAMS,
+    send_window_bytes: 2 << 20,
+    idle: IDLE,
     keep_alive: None,
     datagrams: None,
     between_nodes: false,
 };
+
+/// Where uploads stand that nobody takes, over all connections.
+pub(crate) fn shelf() -> Shelf {
+    Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into())
+}
+
+fn limits(shelf: Shelf) -> Limits {
+    Limits { max_streams: MAX_STREAMS, stream_window_bytes: STREAM_WINDOW_BYTES, idle: IDLE, shelf }
+}
 
 /// TLS for TCP.
 pub(crate) fn tcp_tls(
@@ -70,23 +90,24 @@ pub(crate) fn quic_config(
 }
 
 /// Accepts until the drain.
-pub(crate) async fn serve_tcp(listener: TcpListener, tls: TlsAcceptor, gateway: Gateway, drain: Drain) {
+pub(crate) async fn serve_tcp(listener: TcpListener, tls: TlsAcceptor, gateway: Gateway, shelf: Shelf, drain: Drain) {
     let of = drain.clone();
-    accept::tcp(listener, MAX_CONNECTIONS, drain, move |stream, client| {
-        serve_tls(stream, client, tls.clone(), gateway.clone(), of.clone())
+    accept::tcp(listener, TCP_ROOM, drain, move |stream, client| {
+        serve_tls(stream, client, tls.clone(), gateway.clone(), shelf.clone(), of.clone())
     })
     .await;
 }
 
-async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gateway: Gateway, drain: Drain) {
-    let Ok(Ok(stream)) = tokio::time::timeout(accept::HANDSHAKE_TIMEOUT, tls.accept(stream)).await else { return };
+async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway: Gateway, shelf: Shelf, drain: Drain) {
+    let accepted = tls.accept_with(stream, |session| session.set_buffer_limit(Some(TLS_BUFFER_BYTES)));
+    let Ok(Ok(stream)) = tokio::time::timeout(accept::HANDSHAKE_TIMEOUT, accepted).await else { return };
     let session = stream.get_ref().1;
     let (protocol, speaks) = match session.alpn_protocol() {
         Some(b"h2") => (PublicProtocol::Http2, Speaks::Http2),
         _ => (PublicProtocol::Http1, Speaks::Http1),
     };
     let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
-    h1h2::serve(stream, speaks, LIMITS, drain, move |request| {
+    tcp::serve(stream, speaks, limits(shelf), drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })
@@ -94,12 +115,12 @@ async fn serve_tls(stream: TcpStream, client: SocketAddr, tls: TlsAcceptor, gate
 }
 
 /// Accepts until the drain, or until the endpoint closes.
-pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, drain: Drain) {
+pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, shelf: Shelf, drain: Drain) {
     let of = drain.clone();
     let accepting = accept::quic(endpoint, ROOM, move |connection| {
-        let (gateway, of) = (gateway.clone(), of.clone());
+        let (gateway, shelf, of) = (gateway.clone(), shelf.clone(), of.clone());
         async move {
-            let _ = of.clone().spawn(serve_h3(connection, gateway, of)).await;
+            let _ = of.clone().spawn(serve_h3(connection, gateway, shelf, of)).await;
         }
     });
     tokio::select! {
@@ -108,13 +129,13 @@ pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, drai
     }
 }
 
-async fn serve_h3(connection: quinn::Connection, gateway: Gateway, drain: Drain) {
+async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf, drain: Drain) {
     let sni = connection
         .handshake_data()
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
         .and_then(|data| data.server_name);
     let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
-    h3::server::serve(connection, drain, move |request| {
+    h3::server::serve(connection, shelf, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })
@@ -124,14 +145,9 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, drain: Drain)
 /// Answers plain HTTP with the way to HTTPS.
 pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drain: Drain) {
     let of = drain.clone();
-    accept::tcp(listener, MAX_CONNECTIONS, drain, move |stream, _| {
-        h1h2::serve(
-            stream,
-            Speaks::Http1,
-            LIMITS,
-            of.clone(),
-            move |request| async move { redirect(request, public_port) },
-        )
+    accept::tcp(listener, TCP_ROOM, drain, move |stream, _| {
+        let answer = move |request| async move { redirect(request, public_port) };
+        tcp::serve(stream, Speaks::Http1, limits(shelf()), of.clone(), answer)
     })
     .await;
 }

@@ -27,6 +27,7 @@ use crate::{
     identity::tls::Peer,
     inbound::local::{LocalService, Place},
     observe::metrics::Metrics,
+    port::endpoint::{self, Windows},
 };
 
 /// Calls at once; beyond it they are refused at once, not queued.
@@ -41,12 +42,13 @@ struct Services {
     pseudonym: String,
     in_flight: AtomicUsize,
     metrics: Metrics,
+    windows: Windows,
 }
 
 impl Inbound {
-    pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics) -> Self {
+    pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics, windows: Windows) -> Self {
         let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s))).collect();
-        Self(Arc::new(Services { services, pseudonym, in_flight: AtomicUsize::new(0), metrics }))
+        Self(Arc::new(Services { services, pseudonym, in_flight: AtomicUsize::new(0), metrics, windows }))
     }
 
     /// Calls in flight.
@@ -66,7 +68,8 @@ impl Inbound {
         let services = (!services.is_empty()).then(|| ascii(&services));
         let caller = Caller { name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
-        server::serve(connection, drain, move |request| {
+        endpoint::welcome_to_calls(&connection, self.0.windows);
+        server::serve(connection, self.0.windows.shelf(), drain, move |request| {
             let (inbound, caller) = (self.clone(), caller.clone());
             async move { inbound.answer(request, origin, caller).await }
         })

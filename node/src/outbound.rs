@@ -1,13 +1,14 @@
 //! The doors for the local application: the outbound listener, which routes by host name, and a port for each upstream.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::{Request, Response, StatusCode};
 use starling_http::{
-    Body, Drain, Guarded, Problem, ProxyError, accept,
-    h1h2::{self, Limits, Speaks},
+    Body, Drain, Guarded, Problem, ProxyError, Shelf,
+    accept::{self, TcpRoom},
     is_grpc,
     normal::{self, Origin},
+    tcp::{self, Limits, Speaks},
 };
 use starling_protocol::{Name, service_of_host};
 use tokio::net::TcpListener;
@@ -15,9 +16,14 @@ use tokio::net::TcpListener;
 use crate::{Call, Carried, LimitSettings, MeshClient, observe::metrics::Metrics};
 
 /// The application is trusted with more than the internet.
-const LIMITS: Limits = Limits { max_streams: 1024, stream_window_bytes: 1 << 20 };
-/// Connections of the application to one door.
-const MAX_CONNECTIONS: usize = 10_000;
+const MAX_STREAMS: u32 = 1024;
+const STREAM_WINDOW_BYTES: u32 = 512 << 10;
+/// What its uploads may hold that the mesh does not take.
+const STANDING_BYTES: u64 = 64 << 20;
+/// How long its connections may have no request: its pools decide.
+const IDLE: Duration = Duration::from_secs(3600);
+/// Connections of the application to one door, which all come from one address.
+const ROOM: TcpRoom = TcpRoom { connections: 10_000, of_one: 10_000 };
 
 /// One door.
 #[derive(Clone)]
@@ -33,9 +39,15 @@ impl Door {
     /// Serves until the drain is over.
     pub(crate) async fn serve(self, listener: TcpListener, drain: Drain) {
         let of = drain.clone();
-        accept::tcp(listener, MAX_CONNECTIONS, drain, move |stream, _| {
+        let limits = Limits {
+            max_streams: MAX_STREAMS,
+            stream_window_bytes: STREAM_WINDOW_BYTES,
+            idle: IDLE,
+            shelf: Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into()),
+        };
+        accept::tcp(listener, ROOM, drain, move |stream, _| {
             let door = self.clone();
-            h1h2::serve(stream, Speaks::Either, LIMITS, of.clone(), move |request| {
+            tcp::serve(stream, Speaks::Either, limits.clone(), of.clone(), move |request| {
                 let door = door.clone();
                 async move { door.answer(request).await }
             })

@@ -36,7 +36,7 @@ use crate::{
     inbound::{Inbound, health},
     mesh::links::Links,
     outbound::Door,
-    port::endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, load_or_create_reset_key},
+    port::endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, Windows, load_or_create_reset_key},
     state::{StateDir, StateLock},
 };
 
@@ -125,11 +125,12 @@ impl Node {
         let reset_key = load_or_create_reset_key(&state)?;
         let io_error = |e| StartError::bind(MESH_PORT, listen, e);
 
-        let control = MeshEndpoint::new(control_socket, CONTROL, &identity, &reset_key).map_err(io_error)?;
+        let windows = Windows::of(config.gossip.profile);
+        let control = MeshEndpoint::new(control_socket, CONTROL, &identity, &reset_key, windows).map_err(io_error)?;
         let worker = Worker::start();
         let worker_endpoint = {
             let _runtime = worker.handle.enter();
-            MeshEndpoint::new(worker_socket, FIRST_WORKER, &identity, &reset_key).map_err(io_error)?
+            MeshEndpoint::new(worker_socket, FIRST_WORKER, &identity, &reset_key, windows).map_err(io_error)?
         };
 
         let me = Ident { id: identity.id(), addr: advertise, generation };
@@ -154,7 +155,7 @@ impl Node {
         let own = pseudonym(identity.name());
         let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
         let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone());
-        let inbound = Inbound::new(&config.service, own, metrics.clone());
+        let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
         let drain = Drain::default();
         let drain_asked = CancellationToken::new();
         let running = Arc::new(Running {

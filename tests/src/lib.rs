@@ -4,6 +4,8 @@ pub mod applicant;
 pub mod raw_h3;
 pub mod relay;
 pub mod rogue;
+pub mod service;
+pub mod stuck;
 
 use std::{
     net::SocketAddr,

@@ -8,12 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-};
+use tokio::{net::TcpListener, sync::Semaphore};
 
-use crate::Drain;
+use crate::{Drain, tcp::Socket};
 
 /// How long a handshake may take, of TLS or QUIC.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -22,18 +19,28 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How often failed accepts are told.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
-/// Accepts connections until the drain, at most `room` of them at a time; above that they wait in the backlog. Each is
-/// served by a task that the drain waits for. Addresses are told with it.
-pub async fn tcp<S, F>(listener: TcpListener, room: usize, drain: Drain, serve: S)
+/// How many connections a TCP listener takes.
+#[derive(Debug, Clone, Copy)]
+pub struct TcpRoom {
+    /// At most; more wait in the backlog.
+    pub connections: usize,
+    /// Of one address at most; more are closed.
+    pub of_one: usize,
+}
+
+/// Accepts connections until the drain, as many as there is room for. Each is served by a task that the drain waits for.
+/// Addresses are told with it.
+pub async fn tcp<S, F>(listener: TcpListener, room: TcpRoom, drain: Drain, serve: S)
 where
-    S: Fn(TcpStream, SocketAddr) -> F,
+    S: Fn(Socket, SocketAddr) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let room = Arc::new(Semaphore::new(room));
+    let places = Arc::new(Semaphore::new(room.connections));
+    let sources = Sources::default();
     let mut said: Option<Instant> = None;
     loop {
         let accepted = async {
-            let place = room.clone().acquire_owned().await;
+            let place = places.clone().acquire_owned().await;
             (place, listener.accept().await)
         };
         let (place, accepted) = tokio::select! {
@@ -42,11 +49,12 @@ where
         };
         match accepted {
             Ok((stream, from)) => {
-                let _ = stream.set_nodelay(true);
-                let served = serve(stream, from);
+                // Whoever has as many as he may have is not let in, rather than all others.
+                let Some(one_of) = sources.enter(from.ip(), room.of_one) else { continue };
+                let served = serve(Socket::new(stream), from);
                 drain.spawn(async move {
                     served.await;
-                    drop(place);
+                    drop((place, one_of));
                 });
             }
             Err(error) => {

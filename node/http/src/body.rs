@@ -3,6 +3,7 @@
 use std::{
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -16,6 +17,8 @@ use crate::{
     h3::{Receiver, UploadBody},
     normal,
     replay::Replay,
+    shelf::{Shelf, Standing},
+    tcp::Http2Body,
 };
 
 /// How long a request that should have no body may take to end.
@@ -58,13 +61,82 @@ struct Pace {
     timer: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
-enum Kind {
+pub(crate) enum Kind {
     Empty,
     Full(Bytes),
     Hyper(hyper::body::Incoming),
+    Http2(Box<Http2Body>),
     Http3(Box<Receiver>),
     Upload(UploadBody),
     Replay(Replay),
+    Shelved(Arc<Standing>),
+    /// It was ended before it was read.
+    Ended(&'static str),
+}
+
+impl Kind {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self {
+            Self::Empty => Poll::Ready(None),
+            Self::Full(bytes) => {
+                let bytes = std::mem::take(bytes);
+                *self = Self::Empty;
+                Poll::Ready((!bytes.is_empty()).then_some(Ok(Frame::data(bytes))))
+            }
+            Self::Hyper(incoming) => Pin::new(incoming).poll_frame(cx).map_err(|e| BodyError::Broken(reason(&e))),
+            Self::Http2(body) => body.poll_frame(cx),
+            Self::Http3(receiver) => receiver.poll_frame(cx).map_err(BodyError::from),
+            Self::Upload(upload) => upload.poll_frame(cx),
+            Self::Replay(replay) => replay.poll_frame(cx),
+            Self::Shelved(standing) => standing.with(|kind| kind.poll_frame(cx), Poll::is_pending),
+            Self::Ended(why) => Poll::Ready(Some(Err(BodyError::Broken((*why).into())))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Full(bytes) => bytes.is_empty(),
+            Self::Hyper(incoming) => incoming.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
+            Self::Http3(receiver) => receiver.has_ended(),
+            Self::Upload(upload) => upload.is_end_stream(),
+            Self::Replay(replay) => replay.is_end_stream(),
+            Self::Shelved(standing) => standing.peek(Self::is_end_stream),
+            Self::Ended(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Hyper(incoming) => incoming.size_hint(),
+            Self::Replay(replay) => replay.size_hint(),
+            Self::Shelved(standing) => standing.peek(Self::size_hint),
+            _ => SizeHint::default(),
+        }
+    }
+
+    fn pause(&self) {
+        match self {
+            Self::Upload(upload) => upload.pause(),
+            Self::Shelved(standing) => standing.peek(Self::pause),
+            _ => {}
+        }
+    }
+
+    /// Gives back what the body holds; whether there was anything.
+    pub(crate) fn end(&mut self, why: &'static str) -> bool {
+        if self.is_end_stream() {
+            return false;
+        }
+        if let Self::Upload(upload) = self {
+            upload.give_up();
+        }
+        *self = Self::Ended(why);
+        true
+    }
 }
 
 struct Length {
@@ -93,6 +165,14 @@ impl Body {
         self
     }
 
+    /// Puts the body on a shelf: it may be ended when nobody reads it.
+    pub fn shelved(mut self, shelf: &Shelf) -> Self {
+        if !self.is_end_stream() {
+            self.kind = Kind::Shelved(shelf.put(std::mem::replace(&mut self.kind, Kind::Empty)));
+        }
+        self
+    }
+
     /// Lets the body break off when nothing has moved for `idle`, neither of it nor of the `upload` that it answers, and when
     /// it has not ended by `until`.
     pub fn with_pace(mut self, idle: Option<Duration>, until: Option<Instant>, upload: Option<&Source>) -> Self {
@@ -113,7 +193,7 @@ impl Body {
         }
         let first = async {
             loop {
-                match std::future::poll_fn(|cx| self.poll_kind(cx)).await {
+                match std::future::poll_fn(|cx| self.kind.poll_frame(cx)).await {
                     Some(Ok(frame)) if frame.data_ref().is_some_and(Bytes::is_empty) => {}
                     first => return first,
                 }
@@ -132,24 +212,7 @@ impl Body {
 
     /// Whoever read it does not, for now: somebody else has to notice if its sender gives up.
     pub(crate) fn pause(&self) {
-        if let Kind::Upload(upload) = &self.kind {
-            upload.pause();
-        }
-    }
-
-    fn poll_kind(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match &mut self.kind {
-            Kind::Empty => Poll::Ready(None),
-            Kind::Full(bytes) => {
-                let bytes = std::mem::take(bytes);
-                self.kind = Kind::Empty;
-                Poll::Ready((!bytes.is_empty()).then_some(Ok(Frame::data(bytes))))
-            }
-            Kind::Hyper(incoming) => Pin::new(incoming).poll_frame(cx).map_err(|e| BodyError::Broken(reason(&e))),
-            Kind::Http3(receiver) => receiver.poll_frame(cx).map_err(BodyError::from),
-            Kind::Upload(upload) => upload.poll_frame(cx),
-            Kind::Replay(replay) => replay.poll_frame(cx),
-        }
+        self.kind.pause();
     }
 
     fn ended(&mut self) -> Option<Result<Frame<Bytes>, BodyError>> {
@@ -188,7 +251,7 @@ impl http_body::Body for Body {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match self.peeked.take() {
             Some(frame) => Some(*frame),
-            None => match (self.poll_kind(cx), &mut self.pace) {
+            None => match (self.kind.poll_frame(cx), &mut self.pace) {
                 (Poll::Ready(frame), pace) => {
                     if let Some(pace) = pace {
                         pace.since = Instant::now();
@@ -231,22 +294,14 @@ impl http_body::Body for Body {
         }
         match &self.kind {
             Kind::Empty => self.length.as_ref().is_none_or(|l| l.seen == l.promised),
-            Kind::Full(bytes) => bytes.is_empty(),
-            Kind::Hyper(incoming) => incoming.is_end_stream(),
-            Kind::Http3(receiver) => receiver.has_ended(),
-            Kind::Upload(upload) => upload.is_end_stream(),
-            Kind::Replay(replay) => replay.is_end_stream(),
+            kind => kind.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match (&self.kind, &self.length) {
-            (_, Some(length)) => SizeHint::with_exact(length.promised.saturating_sub(length.seen)),
-            (Kind::Empty, None) => SizeHint::with_exact(0),
-            (Kind::Full(bytes), None) => SizeHint::with_exact(bytes.len() as u64),
-            (Kind::Hyper(incoming), None) => incoming.size_hint(),
-            (Kind::Replay(replay), None) => replay.size_hint(),
-            _ => SizeHint::default(),
+        match &self.length {
+            Some(length) => SizeHint::with_exact(length.promised.saturating_sub(length.seen)),
+            None => self.kind.size_hint(),
         }
     }
 }
@@ -282,6 +337,12 @@ impl From<Kind> for Body {
 impl From<Receiver> for Body {
     fn from(receiver: Receiver) -> Self {
         if receiver.has_ended() { Self::empty() } else { Self::from(Kind::Http3(Box::new(receiver))) }
+    }
+}
+
+impl From<Http2Body> for Body {
+    fn from(body: Http2Body) -> Self {
+        if body.is_end_stream() { Self::empty() } else { Self::from(Kind::Http2(Box::new(body))) }
     }
 }
 

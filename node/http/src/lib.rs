@@ -8,18 +8,22 @@ mod drain;
 mod guarded;
 mod problem;
 mod replay;
+mod shelf;
+mod stall;
 mod transport;
 
 pub mod accept;
-pub mod h1h2;
 pub mod h3;
 pub mod normal;
+pub mod tcp;
 
 pub use body::{Body, BodyError};
 pub use deadline::{Due, Late};
 pub use drain::Drain;
 pub use guarded::{Guard, Guarded};
-pub use h1h2::was_refused;
 pub use problem::{Problem, ProxyError, grpc_timeout, is_grpc, pseudonym};
 pub use replay::Source;
+pub use shelf::{Shelf, TakenBack, taken_back};
+pub use stall::STALL;
+pub use tcp::was_refused;
 pub use transport::{Datagrams, Transport};

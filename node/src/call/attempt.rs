@@ -175,6 +175,13 @@ fn lost(sent: Sent, detail: String) -> CallError {
 
 fn fault_of(error: &RequestError, connection: &Connection, node: &Name) -> CallError {
     match error {
+        RequestError::Full => CallError::new(
+            Fault::Connection,
+            Sent::No,
+            StatusCode::SERVICE_UNAVAILABLE,
+            ProxyError::DestinationUnavailable,
+            format!("node {node} has as many calls from here as it takes"),
+        ),
         RequestError::TooLarge => CallError::new(
             Fault::Caller,
             Sent::No,
@@ -204,6 +211,13 @@ fn fault_of(error: &RequestError, connection: &Connection, node: &Name) -> CallE
             connection.retire();
             lost(Sent::No, format!("connection to node {node}: {error}"))
         }
+        RequestError::Stalled => CallError::new(
+            Fault::Service,
+            Sent::Maybe,
+            StatusCode::GATEWAY_TIMEOUT,
+            ProxyError::HttpResponseTimeout,
+            format!("node {node} does not take the request"),
+        ),
         RequestError::Body => CallError::terminated(Sent::Maybe, "the request body broke off"),
     }
 }

@@ -60,7 +60,6 @@ impl Reception {
         };
         let drain = self.running.drain.clone();
         if protocol == alpn::CALLS {
-            endpoint::welcome_to_calls(&connection);
             let (inbound, expires) = (self.running.inbound.clone(), peer.expires);
             let served = drain.clone().spawn(inbound.serve(connection.clone(), peer, drain));
             tokio::select! {

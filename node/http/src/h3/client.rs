@@ -1,6 +1,6 @@
 //! Sends requests over an established QUIC connection.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderMap, Method, response};
 use tokio_util::task::AbortOnDropHandle;
@@ -16,20 +16,26 @@ use super::{
     pump::{Cut, pump},
     stream::{Receiver, Sender},
 };
-use crate::Body;
+use crate::{Body, Shelf};
 
 /// Interim answers that are passed over before the final one is waited for no longer.
 const MAX_INTERIM: usize = 32;
+
+/// A request waits so long for others to end, if the server takes no more at a time: it is not a queue.
+const OPENS_WITHIN: Duration = Duration::from_millis(100);
 
 /// One connection to a server, for requests. Cheap to clone; the connection closes with the last clone.
 #[derive(Clone)]
 pub struct Client(Arc<Closing>);
 
-struct Closing(Arc<Connection>);
+struct Closing {
+    connection: Arc<Connection>,
+    shelf: Shelf,
+}
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        self.0.quinn().close(Code::H3_NO_ERROR.var_int(), b"");
+        self.connection.quinn().close(Code::H3_NO_ERROR.var_int(), b"");
     }
 }
 
@@ -60,12 +66,18 @@ pub struct Answer {
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
+    /// The server has as many requests of this connection as it takes at a time. Nothing was sent.
+    #[error("the server takes no more requests at a time")]
+    Full,
     /// The connection was gone before the request could be sent.
     #[error("{0}")]
     NotSent(String),
     /// The server does not take so large a head. Nothing was sent.
     #[error("the header fields are larger than the server takes")]
     TooLarge,
+    /// The server does not take the request's body.
+    #[error("the server does not take the request's body")]
+    Stalled,
     /// The request's own body broke off.
     #[error("the request's body broke off")]
     Body,
@@ -75,28 +87,29 @@ pub enum RequestError {
 }
 
 impl Client {
-    /// Begins to speak HTTP/3 over a connection.
-    pub fn start(connection: quinn::Connection) -> Self {
-        Self(Arc::new(Closing(Connection::start(connection, Role::Client))))
+    /// Begins to speak HTTP/3 over a connection. Answers that nobody reads stand on the shelf.
+    pub fn start(connection: quinn::Connection, shelf: Shelf) -> Self {
+        Self(Arc::new(Closing { connection: Connection::start(connection, Role::Client), shelf }))
     }
 
     /// The connection.
     pub fn connection(&self) -> &quinn::Connection {
-        self.0.0.quinn()
+        self.0.connection.quinn()
     }
 
     /// Whether new requests should go over this connection: the server neither goes away nor is gone, and the connection
     /// does not carry so much of the past that another one is better.
     pub fn takes_requests(&self) -> bool {
-        self.0.0.takes_requests() && !self.0.0.is_worn_out()
+        self.0.connection.takes_requests() && !self.0.connection.is_worn_out()
     }
 
     /// Sends a request and waits for the head of the final answer. Interim ones are passed over. Dropping the future cancels
     /// the request at the server.
     pub async fn send(&self, head: Head<'_>, body: Option<Body>) -> Result<Answer, RequestError> {
-        let connection = &self.0.0;
+        let connection = &self.0.connection;
+        let opened = tokio::time::timeout(OPENS_WITHIN, connection.quinn().open_bi()).await;
         let (send, receive) =
-            connection.quinn().open_bi().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
+            opened.map_err(|_| RequestError::Full)?.map_err(|error| RequestError::NotSent(error.to_string()))?;
         let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);
         let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
         if !connection.takes_requests() {
@@ -109,7 +122,7 @@ impl Client {
             sender.flush().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
             sender.finish();
             let head = receive_head(&mut receiver, head.method).await?;
-            return Ok(Answer { head, body: Body::from(receiver), upload: None });
+            return Ok(Answer { head, body: self.body(receiver), upload: None });
         };
         let mut upload = Box::pin(async move {
             let stopped = sender.stopped();
@@ -129,6 +142,7 @@ impl Client {
                     head = &mut answered => break head?,
                     sent = &mut upload, if uploading => match sent {
                         Err(Cut::Body(_)) => return Err(RequestError::Body),
+                        Err(Cut::Stalled) => return Err(RequestError::Stalled),
                         // What the server makes of it, its answer tells.
                         Ok(()) | Err(Cut::Unwanted(_) | Cut::TrailersTooLarge) => uploading = false,
                     },
@@ -136,7 +150,13 @@ impl Client {
             }
         };
         let upload = uploading.then(|| AbortOnDropHandle::new(tokio::spawn(async move { drop(upload.await) })));
-        Ok(Answer { head: answer_head, body: Body::from(receiver), upload })
+        Ok(Answer { head: answer_head, body: self.body(receiver), upload })
+    }
+}
+
+impl Client {
+    fn body(&self, receiver: Receiver) -> Body {
+        Body::from(receiver).shelved(&self.0.shelf)
     }
 }
 

@@ -9,7 +9,10 @@ use std::{
 use bytes::Bytes;
 use http_body::{Body, Frame};
 
-use super::{Code, stream::Sender};
+use super::{
+    Code,
+    stream::{Sender, Unsent},
+};
 use crate::BodyError;
 
 /// Why a message was not sent whole.
@@ -19,6 +22,8 @@ pub(crate) enum Cut {
     Body(BodyError),
     /// Trailers that the receiver does not take.
     TrailersTooLarge,
+    /// The receiver takes nothing.
+    Stalled,
     /// The receiver wants no more of it, with the code that it gave, if it gave one; or the connection is gone.
     Unwanted(Option<Code>),
 }
@@ -112,7 +117,8 @@ where
 
 async fn flush(sender: &mut Sender) -> Result<(), Cut> {
     sender.flush().await.map_err(|error| match error {
-        quinn::WriteError::Stopped(code) => Cut::Unwanted(Some(code.into())),
-        _ => Cut::Unwanted(None),
+        Unsent::Stalled => Cut::Stalled,
+        Unsent::Failed(quinn::WriteError::Stopped(code)) => Cut::Unwanted(Some(code.into())),
+        Unsent::Failed(_) => Cut::Unwanted(None),
     })
 }

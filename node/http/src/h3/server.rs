@@ -27,7 +27,7 @@ use super::{
     stream::{Receiver, Sender},
     upload::Upload,
 };
-use crate::{Body, BodyError, Drain, Problem, ProxyError};
+use crate::{Body, BodyError, Drain, Problem, ProxyError, Shelf};
 
 /// How long a request's head may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,8 +45,8 @@ const CANCELLED_PER_SECOND: f64 = 16.0;
 const HOLD: Duration = Duration::from_millis(20);
 
 /// Serves requests until the peer closes or the node drains. Requests run side by side; one that fails resets its own stream
-/// and nothing else. Dropping an answer's body before its end resets the stream.
-pub async fn serve<H, F, B>(connection: quinn::Connection, drain: Drain, handler: H)
+/// and nothing else. Dropping an answer's body before its end resets the stream. Uploads that nobody reads stand on the shelf.
+pub async fn serve<H, F, B>(connection: quinn::Connection, shelf: Shelf, drain: Drain, handler: H)
 where
     H: Fn(Request<Body>) -> F + Clone + Send + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
@@ -57,6 +57,7 @@ where
         handler,
         requests: TaskTracker::new(),
         patience: Arc::default(),
+        shelf,
     };
     // From which stream id on requests are refused.
     let mut bound = 0;
@@ -85,6 +86,7 @@ struct Server<H> {
     handler: H,
     requests: TaskTracker,
     patience: Arc<Patience>,
+    shelf: Shelf,
 }
 
 impl<H, F, B> Server<H>
@@ -100,6 +102,7 @@ where
             sender: Sender::new(send, self.connection.clone(), Code::H3_INTERNAL_ERROR),
             receiver: Receiver::new(receive, self.connection.clone(), Code::H3_NO_ERROR),
             patience: self.patience.clone(),
+            shelf: self.shelf.clone(),
         };
         self.requests.spawn(exchange.run(self.handler.clone()));
         next
@@ -148,6 +151,7 @@ struct Exchange {
     sender: Sender,
     receiver: Receiver,
     patience: Arc<Patience>,
+    shelf: Shelf,
 }
 
 impl Exchange {
@@ -157,7 +161,7 @@ impl Exchange {
         F: Future<Output = Response<B>>,
         B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
     {
-        let Self { mut sender, mut receiver, patience } = self;
+        let Self { mut sender, mut receiver, patience, shelf } = self;
         let begun = Instant::now();
         let head = match tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut receiver)).await {
             Ok(Ok(head)) => head,
@@ -182,7 +186,7 @@ impl Exchange {
             (None, Body::empty())
         } else {
             let (upload, body) = Upload::divide(receiver);
-            (Some(upload), Body::from(body))
+            (Some(upload), Body::from(body).shelved(&shelf))
         };
         let outcome = {
             let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
@@ -302,6 +306,7 @@ where
                 Code::H3_INTERNAL_ERROR
             }
             Cut::TrailersTooLarge => Code::H3_INTERNAL_ERROR,
+            Cut::Stalled => Code::H3_REQUEST_CANCELLED,
         })
     })
 }

@@ -21,7 +21,7 @@ use super::{
     },
     connection::{Connection, MAX_SECTION_BYTES},
 };
-use crate::BodyError;
+use crate::{BodyError, stall::Stall};
 
 /// Payloads up to this size are copied behind their frame's header: one buffer is cheaper than two.
 const COPY_BYTES: usize = 1024;
@@ -30,7 +30,11 @@ const LARGE_BYTES: usize = 16 << 10;
 /// Buffers that are handed to QUIC at a time.
 const MAX_CHUNKS: usize = 8;
 /// What is gathered before it is handed over, in bytes.
-const MAX_GATHERED: usize = 128 << 10;
+const MAX_GATHERED: usize = 32 << 10;
+
+/// Pieces of a body below this size are put together, up to so much.
+const LARGE_PIECE_BYTES: usize = 2 << 10;
+const GATHER_BYTES: usize = 8 << 10;
 
 /// The sending half: what is queued leaves in as few writes as possible. Reset on drop unless it was finished, so that a part
 /// of a message never looks like a whole one.
@@ -119,17 +123,26 @@ impl Sender {
         self.chunks.len() + 3 > MAX_CHUNKS || self.gathered + self.queued.len() >= MAX_GATHERED
     }
 
-    /// Writes what is queued, as far as the peer lets. If dropped half way, only a reset makes sense, which the drop of the
-    /// sender does.
-    pub(crate) async fn flush(&mut self) -> Result<(), quinn::WriteError> {
+    /// Writes what is queued, as far as the peer lets; gives up when it takes nothing for too long. If dropped half way, only
+    /// a reset makes sense, which the drop of the sender does.
+    pub(crate) async fn flush(&mut self) -> Result<(), Unsent> {
         self.written += self.gathered + self.queued.len();
-        if self.chunks.is_empty() {
-            let queued = self.queued.split().freeze();
-            return if queued.is_empty() { Ok(()) } else { self.stream.write_chunk(queued).await };
-        }
         self.put_queued();
         self.gathered = 0;
-        self.stream.write_all_chunks(&mut self.chunks).await?;
+        let mut stall = Stall::default();
+        let mut rest = &mut self.chunks[..];
+        while !rest.is_empty() {
+            let written = {
+                let mut writing = pin!(self.stream.write_chunks(&mut *rest));
+                std::future::poll_fn(|cx| match writing.as_mut().poll(cx) {
+                    Poll::Ready(written) => Poll::Ready(written.map_err(Unsent::Failed)),
+                    Poll::Pending => stall.poll_stalled(cx).map(|()| Err(Unsent::Stalled)),
+                })
+                .await?
+            };
+            stall.moved();
+            rest = &mut rest[written.chunks..];
+        }
         self.chunks.clear();
         Ok(())
     }
@@ -189,6 +202,16 @@ impl Drop for Sender {
             self.reset(self.on_drop);
         }
     }
+}
+
+/// Why something was not sent.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unsent {
+    /// The peer takes nothing.
+    #[error("the peer takes nothing")]
+    Stalled,
+    #[error(transparent)]
+    Failed(quinn::WriteError),
 }
 
 /// Why no more comes.
@@ -362,7 +385,7 @@ impl Receiver {
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         loop {
             match ready!(self.poll_event(cx)) {
-                Ok(Some(Event::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Some(Event::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(self.gather(data, cx))))),
                 Ok(Some(Event::Head(section) | Event::Trailers(section))) => {
                     match head::decode_trailers(&section, MAX_SECTION_BYTES) {
                         Ok(trailers) => self.trailers = Some(Box::new(trailers)),
@@ -373,6 +396,33 @@ impl Receiver {
                 Err(broken) => return Poll::Ready(Some(Err(broken))),
             }
         }
+    }
+
+    /// Puts small pieces together, as far as they are there. Each is a part of the packets that came with it, and would keep
+    /// all of them for as long as somebody holds it; and a few large pieces are less work than many small ones.
+    fn gather(&mut self, first: Bytes, cx: &mut Context<'_>) -> Bytes {
+        if first.len() >= LARGE_PIECE_BYTES {
+            return first;
+        }
+        let (mut length, mut more) = (first.len(), Vec::new());
+        while length + LARGE_PIECE_BYTES <= GATHER_BYTES {
+            match self.poll_event(cx) {
+                Poll::Ready(Ok(Some(Event::Data(data)))) if data.len() < LARGE_PIECE_BYTES => {
+                    length += data.len();
+                    more.push(data);
+                }
+                Poll::Ready(Ok(Some(other))) => {
+                    self.ahead = Some(other);
+                    break;
+                }
+                // An end that is there is found again.
+                Poll::Ready(Ok(None) | Err(_)) | Poll::Pending => break,
+            }
+        }
+        let mut gathered = BytesMut::with_capacity(length);
+        gathered.extend_from_slice(&first);
+        more.iter().for_each(|data| gathered.extend_from_slice(data));
+        gathered.freeze()
     }
 
     /// What can be found out without reading on, for when nobody wants more data at the moment.

@@ -217,6 +217,13 @@ impl UploadBody {
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
     }
 
+    /// Nobody takes it: whoever sends it is told, and gets no answer that was made of a part of it.
+    pub(crate) fn give_up(&self) {
+        let mut state = lock(&self.0);
+        state.break_off(Code::H3_EXCESSIVE_LOAD);
+        state.watcher.wake_by_ref();
+    }
+
     /// Whoever read does not read any more, for now.
     pub(crate) fn pause(&self) {
         let mut state = lock(&self.0);

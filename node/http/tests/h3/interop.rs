@@ -61,7 +61,7 @@ fn echoed(mut fields: HeaderMap) -> (HeaderMap, String) {
 
 async fn h3_client_to_us(fields: HeaderMap, body: Bytes) -> (StatusCode, HeaderMap, Bytes) {
     let (dialled, accepted, _endpoints) = connections().await;
-    tokio::spawn(server::serve(accepted, Drain::default(), echo));
+    tokio::spawn(server::serve(accepted, crate::shelf(), Drain::default(), echo));
     let (mut driver, mut sender) = h3::client::new(h3_quinn::Connection::new(dialled)).await.unwrap();
     let driving = tokio::spawn(async move { std::future::poll_fn(|cx| driver.poll_close(cx)).await });
     let mut request = Request::post("https://x/some/path").body(()).unwrap();
@@ -96,7 +96,7 @@ async fn us_to_h3_server(fields: HeaderMap, body: Bytes) -> (StatusCode, HeaderM
             stream.finish().await.unwrap();
         }
     });
-    let client = Client::start(dialled);
+    let client = Client::start(dialled, crate::shelf());
     let answer = send(&client, Method::PUT, "/some/path", &fields, Some(Body::full(body))).await.unwrap();
     let received = answer.body.collect().await.unwrap().to_bytes();
     serving.abort();

@@ -5,3 +5,8 @@ mod answers;
 mod exchanges;
 mod interop;
 mod wire;
+
+/// Room for as many bodies as a test has.
+fn shelf() -> starling_http::Shelf {
+    starling_http::Shelf::new(1 << 30, 1 << 20)
+}

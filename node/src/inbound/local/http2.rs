@@ -13,27 +13,29 @@ use std::{
 use http::{Request, Response, Version};
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use starling_http::{Body, Guarded};
+use starling_http::{Body, Guarded, Shelf};
 use tokio::sync::Notify;
 
 use super::{Dialler, LocalError, MAX_HEAD_BYTES, Room, failed};
 
 /// What one answer may hold that nobody reads.
-const STREAM_WINDOW_BYTES: u32 = 512 << 10;
+const STREAM_WINDOW_BYTES: u32 = 64 << 10;
 /// The same of all answers on a connection: so much that the streams' own windows end first.
-const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = STREAM_WINDOW_BYTES * MAX_STREAMS as u32;
+/// What those may hold that stand still.
+const STANDING_BYTES: u64 = 32 << 20;
 /// Calls at once on a connection whose service has not said yet how many it takes; it says so at once.
 const UNTOLD: usize = 1;
 const SAYS_WITHIN: Duration = Duration::from_millis(100);
-/// Calls at once on a connection, whatever the service says: their answers must fit into the connection's window.
-const MAX_STREAMS: usize = (CONNECTION_WINDOW_BYTES / STREAM_WINDOW_BYTES) as usize;
+/// Calls at once on a connection, whatever the service says.
+const MAX_STREAMS: usize = 4096;
 
 /// A connection without calls is closed after so long, looked at as often.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// The connections. More than one if the service takes fewer calls on one than there are.
-#[derive(Default)]
 pub(super) struct Pool {
+    shelf: Shelf,
     connections: Arc<Mutex<Vec<Arc<Connection>>>>,
     /// Held across a dial on purpose: whoever comes meanwhile perhaps wants this very connection.
     dialling: tokio::sync::Mutex<()>,
@@ -65,6 +67,13 @@ impl Connection {
     }
 }
 
+impl Default for Pool {
+    fn default() -> Self {
+        let shelf = Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into());
+        Self { shelf, connections: Arc::default(), dialling: tokio::sync::Mutex::default() }
+    }
+}
+
 impl Pool {
     pub(super) async fn send(
         &self,
@@ -85,9 +94,9 @@ impl Pool {
         let mut sender = place.0.sender.clone();
         sender.ready().await.map_err(|e| failed(&e, true))?;
         match sender.try_send_request(request).await {
-            Ok(response) => {
-                Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Http2 { _place: place })))
-            }
+            Ok(response) => Ok(response.map(|body| {
+                Guarded::new(Body::from(body).shelved(&self.shelf), super::Place::Http2 { _place: place })
+            })),
             Err(mut error) => {
                 let unsent = error.take_message().is_some() || starling_http::was_refused(error.error());
                 Err(failed(error.error(), unsent))

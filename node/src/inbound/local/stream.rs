@@ -13,6 +13,9 @@ use tokio::{
     net::TcpStream,
 };
 
+/// Read at a time: so much of an answer waits that nobody takes, in each of a few places.
+const MAX_READ_BYTES: usize = 16 << 10;
+
 /// A connection that can be looked at from outside, and on which an answer is read although writing has failed.
 pub(super) struct ServiceStream {
     stream: Arc<TcpStream>,
@@ -68,7 +71,7 @@ impl AsyncRead for ServiceStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.stream.poll_read_ready(cx))?;
-            let read = self.stream.try_read(buf.initialize_unfilled());
+            let read = self.stream.try_read(buf.initialize_unfilled_to(buf.remaining().min(MAX_READ_BYTES)));
             match read {
                 Ok(read) => {
                     buf.advance(read);

@@ -1,0 +1,126 @@
+//! A TCP connection to a client: it ends when the client takes nothing for too long, and it ends gently.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    net::TcpStream,
+};
+
+use crate::stall::Stall;
+
+/// Bytes that wait in the kernel and are not sent yet, at most: what is there cannot be given back.
+const NOT_SENT_BYTES: u32 = 64 << 10;
+/// How long a client is listened to that has its answer and still sends.
+const LINGER: Duration = Duration::from_secs(5);
+/// Connections that are listened to so at a time; others are closed at once.
+const MAX_LINGERING: usize = 512;
+
+static LINGERING: AtomicUsize = AtomicUsize::new(0);
+
+/// A client's connection.
+#[derive(Debug)]
+pub struct Socket {
+    stream: Option<TcpStream>,
+    stall: Stall,
+    /// The client sends no more.
+    read_all: bool,
+    /// There may be something on its way to the client.
+    wrote: bool,
+}
+
+impl Socket {
+    /// Takes a connection that was accepted.
+    pub fn new(stream: TcpStream) -> Self {
+        let _ = stream.set_nodelay(true);
+        let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES);
+        Self { stream: Some(stream), stall: Stall::default(), read_all: false, wrote: false }
+    }
+
+    fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    fn written(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match written {
+            Poll::Ready(written) => {
+                self.stall.moved();
+                self.wrote |= written.is_ok();
+                Poll::Ready(written)
+            }
+            Poll::Pending => self.stall.poll_stalled(cx).map(|()| {
+                // Nothing of what waits there will arrive.
+                self.read_all = true;
+                Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing"))
+            }),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let room = buf.remaining();
+        let read = self.stream()?.poll_read(cx, buf);
+        if let Poll::Ready(read) = &read {
+            self.read_all |= read.is_err() || room > 0 && buf.filled().len() == before;
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = self.stream()?.poll_write(cx, buf);
+        self.written(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.stream()?.poll_write_vectored(cx, bufs);
+        self.written(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_shutdown(cx)
+    }
+}
+
+/// Closed with bytes that were not read, a connection is reset, and the answer is lost that the client has not read yet. So
+/// it is listened to for a while (RFC 9112 §9.6).
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let Some(mut stream) = self.stream.take().filter(|_| self.wrote && !self.read_all) else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if LINGERING.fetch_add(1, Relaxed) >= MAX_LINGERING {
+            LINGERING.fetch_sub(1, Relaxed);
+            return;
+        }
+        runtime.spawn(async move {
+            let listening = async {
+                let _ = stream.shutdown().await;
+                let mut unwanted = vec![0; 16 << 10];
+                while matches!(stream.read(&mut unwanted).await, Ok(read) if read > 0) {}
+            };
+            let _ = tokio::time::timeout(LINGER, listening).await;
+            LINGERING.fetch_sub(1, Relaxed);
+        });
+    }
+}

@@ -1,0 +1,91 @@
+//! Clients that ask for more than they read.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use bytes::Bytes;
+use http::Request;
+use starling_chaos::{Client, Door};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+};
+
+use crate::raw_h3;
+
+/// Requests of one connection whose answers nobody reads. Everything closes when it is dropped.
+pub struct Stuck {
+    _kept: Kept,
+}
+
+#[allow(dead_code)]
+enum Kept {
+    Http1(Box<dyn Send>),
+    Http2(Vec<h2::client::ResponseFuture>, tokio::task::JoinSet<()>),
+    Http3(Vec<(quinn::SendStream, quinn::RecvStream)>, quinn::Connection, quinn::Endpoint),
+}
+
+/// Asks for `path` so often over one connection, and reads no answer. Over HTTP/1.1 there is one request a connection.
+pub async fn readers(
+    client: &Client,
+    door: Door,
+    addr: SocketAddr,
+    host: &str,
+    path: &str,
+    requests: usize,
+) -> Result<Stuck> {
+    let kept = match door {
+        Door::PlainHttp1 => asleep(small(addr).await?, host, path).await?,
+        Door::PlainHttp2 => unread_http2(TcpStream::connect(addr).await?, "http", host, path, requests).await?,
+        Door::Http1 => asleep(client.connect_tls(addr, host, b"http/1.1").await?, host, path).await?,
+        Door::Http2 => {
+            unread_http2(client.connect_tls(addr, host, b"h2").await?, "https", host, path, requests).await?
+        }
+        Door::Http3 => {
+            let (connection, endpoint) = client.connect_quic(addr, host).await?;
+            let head = raw_h3::head(&[(":method", "GET"), (":scheme", "https"), (":authority", host), (":path", path)]);
+            let mut streams = Vec::new();
+            for _ in 0..requests {
+                let (mut send, receive) = connection.open_bi().await?;
+                send.write_all(&head).await?;
+                send.finish()?;
+                streams.push((send, receive));
+            }
+            Kept::Http3(streams, connection, endpoint)
+        }
+    };
+    Ok(Stuck { _kept: kept })
+}
+
+/// A connection with little room for what is not read.
+async fn small(addr: SocketAddr) -> Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_recv_buffer_size(4096)?;
+    Ok(socket.connect(addr).await?)
+}
+
+async fn asleep(mut stream: impl AsyncWrite + Unpin + Send + 'static, host: &str, path: &str) -> Result<Kept> {
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes()).await?;
+    stream.flush().await?;
+    Ok(Kept::Http1(Box::new(stream)))
+}
+
+async fn unread_http2(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    scheme: &str,
+    host: &str,
+    path: &str,
+    requests: usize,
+) -> Result<Kept> {
+    let (mut sender, connection) =
+        h2::client::Builder::new().initial_window_size(0).handshake::<_, Bytes>(stream).await?;
+    let mut driving = tokio::task::JoinSet::new();
+    driving.spawn(async move { drop(connection.await) });
+    let mut answers = Vec::new();
+    for _ in 0..requests {
+        sender = sender.ready().await?;
+        let request = Request::builder().uri(format!("{scheme}://{host}{path}")).body(())?;
+        answers.push(sender.send_request(request, true)?.0);
+    }
+    Ok(Kept::Http2(answers, driving))
+}

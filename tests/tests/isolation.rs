@@ -1,0 +1,251 @@
+//! Nobody can hurt anybody else: readers, writers and callers that stand still or go away, and instances that stumble.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use starling_chaos::{Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
+use starling_tests::{
+    binary, call, memory_kib, sample,
+    service::{self, Service, Speaks},
+    stuck,
+};
+
+const HOST: &str = "api.example.com";
+const ALL: [Door; 5] = [Door::PlainHttp1, Door::PlainHttp2, Door::Http1, Door::Http2, Door::Http3];
+
+struct Scene {
+    cluster: Cluster,
+    public: SocketAddr,
+    client: Client,
+    _services: Vec<Process>,
+}
+
+impl Scene {
+    /// The node `far` serves `sample` and what else is given; an edge leads there in public, and the node `near` has the door
+    /// of an application.
+    async fn start(services: &[(&str, SocketAddr, &str)]) -> Self {
+        let mut cluster = Cluster::start(binary()).await.unwrap();
+        let dir = cluster.dir().to_path_buf();
+        let (process, addr) = sample(&dir, "sample").await;
+        let mut far = NodeSpec::named("far").serving(format!("sample={addr}"));
+        for (name, addr, more) in services {
+            far = far.serving(format!("{name}={addr}{more}"));
+        }
+        cluster.add(&far).await.unwrap();
+        cluster.add(&NodeSpec::named("near")).await.unwrap();
+        let (cert, key) = (dir.join("edge.pem"), dir.join("edge.key"));
+        self_signed(&[HOST], &cert, &key).unwrap();
+        let public = free_port();
+        let names = ["sample"].into_iter().chain(services.iter().map(|(name, ..)| *name));
+        let routes: String = names
+            .map(|name| {
+                format!("[[route]]\npath = \"/{name}\"\nservice = \"{name}\"\nauth = []\nstrip_prefix = true\n")
+            })
+            .collect();
+        let sections = format!(
+            "[edge]\nlisten = \"{public}\"\n[[certificate]]\nhosts = [\"{HOST}\"]\ncert = {cert:?}\nkey = {key:?}\n{routes}"
+        );
+        cluster.add_edge("edge", &sections).await.unwrap();
+        let client = Client::trusting(&cert).unwrap();
+        Self { cluster, public, client, _services: vec![process] }
+    }
+
+    /// The address behind a door, and the host to ask for; a path in public begins with the service.
+    fn way(&self, door: Door, service: &str, path: &str) -> (SocketAddr, String, String) {
+        match door {
+            Door::PlainHttp1 | Door::PlainHttp2 => {
+                (self.cluster.node("near").outbound, format!("{service}.mesh.internal"), path.to_string())
+            }
+            _ => (self.public, HOST.to_string(), format!("/{service}{path}")),
+        }
+    }
+
+    async fn stuck(&self, door: Door, service: &str, path: &str, requests: usize) -> stuck::Stuck {
+        let (addr, host, path) = self.way(door, service, path);
+        stuck::readers(&self.client, door, addr, &host, &path, requests).await.unwrap()
+    }
+
+    async fn get(&self, door: Door, service: &str, path: &str) -> u16 {
+        let (addr, host, path) = self.way(door, service, path);
+        let scheme = if matches!(door, Door::PlainHttp1 | Door::PlainHttp2) { "http" } else { "https" };
+        let request =
+            http::Request::builder().uri(format!("{scheme}://{host}{path}")).body(bytes::Bytes::new()).unwrap();
+        self.client.send(door, addr, request).await.map_or(0, |answer| answer.status)
+    }
+}
+
+/// Twelve readers of 100 MB that read nothing were once enough to stop everybody.
+#[tokio::test]
+async fn readers_that_stand_still_hold_nobody_up() {
+    let scene = Scene::start(&[]).await;
+    for door in ALL {
+        assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: before");
+    }
+    for name in ["edge", "near", "far"] {
+        eprintln!("{name} before: {} MiB", memory_kib(&scene.cluster.node(name).process, "VmRSS:") >> 10);
+    }
+    let mut stuck = Vec::new();
+    for door in ALL {
+        let connections = if matches!(door, Door::PlainHttp1 | Door::Http1) { 60 } else { 3 };
+        for _ in 0..connections {
+            stuck.push(scene.stuck(door, "sample", "/bytes/100000000", 20).await);
+        }
+    }
+    // As long as they are stuck, and more of them than a connection between nodes has room for.
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut took = Vec::new();
+    while Instant::now() < until {
+        for door in ALL {
+            let begun = Instant::now();
+            assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: beside stuck readers");
+            took.push(begun.elapsed());
+        }
+    }
+    took.sort();
+    let (median, worst) = (took[took.len() / 2], took[took.len() - 1]);
+    eprintln!(
+        "{} calls beside stuck readers: median {median:?}, p99 {:?}, worst {worst:?}",
+        took.len(),
+        took[took.len() * 99 / 100]
+    );
+    assert!(worst < Duration::from_secs(5), "a call took {worst:?}");
+    for name in ["edge", "near", "far"] {
+        let kib = memory_kib(&scene.cluster.node(name).process, "VmRSS:");
+        eprintln!("{name}: {} MiB", kib >> 10);
+        assert!(kib < 160 << 10, "{name} holds {kib} KiB");
+    }
+    // And they do not stay: each is ended after the time that a reader may stand still.
+    for name in ["edge", "near"] {
+        wait_for("no call is open any more", Duration::from_secs(120), || async {
+            let admin = scene.cluster.node(name).admin;
+            let metrics =
+                Client::plain().get(admin, &admin.to_string(), "/metrics").await.map_err(|e| e.to_string())?.text();
+            match metrics.lines().find(|line| line.starts_with("starling_calls_in_flight ")) {
+                Some("starling_calls_in_flight 0") => {
+                    eprintln!("{name} ok {:?}", until.elapsed());
+                    Ok(())
+                }
+                line => Err(format!("{name}: {line:?}")),
+            }
+        })
+        .await
+        .unwrap();
+    }
+}
+
+/// Whoever leaves is told to the service, before and after the head of its answer, whichever way the call came.
+#[tokio::test]
+async fn a_call_that_is_given_up_ends_at_the_service() {
+    let headless = Service::start(Speaks::Http1, |_, open| async move {
+        let _open = open;
+        std::future::pending().await
+    })
+    .await;
+    let quiet = Service::start(Speaks::Http1, |_, open| async move { service::watch(open) }).await;
+    let quiet2 = Service::start(Speaks::H2c(5000), |_, open| async move { service::watch(open) }).await;
+    let scene = Scene::start(&[
+        ("headless", headless.addr, ""),
+        ("quiet", quiet.addr, ""),
+        ("quiet2", quiet2.addr, ",protocol=h2c"),
+    ])
+    .await;
+    for (name, service) in [("headless", &headless), ("quiet", &quiet), ("quiet2", &quiet2)] {
+        for door in ALL {
+            let stuck = scene.stuck(door, name, "/", 10).await;
+            let wanted = if matches!(door, Door::PlainHttp1 | Door::Http1) { 1 } else { 10 };
+            wait_for("the calls arrive", Duration::from_secs(30), || async {
+                if service.open() == wanted { Ok(()) } else { Err(format!("{} of {wanted}", service.open())) }
+            })
+            .await
+            .unwrap_or_else(|e| panic!("{name} over {door:?}: {e}"));
+            drop(stuck);
+            wait_for("the service is told", Duration::from_secs(10), || async {
+                if service.open() == 0 { Ok(()) } else { Err(format!("{} are open", service.open())) }
+            })
+            .await
+            .unwrap_or_else(|e| panic!("{name} over {door:?}: {e}"));
+        }
+    }
+}
+
+/// One bad answer, or a slow one, is no reason to starve an instance; and equals get equal shares.
+#[tokio::test]
+async fn an_instance_that_stumbles_comes_back() {
+    let (bad, slow) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let stumbling = {
+        let (bad, slow) = (bad.clone(), slow.clone());
+        move |_: http::Request<hyper::body::Incoming>, _open| {
+            let fails = bad.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1)).is_ok();
+            let lags = slow.fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1)).is_ok();
+            async move {
+                if lags {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                service::text(if fails { 500 } else { 200 }, "stumbling")
+            }
+        }
+    };
+    let stumbling = Service::start(Speaks::Http1, stumbling).await;
+    let steady = Service::start(Speaks::Http1, |_, _| async { service::text(200, "steady") }).await;
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("one").serving(format!("web={}", stumbling.addr))).await.unwrap();
+    cluster.add(&NodeSpec::named("two").serving(format!("web={}", steady.addr))).await.unwrap();
+    let outbound = cluster.node("seed").outbound;
+    wait_for("both are there", Duration::from_secs(30), || async {
+        for _ in 0..50 {
+            call(outbound, "web", "/").await;
+        }
+        if stumbling.begun.load(Relaxed) > 0 && steady.begun.load(Relaxed) > 0 { Ok(()) } else { Err("not yet".into()) }
+    })
+    .await
+    .unwrap();
+    let share = || async {
+        let before = stumbling.begun.load(Relaxed);
+        for _ in 0..200 {
+            call(outbound, "web", "/").await;
+        }
+        (stumbling.begun.load(Relaxed) - before) * 100 / 200
+    };
+    for (what, stumbles) in [("nothing", None), ("one 500", Some(&bad)), ("one slow answer", Some(&slow))] {
+        if let Some(stumbles) = stumbles {
+            stumbles.store(1, Relaxed);
+            while stumbles.load(Relaxed) > 0 {
+                call(outbound, "web", "/").await;
+            }
+        }
+        let begun = Instant::now();
+        wait_for("fair shares", Duration::from_secs(30), || async {
+            let share = share().await;
+            if (30..=70).contains(&share) { Ok(()) } else { Err(format!("{share} %")) }
+        })
+        .await
+        .unwrap_or_else(|e| panic!("after {what}: {e}"));
+        eprintln!("after {what}: a fair share again within {:?}", begun.elapsed());
+    }
+}
+
+/// A service's limit of streams is no queue: there is another connection, or a prompt word.
+#[tokio::test]
+async fn a_full_connection_to_a_service_is_no_queue() {
+    let service = Service::start(Speaks::H2c(4), |request, open| async move {
+        if request.uri().path() == "/watch" { service::watch(open) } else { service::text(200, "here") }
+    })
+    .await;
+    let scene = Scene::start(&[("narrow", service.addr, ",protocol=h2c")]).await;
+    let _watches = scene.stuck(Door::PlainHttp2, "narrow", "/watch", 12).await;
+    wait_for("all watch", Duration::from_secs(30), || async {
+        if service.open() == 12 { Ok(()) } else { Err(format!("{}", service.open())) }
+    })
+    .await
+    .unwrap();
+    for door in ALL {
+        assert_eq!(scene.get(door, "narrow", "/").await, 200, "{door:?}");
+    }
+    assert!(service.connections.load(Relaxed) <= 6, "no more connections than it takes");
+}

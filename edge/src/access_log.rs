@@ -26,6 +26,9 @@ pub(crate) struct Entry {
     /// Without the query, which may carry secrets.
     pub(crate) path: String,
     pub(crate) status: u16,
+    /// Whether the client got less than the whole answer.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) cut: bool,
     pub(crate) duration_ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) consumer: Option<String>,

@@ -20,7 +20,7 @@ use starling_node::{
 };
 use starling_protocol::Name;
 
-use crate::{jwt, route};
+use crate::{cors::Cors, jwt, route};
 
 /// Longest timeout of a route: more than a day is a slip of the pen.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -82,6 +82,13 @@ pub struct Edge {
     pub redirect: Option<SocketAddr>,
     /// Port that Alt-Svc names (RFC 7838), if it is not the one of `listen`.
     pub alt_svc_port: Option<u16>,
+    /// Whether answers tell of HTTP/3 by Alt-Svc; they do if not told.
+    #[serde(default = "yes")]
+    pub alt_svc: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// `[[certificate]]`: a chain, its key and the server names it is shown for.
@@ -151,6 +158,50 @@ pub struct Route {
     /// Time to the end of an answer; none if not told.
     #[serde(default, deserialize_with = "timeout")]
     pub total_timeout: Option<Duration>,
+    /// What the service sees as Host; what the client asked for, if not told.
+    #[serde(default)]
+    pub forward_host: ForwardHost,
+    /// Which web pages may call, by the rules of browsers; that is the service's affair if not told.
+    pub cors: Option<Cors>,
+    /// Whether browsers' preflights, which carry no credentials, pass to the service without any.
+    #[serde(default)]
+    pub preflight: Preflight,
+}
+
+/// What a service sees as Host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum ForwardHost {
+    /// `public`: what the client asked for.
+    #[default]
+    Public,
+    /// `service`: the service's name in the mesh.
+    Service,
+    /// A host of its own.
+    Named(String),
+}
+
+impl TryFrom<String> for ForwardHost {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "public" => Ok(Self::Public),
+            "service" => Ok(Self::Service),
+            name if name.parse::<http::uri::Authority>().is_ok() => Ok(Self::Named(name.into())),
+            _ => Err(format!("{text:?} is not a host: use \"public\", \"service\" or a name")),
+        }
+    }
+}
+
+/// What becomes of a browser's preflight on a route that asks for credentials.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preflight {
+    /// As of any other request.
+    #[default]
+    Refuse,
+    /// It passes.
+    Pass,
 }
 
 impl Route {

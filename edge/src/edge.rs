@@ -1,30 +1,27 @@
 //! A running edge: a node, its public listeners, and what a reload replaces.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
-use notify::{RecursiveMode, Watcher};
 use starling_node::{ExtraRoutes, Node, StartError, StateDir, config::Config};
 use starling_protocol::{NodeKind, admin};
-use tokio::sync::mpsc;
 
 use crate::{
     access_log::AccessLog,
     certificates::Certificates,
-    config::{AuthMethod, EdgeSections, Route, read_config},
+    config::{AuthMethod, EdgeSections, Rate, Route, read_config},
     gateway::{Gateway, Policy, Standing},
     key_file::{KeyError, KeyFile},
     listener,
+    rate::Limiter,
+    watch,
 };
 
-/// Editors and orchestrators write in several steps; files are read once these are over.
-const SETTLE: Duration = Duration::from_millis(200);
+/// Tokens that do not verify, which an address may send at once, and each second in the long run.
+const FAILURES_AT_ONCE: NonZeroU32 = NonZeroU32::new(50).unwrap();
+const FAILURES_PER_SECOND: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
 /// Why an edge does not start.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +41,6 @@ pub enum EdgeError {
 pub struct Edge {
     node: Node,
     public: Option<quinn::Endpoint>,
-    _watcher: Option<notify::RecommendedWatcher>,
 }
 
 impl Edge {
@@ -80,8 +76,14 @@ impl Edge {
             certificates,
             log: AccessLog::start().map_err(|e| EdgeError::Config(format!("the access log: {e}")))?,
             metrics: node.metrics().clone(),
-            alt_svc: HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400"))
-                .unwrap_or(HeaderValue::from_static("clear")),
+            alt_svc: match sections.edge.alt_svc {
+                true => HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).ok(),
+                false => None,
+            },
+            failures: Limiter::new(
+                Rate { count: FAILURES_PER_SECOND, window: Duration::from_secs(1) },
+                FAILURES_AT_ONCE,
+            ),
         });
         let gateway = Gateway(shared.clone());
         node.set_admin_routes(Arc::new(Routes(shared.clone())));
@@ -89,7 +91,7 @@ impl Edge {
         let reload = Reload { path, shared: shared.clone() };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
-        let watcher = watch(node.reloader(), &path, &sections, &state);
+        watch::spawn(node.reloader(), path, state.path().join(KeyFile::NAME));
 
         let worker = node.worker();
         let drain = node.drain_signal().clone();
@@ -115,7 +117,7 @@ impl Edge {
                 }
             });
         }
-        Ok(Self { node, public: Some(public), _watcher: watcher })
+        Ok(Self { node, public: Some(public) })
     }
 
     /// Its node.
@@ -155,51 +157,6 @@ impl Reload {
         self.shared.policy.store(Arc::new(policy));
         Ok(())
     }
-}
-
-/// Watches the directories of everything that may change: editors and orchestrators replace files, which a watch on the
-/// file itself would lose.
-fn watch(
-    reload: impl Fn() -> Result<(), String> + Send + 'static,
-    config: &Path,
-    sections: &EdgeSections,
-    state: &StateDir,
-) -> Option<notify::RecommendedWatcher> {
-    let (changed, mut changes) = mpsc::channel::<()>(1);
-    // The node writes its own files into the state directory; only the keys there concern us.
-    let (state, keys) = (state.path().to_path_buf(), state.path().join(KeyFile::NAME));
-    let own_files = state.clone();
-    let notice = move |event: notify::Result<notify::Event>| {
-        let concerns_us = |path: &PathBuf| *path == keys || path.parent() != Some(&own_files);
-        if event.is_ok_and(|e| !matches!(e.kind, notify::EventKind::Access(_)) && e.paths.iter().any(concerns_us)) {
-            let _ = changed.try_send(());
-        }
-    };
-    let mut watcher = notify::recommended_watcher(notice)
-        .map_err(|error| tracing::warn!(%error, "files are not watched; reload with SIGHUP"))
-        .ok()?;
-    let files = sections.certificate.iter().flat_map(|c| [&*c.cert, &*c.key]);
-    let jwks = sections.jwt.iter().map(|jwt| &*jwt.jwks);
-    let parent =
-        |file: &Path| file.parent().filter(|p| !p.as_os_str().is_empty()).map_or(".".into(), Path::to_path_buf);
-    let mut directories: Vec<PathBuf> = files.chain(jwks).chain([config]).map(parent).collect();
-    directories.push(state);
-    directories.sort();
-    directories.dedup();
-    for directory in directories {
-        if let Err(error) = watcher.watch(&directory, RecursiveMode::NonRecursive) {
-            tracing::warn!(directory = %directory.display(), %error, "not watched; reload with SIGHUP");
-        }
-    }
-    tokio::spawn(async move {
-        while changes.recv().await.is_some() {
-            tokio::time::sleep(SETTLE).await;
-            while changes.try_recv().is_ok() {}
-            // Says itself in the log how it went.
-            let _ = reload();
-        }
-    });
-    Some(watcher)
 }
 
 /// An edge's part of the admin API.

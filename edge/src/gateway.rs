@@ -9,12 +9,12 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError, is_grpc,
     normal::{self, Origin},
 };
-use starling_node::{Call, Carried, Fault, MeshClient, Metrics};
+use starling_node::{Call, Carried, Fault, MadeByNode, MeshClient, Metrics};
 use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -22,8 +22,8 @@ use crate::{
     access_log::{AccessLog, Entry},
     api_key,
     certificates::Certificates,
-    config::{AuthMethod, EdgeSections, Plan, Route},
-    jwt,
+    config::{AuthMethod, EdgeSections, ForwardHost, Plan, Preflight, Route},
+    cors, jwt,
     key_file::KeyFile,
     rate::Limiter,
     route::{self, Routes},
@@ -121,7 +121,9 @@ pub(crate) struct Standing {
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) log: AccessLog,
     pub(crate) metrics: Metrics,
-    pub(crate) alt_svc: HeaderValue,
+    pub(crate) alt_svc: Option<HeaderValue>,
+    /// Of addresses that send tokens which do not verify.
+    pub(crate) failures: Limiter,
 }
 
 impl Gateway {
@@ -155,13 +157,16 @@ impl Gateway {
                 response.headers_mut().insert(name, value.clone());
             }
         }
-        if arrival.protocol != PublicProtocol::Http3 {
-            response.headers_mut().insert(header::ALT_SVC, self.0.alt_svc.clone());
+        // The service's own would lead past us.
+        response.headers_mut().remove(header::ALT_SVC);
+        if let Some(alt_svc) = self.0.alt_svc.clone().filter(|_| arrival.protocol != PublicProtocol::Http3) {
+            response.headers_mut().insert(header::ALT_SVC, alt_svc);
         }
         if let Ok(id) = HeaderValue::from_str(&entry.request_id) {
             response.headers_mut().insert("x-request-id", id);
         }
         entry.status = response.status().as_u16();
+        entry.cut = !http_body::Body::is_end_stream(response.body()) && method != Method::HEAD;
         let service = entry.service.as_deref().unwrap_or("unknown");
         self.0.metrics.client_call(service, &method, response.status(), begun.elapsed());
         let log = self.0.log.clone();
@@ -197,7 +202,22 @@ impl Gateway {
         let Found { route, path, picker, named } = found;
         entry.service = Some(route.service.to_string());
 
-        let caller = self.authenticate(&policy, route, &parts.headers)?;
+        let is_preflight = cors::is_preflight(&parts.method, &parts.headers);
+        if let Some(cors) = &route.cors {
+            extra.extend(cors.fields(&parts.headers));
+            if is_preflight {
+                let mut answer = Response::new(Guarded::from(Body::empty()));
+                *answer.status_mut() = StatusCode::NO_CONTENT;
+                if extra.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
+                    answer.headers_mut().extend(cors.preflight(&parts.headers));
+                }
+                return Ok(answer);
+            }
+        }
+        let caller = match is_preflight && route.preflight == Preflight::Pass {
+            true => Caller { consumer: None, plan: None },
+            false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip())?,
+        };
         entry.consumer.clone_from(&caller.consumer);
         let admitted = limit(&policy, route, &caller, arrival.client.ip())?;
         extra.extend(admitted.fields);
@@ -218,14 +238,38 @@ impl Gateway {
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service: route.service.clone(), version, request, limits };
-        self.0.client.call(call).await.map_err(|error| {
+        let response = self.0.client.call(call).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
             Problem { detail: detail.into(), ..Problem::from(error) }
-        })
+        })?;
+        if response.extensions().get::<MadeByNode>().is_none() {
+            return Ok(response);
+        }
+        // What a node says in place of its service is for the mesh.
+        entry.error = response.headers().get("proxy-status").and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let status = response.status();
+        let kind = match status {
+            StatusCode::GATEWAY_TIMEOUT => ProxyError::HttpResponseTimeout,
+            StatusCode::SERVICE_UNAVAILABLE => ProxyError::DestinationUnavailable,
+            StatusCode::NOT_FOUND => ProxyError::DestinationNotFound,
+            status if status.is_client_error() => ProxyError::HttpRequestError,
+            _ => ProxyError::ConnectionTerminated,
+        };
+        let mut problem = Problem::proxy(status, kind, public_detail(status, Fault::Service));
+        if let Some(after) = response.headers().get(header::RETRY_AFTER) {
+            problem = problem.with_header(header::RETRY_AFTER, after.clone());
+        }
+        Err(problem)
     }
 
-    fn authenticate(&self, policy: &Policy, route: &Route, fields: &HeaderMap) -> Result<Caller, Problem> {
+    fn authenticate(
+        &self,
+        policy: &Policy,
+        route: &Route,
+        fields: &HeaderMap,
+        client: IpAddr,
+    ) -> Result<Caller, Problem> {
         if route.auth.is_empty() {
             return Ok(Caller { consumer: None, plan: None });
         }
@@ -246,19 +290,47 @@ impl Gateway {
                 },
                 AuthMethod::Jwt => match (&policy.jwt, jwt::bearer(fields)) {
                     (_, Err(why)) => reason = why.into(),
-                    (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => match verifier.verify(token) {
-                        Ok(claims) => return Ok(Caller { consumer: Some(claims.consumer), plan: None }),
-                        Err(error) => {
-                            reason = error.to_string();
-                            challenge = error.challenge();
+                    (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => {
+                        match self.verify(verifier, token, client)? {
+                            Ok(claims) => return Ok(Caller { consumer: Some(claims.consumer), plan: None }),
+                            Err(error) => {
+                                reason = error.to_string();
+                                challenge = error.challenge();
+                            }
                         }
-                    },
+                    }
                     _ => {}
                 },
             }
         }
         Err(Problem::policy(StatusCode::UNAUTHORIZED, "unauthorized", reason)
             .with_header(header::WWW_AUTHENTICATE, challenge))
+    }
+}
+
+impl Gateway {
+    /// Verifies a token, unless too many from that address were bad: each costs a signature's check. Those that were good
+    /// before cost none, and stay good.
+    fn verify(
+        &self,
+        verifier: &jwt::Verifier,
+        token: &str,
+        client: IpAddr,
+    ) -> Result<Result<jwt::Claims, jwt::JwtError>, Problem> {
+        if let Some(claims) = verifier.remembered(token) {
+            return Ok(Ok(claims));
+        }
+        let (address, now) = (address_key(client), Instant::now());
+        if let Some(after) = self.0.failures.spent(&address, now) {
+            let detail = "too many tokens that are not valid came from this address";
+            let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
+            return Err(problem.retry_after(after));
+        }
+        let verified = verifier.verify(token);
+        if verified.is_err() {
+            self.0.failures.take(&address, now);
+        }
+        Ok(verified)
     }
 }
 
@@ -288,6 +360,11 @@ impl Dress<'_> {
             parts.headers.remove(header::AUTHORIZATION);
         }
         let client = self.arrival.client.ip().to_canonical().to_string();
+        let host = match &self.route.forward_host {
+            ForwardHost::Public => Some(self.authority),
+            ForwardHost::Named(name) => Some(name.as_str()),
+            ForwardHost::Service => None,
+        };
         let set: [(&'static str, &str); 4] = [
             ("x-forwarded-for", &client),
             ("x-forwarded-proto", "https"),
@@ -295,7 +372,8 @@ impl Dress<'_> {
             ("x-request-id", request_id),
         ];
         let consumer = self.caller.consumer.as_deref().map(|consumer| (headers::CONSUMER, consumer));
-        for (name, value) in set.into_iter().chain(consumer) {
+        let host = host.map(|host| (headers::HOST, host));
+        for (name, value) in set.into_iter().chain(consumer).chain(host) {
             let value = HeaderValue::from_str(value).map_err(|_| bad_request("a name that no field can carry"))?;
             parts.headers.insert(HeaderName::from_static(name), value);
         }
@@ -379,7 +457,13 @@ pub(crate) struct Logged {
     _carried: Option<Carried>,
 }
 
-impl Guard for Logged {}
+impl Guard for Logged {
+    fn ended(&mut self) {
+        if let Some(entry) = &mut self.entry {
+            entry.cut = false;
+        }
+    }
+}
 
 impl Drop for Logged {
     fn drop(&mut self) {

@@ -1,7 +1,11 @@
 //! JSON Web Tokens of one issuer (RFC 7519), with the rules of RFC 8725: the file says which algorithms are taken, and
 //! a key is only ever used with those it is made for.
 
-use std::fs;
+use std::{
+    collections::HashMap,
+    fs,
+    sync::{Mutex, PoisonError},
+};
 
 use http::{HeaderMap, HeaderValue, header};
 use jsonwebtoken::{
@@ -10,6 +14,7 @@ use jsonwebtoken::{
     jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm, KeyOperations, PublicKeyUse},
 };
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use crate::config;
 
@@ -20,12 +25,27 @@ const MAX_TOKEN: usize = 8 * 1024;
 const TYPES: [&str; 2] = ["JWT", "at+jwt"];
 const MAX_SUBJECT: usize = 256;
 
+/// Tokens that are remembered as good: a check costs far more than a look.
+const MAX_REMEMBERED: usize = 10_000;
+/// Keys that are tried for a token that does not say by which it was signed.
+const MAX_TRIED: usize = 4;
+
 /// How far the issuer's clock may be off, in seconds.
 const LEEWAY_S: u64 = 30;
 
 /// Verifies tokens with the keys of one issuer.
 #[derive(Debug)]
-pub(crate) struct Verifier(Vec<Key>);
+pub(crate) struct Verifier {
+    keys: Vec<Key>,
+    good: Mutex<HashMap<[u8; 32], Good>>,
+}
+
+/// A token that was verified, and until when it is good.
+#[derive(Debug, Clone)]
+struct Good {
+    claims: Claims,
+    until: u64,
+}
 
 #[derive(Debug)]
 struct Key {
@@ -81,10 +101,10 @@ pub(crate) enum JwtError {
     #[error("the token is for another audience")]
     Audience,
     /// No `exp`, `iss`, `aud` or `sub`.
-    #[error("the token lacks a claim")]
-    MissingClaim,
+    #[error("the token lacks the claim {0}")]
+    Missing(&'static str),
     /// Cannot stand in a header.
-    #[error("the token's subject is not usable")]
+    #[error("the token's sub is not usable: 1 to 256 visible ASCII characters without spaces")]
     Subject,
 }
 
@@ -105,7 +125,10 @@ impl From<jsonwebtoken::errors::Error> for JwtError {
             ErrorKind::ImmatureSignature => Self::NotYet,
             ErrorKind::InvalidIssuer => Self::Issuer,
             ErrorKind::InvalidAudience => Self::Audience,
-            ErrorKind::MissingRequiredClaim(_) => Self::MissingClaim,
+            ErrorKind::MissingRequiredClaim(claim) => {
+                let known = ["exp", "iss", "aud", "sub"].into_iter().find(|known| known == claim);
+                Self::Missing(known.unwrap_or("that its issuer should set"))
+            }
             _ => Self::Malformed,
         }
     }
@@ -118,6 +141,8 @@ struct Raw {
     /// The library would take a list of issuers with ours in it; RFC 7519 §4.1.1 knows one.
     #[serde(rename = "iss")]
     _iss: Option<String>,
+    /// Its type and whether it is there, the library checks.
+    exp: Option<serde_json::Value>,
     scope: Option<Scopes>,
     scp: Option<Scopes>,
 }
@@ -170,7 +195,7 @@ impl Verifier {
             let list = config.algorithms.iter().map(|a| format!("{:?}", a.get())).collect::<Vec<_>>().join(", ");
             return Err(format!("{file} has no public key for {list}; fetch it again, or correct jwt.algorithms"));
         }
-        Ok(Self(keys))
+        Ok(Self { keys, good: Mutex::default() })
     }
 
     /// Checks a token as it stands after `Bearer`: signature, issuer, audience, and time with 30 s of leeway.
@@ -188,30 +213,67 @@ impl Verifier {
         if kind.is_some_and(|kind| !TYPES.iter().any(|known| kind.eq_ignore_ascii_case(known))) {
             return Err(JwtError::Type);
         }
-        let key = self.key(header.kid.as_deref(), header.alg)?;
-        let Raw { sub, scope, scp, .. } = decode(token, &key.decoding, &key.validation)?.claims;
-        let subject = sub.ok_or(JwtError::MissingClaim)?;
+        let mut outcome = Err(JwtError::UnknownKey);
+        for key in self.keys(header.kid.as_deref(), header.alg)? {
+            outcome = decode::<Raw>(token, &key.decoding, &key.validation).map_err(JwtError::from);
+            // Of several that may be meant, the one that signed it tells.
+            if !matches!(outcome, Err(JwtError::Signature)) {
+                break;
+            }
+        }
+        let Raw { sub, exp, scope, scp, .. } = outcome?.claims;
+        let subject = sub.ok_or(JwtError::Missing("sub"))?;
         if !(1..=MAX_SUBJECT).contains(&subject.len()) || !subject.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(JwtError::Subject);
         }
         let scopes = scope.or(scp).map(Vec::from).unwrap_or_default();
-        Ok(Claims { consumer: format!("jwt:{subject}"), subject, scopes })
+        let claims = Claims { consumer: format!("jwt:{subject}"), subject, scopes };
+        if let Some(exp) = exp.as_ref().and_then(serde_json::Value::as_f64) {
+            self.remember(token, &claims, exp as u64 + LEEWAY_S);
+        }
+        Ok(claims)
     }
 
-    /// The key of that id, or the only one there is. Nothing else in a token's header (`jwk`, `jku`, `x5u`) has a say.
-    fn key(&self, id: Option<&str>, algorithm: Algorithm) -> Result<&Key, JwtError> {
-        let candidates = match (id, self.0.as_slice()) {
-            (None, only @ [_]) => only,
-            (None, _) => return Err(JwtError::UnknownKey),
-            (Some(_), all) => all,
+    /// What a token says that was verified before, and still holds.
+    pub(crate) fn remembered(&self, token: &str) -> Option<Claims> {
+        let good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = good.get(&digest(token))?;
+        (starling_node::unix_now() <= known.until).then(|| known.claims.clone())
+    }
+
+    fn remember(&self, token: &str, claims: &Claims, until: u64) {
+        let mut good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
+        if good.len() >= MAX_REMEMBERED {
+            let now = starling_node::unix_now();
+            good.retain(|_, known| known.until > now);
+            if good.len() >= MAX_REMEMBERED {
+                good.clear();
+            }
+        }
+        good.insert(digest(token), Good { claims: claims.clone(), until });
+    }
+
+    /// The keys that may have signed a token: those of its id, or else those that have none; any, if it names none (RFC 7515
+    /// §4.1.4, RFC 7517 §4.5). Nothing else in a token's header (`jwk`, `jku`, `x5u`) has a say.
+    fn keys(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Vec<&Key>, JwtError> {
+        let of_id = |wanted: Option<&str>| -> Vec<&Key> {
+            self.keys.iter().filter(|key| key.id.as_deref() == wanted).collect()
         };
-        // Keys of two types may share an id (RFC 7517 §4.5).
-        let mut same_id = candidates.iter().filter(|key| id.is_none() || key.id.as_deref() == id).peekable();
-        if same_id.peek().is_none() {
+        let candidates = match id {
+            None => self.keys.iter().collect(),
+            Some(id) => Some(of_id(Some(id))).filter(|keys| !keys.is_empty()).unwrap_or_else(|| of_id(None)),
+        };
+        if candidates.is_empty() {
             return Err(JwtError::UnknownKey);
         }
-        same_id.find(|key| key.validation.algorithms.contains(&algorithm)).ok_or(JwtError::Algorithm)
+        let fitting = candidates.into_iter().filter(|key| key.validation.algorithms.contains(&algorithm));
+        let fitting: Vec<&Key> = fitting.take(MAX_TRIED).collect();
+        if fitting.is_empty() { Err(JwtError::Algorithm) } else { Ok(fitting) }
     }
+}
+
+fn digest(token: &str) -> [u8; 32] {
+    Sha256::digest(token.as_bytes()).into()
 }
 
 /// The algorithms of the list that a key is made for, by its type and by what it says of itself (RFC 7517 §4.2 to
@@ -334,7 +396,15 @@ mod tests {
             scopes: vec!["read".into(), "write".into()],
         };
         assert_eq!(verifier.verify(&sign(Algorithm::RS256, Some("r"), &issuer.rsa, &claims())), Ok(want.clone()));
-        assert_eq!(verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims())), Ok(want));
+        let token = sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims());
+        assert_eq!(verifier.remembered(&token), None);
+        assert_eq!(verifier.verify(&token), Ok(want.clone()));
+        assert_eq!(verifier.remembered(&token), Some(want.clone()));
+        // Without an id, it is one of the keys that the algorithm fits; a key without one may be meant by any id.
+        assert_eq!(verifier.verify(&sign(Algorithm::ES256, None, &issuer.ec, &claims())), Ok(want.clone()));
+        let nameless = json!([Issuer::jwk(&issuer.ec, Algorithm::ES256, None)]);
+        let nameless = issuer.load(nameless, &["ES256"]).unwrap();
+        assert_eq!(nameless.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims())), Ok(want));
 
         let scopes = |claims| verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims)).unwrap().scopes;
         assert_eq!(scopes(without("scope")), [""; 0]);
@@ -350,20 +420,20 @@ mod tests {
             (with("exp", json!(now - 31)), Err(JwtError::Expired)),
             (with("exp", json!(now - 20)), Ok("alice")),
             (with("exp", json!(0)), Err(JwtError::Expired)),
-            (with("exp", json!("soon")), Err(JwtError::MissingClaim)),
-            (with("exp", json!(-5)), Err(JwtError::MissingClaim)),
-            (without("exp"), Err(JwtError::MissingClaim)),
+            (with("exp", json!("soon")), Err(JwtError::Missing("exp"))),
+            (with("exp", json!(-5)), Err(JwtError::Missing("exp"))),
+            (without("exp"), Err(JwtError::Missing("exp"))),
             (with("nbf", json!(now + 90)), Err(JwtError::NotYet)),
             (with("nbf", json!(now + 20)), Ok("alice")),
             (with("nbf", json!("later")), Err(JwtError::Malformed)),
             (with("iss", json!("https://id.example.com")), Err(JwtError::Issuer)),
             (with("iss", json!(["https://id.example.com/", "evil"])), Err(JwtError::Malformed)),
-            (without("iss"), Err(JwtError::MissingClaim)),
+            (without("iss"), Err(JwtError::Missing("iss"))),
             (with("aud", json!("other")), Err(JwtError::Audience)),
             (with("aud", json!(["other", "api2"])), Ok("alice")),
             (with("aud", json!([])), Err(JwtError::Audience)),
-            (without("aud"), Err(JwtError::MissingClaim)),
-            (without("sub"), Err(JwtError::MissingClaim)),
+            (without("aud"), Err(JwtError::Missing("aud"))),
+            (without("sub"), Err(JwtError::Missing("sub"))),
             (with("sub", json!(7)), Err(JwtError::Malformed)),
             (with("sub", json!("")), Err(JwtError::Subject)),
             (with("sub", json!("a b")), Err(JwtError::Subject)),
@@ -405,7 +475,7 @@ mod tests {
             ),
             ("no signature", format!("{}.{body}.", parts[0]), JwtError::Signature),
             ("HMAC with the public key", hmac(pem, Some("r")), JwtError::Algorithm),
-            ("HMAC with the public key, no kid", hmac(pem, None), JwtError::UnknownKey),
+            ("HMAC with the public key, no kid", hmac(pem, None), JwtError::Algorithm),
             ("HMAC with nothing", hmac(b"", Some("e")), JwtError::Algorithm),
             ("RSA for the EC key", sign(Algorithm::RS256, Some("e"), &issuer.rsa, &claims()), JwtError::Algorithm),
             ("not in the list", sign(Algorithm::RS512, Some("r"), &issuer.rsa, &claims()), JwtError::Algorithm),
@@ -417,7 +487,7 @@ mod tests {
                 JwtError::UnknownKey,
             ),
             ("empty kid", sign(Algorithm::ES256, Some(""), &issuer.ec, &claims()), JwtError::UnknownKey),
-            ("no kid, two keys", sign(Algorithm::ES256, None, &issuer.ec, &claims()), JwtError::UnknownKey),
+            ("no kid, a stranger's key", sign(Algorithm::ES256, None, &stranger.ec, &claims()), JwtError::Signature),
             ("a stranger's key", sign(Algorithm::ES256, Some("e"), &stranger.ec, &claims()), JwtError::Signature),
             ("a stranger's RSA key", sign(Algorithm::RS256, Some("r"), &stranger.rsa, &claims()), JwtError::Signature),
             ("key in the header", encode(&self_made, &claims(), &stranger.ec).unwrap(), JwtError::Signature),

@@ -8,6 +8,7 @@ mod access_log;
 mod api_key;
 mod certificates;
 mod config;
+mod cors;
 mod edge;
 mod gateway;
 mod jwt;
@@ -16,6 +17,7 @@ mod listener;
 mod rate;
 mod route;
 mod version;
+mod watch;
 
 pub use config::{EdgeSections, read_config};
 pub use edge::{Edge, EdgeError};

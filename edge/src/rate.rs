@@ -76,6 +76,14 @@ impl Limiter {
         self.decision(true, debt, Duration::ZERO)
     }
 
+    /// How long until a caller has a call left; `None` if there is one.
+    pub(crate) fn spent(&self, key: &str, now: Instant) -> Option<Duration> {
+        let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
+        let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let debt = shard.get(key)?.checked_duration_since(now)? + self.interval;
+        debt.checked_sub(self.window).filter(|over| !over.is_zero())
+    }
+
     fn decision(&self, allowed: bool, debt: Duration, retry_after: Duration) -> Decision {
         let left = self.window.saturating_sub(debt).as_nanos() / self.interval.as_nanos();
         Decision {

@@ -23,14 +23,14 @@ use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
 pub(crate) use self::budget::RetryBudget;
-pub use self::{
-    attempt::Carried,
-    error::{CallError, Fault, Sent},
-};
 use self::{
     attempt::Terms,
     choose::{Candidate, pick},
     connect::Pool,
+};
+pub use self::{
+    attempt::{Carried, MadeByNode},
+    error::{CallError, Fault, Sent},
 };
 
 /// Time to the head of an answer, if nobody sets it.
@@ -189,7 +189,7 @@ impl MeshClient {
             match outcome {
                 Ok(answer) => match answer.unanswered {
                     Some(sent) if may_repeat(sent) => {}
-                    _ => return Ok(answer.response),
+                    _ => return Ok(answer.into_response()),
                 },
                 Err(error) if error.fault == Fault::Caller || !may_repeat(error.sent) => return Err(error),
                 Err(error) => {

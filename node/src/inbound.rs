@@ -132,10 +132,13 @@ impl Inbound {
         if let Some(services) = caller.services {
             parts.headers.insert(headers::CALLER_SERVICES, services);
         }
+        // An edge says what its client asked for: redirects and absolute links of the service stay right with that.
+        let told = parts.headers.remove(headers::HOST);
+        let authority = told.as_ref().and_then(|host| host.to_str().ok()).unwrap_or(&checked.authority);
         let target = parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/"));
         parts.uri = Uri::builder()
             .scheme(uri::Scheme::HTTP)
-            .authority(checked.authority.as_str())
+            .authority(authority)
             .path_and_query(target)
             .build()
             .map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;

@@ -15,6 +15,8 @@ pub const CALLER: &str = "starling-caller";
 pub const CALLER_SERVICES: &str = "starling-caller-services";
 /// To the service behind an edge: the authenticated consumer.
 pub const CONSUMER: &str = "starling-consumer";
+/// From an edge: the authority that the client asked for, which the service is to see as Host.
+pub const HOST: &str = "starling-host";
 /// Prefix of every field that is ours; nothing under it is believed when it comes from outside.
 pub const PREFIX: &str = "starling-";
 /// Envoy's field for a client certificate; stripped from outside like our own.

@@ -97,7 +97,11 @@ impl MeshClient {
             false => body.with_length(length).with_pace(idle, until, source),
         };
         let carried = Carried { _pending: pending, _connection: connection, _upload: upload };
-        Ok(Attempted { response: Response::from_parts(head, Guarded::new(body, carried)), unanswered })
+        Ok(Attempted {
+            response: Response::from_parts(head, Guarded::new(body, carried)),
+            unanswered,
+            by_node: sent.is_some(),
+        })
     }
 }
 
@@ -114,7 +118,24 @@ impl Guard for Carried {}
 pub(super) struct Attempted {
     pub(super) response: Response<Guarded<Carried>>,
     pub(super) unanswered: Option<Sent>,
+    /// Whether a node made it, not the service.
+    pub(super) by_node: bool,
 }
+
+impl Attempted {
+    pub(super) fn into_response(self) -> Response<Guarded<Carried>> {
+        let mut response = self.response;
+        if self.by_node {
+            response.extensions_mut().insert(MadeByNode);
+        }
+        response
+    }
+}
+
+/// Marks a response, by an extension, that a node made in place of the service: what it says is for the mesh, not for the
+/// public.
+#[derive(Debug, Clone, Copy)]
+pub struct MadeByNode;
 
 /// Tells the node how long it is waited for, and the service, too, if it understands that.
 fn tell_deadline(parts: &mut request::Parts, due: &Due) {

@@ -27,6 +27,16 @@ pub(crate) fn content_length(fields: &HeaderMap) -> Result<Option<u64>, Malforme
     Ok(length)
 }
 
+/// A message that comes by HTTP/1.1 may be chunked; any other transfer coding would be lost on the way (RFC 9112 §6.1).
+pub(super) fn check_coding(fields: &HeaderMap) -> Result<(), &'static str> {
+    let mut codings = fields.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(only), None) if only.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked") => Ok(()),
+        _ => Err("a transfer coding other than chunked"),
+    }
+}
+
 pub(super) fn remove_hop_by_hop(fields: &mut HeaderMap) {
     let named: Vec<HeaderName> = fields
         .get_all(header::CONNECTION)

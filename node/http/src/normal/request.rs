@@ -8,7 +8,7 @@ use starling_protocol::headers;
 
 use super::{
     Malformed, Origin, bad,
-    fields::{content_length, remove_hop_by_hop, remove_own_fields},
+    fields::{check_coding, content_length, remove_hop_by_hop, remove_own_fields},
 };
 
 /// What a checked request says about itself.
@@ -52,6 +52,7 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
         _ => return Err(bad("the request target is not a path")),
     };
     check_connection_fields(&parts.headers, parts.version)?;
+    check_coding(&parts.headers).map_err(|reason| Malformed { status: StatusCode::NOT_IMPLEMENTED, reason })?;
     let length = content_length(&parts.headers)?;
     if length.is_some() && parts.headers.contains_key(header::TRANSFER_ENCODING) {
         return Err(bad("both Content-Length and Transfer-Encoding"));
@@ -66,7 +67,7 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
     let believed: &[&str] = match origin {
         Origin::Outside => &[],
         Origin::Mesh => &[headers::DEADLINE, headers::ATTEMPT],
-        Origin::Edge => &[headers::DEADLINE, headers::ATTEMPT, headers::CONSUMER],
+        Origin::Edge => &[headers::DEADLINE, headers::ATTEMPT, headers::CONSUMER, headers::HOST],
     };
     remove_own_fields(&mut parts.headers, origin, believed);
     parts.headers.remove(headers::XFCC);

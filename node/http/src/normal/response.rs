@@ -5,7 +5,7 @@ use starling_protocol::headers;
 
 use super::{
     Malformed, Origin,
-    fields::{content_length, remove_hop_by_hop, remove_own_fields},
+    fields::{check_coding, content_length, remove_hop_by_hop, remove_own_fields},
 };
 
 /// Checks a response and brings it into normal form. `method` is the request's: an answer to HEAD has no body whatever
@@ -18,14 +18,21 @@ pub fn normalise_response(
     if parts.headers.len() > origin.max_fields() {
         return Err(Malformed { status: StatusCode::BAD_GATEWAY, reason: "too many header fields in the response" });
     }
+    let bad = |reason| Malformed { status: StatusCode::BAD_GATEWAY, reason };
+    check_coding(&parts.headers).map_err(bad)?;
+    if parts.status.is_informational() {
+        return Err(bad("an interim answer in place of the final one"));
+    }
     let bad_gateway = |m: Malformed| Malformed { status: StatusCode::BAD_GATEWAY, ..m };
     let length = content_length(&parts.headers).map_err(bad_gateway)?;
     remove_hop_by_hop(&mut parts.headers);
     parts.headers.remove(header::TE);
     remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
-    let bodiless = *method == Method::HEAD
-        || parts.status == StatusCode::NO_CONTENT
-        || parts.status == StatusCode::NOT_MODIFIED
-        || parts.status.is_informational();
+    let bodiless =
+        *method == Method::HEAD || parts.status == StatusCode::NO_CONTENT || parts.status == StatusCode::NOT_MODIFIED;
+    if parts.status == StatusCode::NO_CONTENT {
+        // It must not have one (RFC 9110 §8.6), and clients of HTTP/2 insist.
+        parts.headers.remove(header::CONTENT_LENGTH);
+    }
     Ok(if bodiless { None } else { length })
 }

@@ -158,7 +158,8 @@ fn redirect(request: Request<Body>, public_port: u16) -> Response<Body> {
     let location = checked.map_err(Problem::from).and_then(|checked| {
         let host = checked.host();
         let port = if public_port == 443 { String::new() } else { format!(":{public_port}") };
-        let path = parts.uri.path_and_query().map_or("/", |p| p.as_str());
+        // `OPTIONS *` is about the server as a whole, whose other door is at its root.
+        let path = parts.uri.path_and_query().map(|p| p.as_str()).filter(|path| *path != "*").unwrap_or("/");
         HeaderValue::from_str(&format!("https://{host}{port}{path}")).map_err(|_| {
             Problem::proxy(StatusCode::BAD_REQUEST, ProxyError::HttpRequestError, "the request target is not a path")
         })

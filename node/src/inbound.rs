@@ -1,5 +1,6 @@
 //! Calls from other nodes to the services behind this one.
 
+pub(crate) mod condition;
 pub(crate) mod health;
 pub(crate) mod local;
 

@@ -2,4 +2,5 @@
 
 pub(crate) mod documents;
 pub(crate) mod links;
+pub(crate) mod reachability;
 pub(crate) mod survey;

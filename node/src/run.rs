@@ -33,8 +33,8 @@ use crate::{
         authority::{Authority, SharedAuthority},
         names, renewal, unix_now,
     },
-    inbound::{Inbound, health},
-    mesh::links::Links,
+    inbound::{Inbound, condition::Condition, health},
+    mesh::{links::Links, reachability},
     outbound::Door,
     port::endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, Windows, load_or_create_reset_key},
     state::{StateDir, StateLock},
@@ -70,6 +70,7 @@ struct Running {
     authority: SharedAuthority,
     gossip: GossipHandle,
     links: Links,
+    condition: Condition,
     documents: Documents,
     control: MeshEndpoint,
     client: MeshClient,
@@ -156,6 +157,7 @@ impl Node {
         let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
         let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone());
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
+        let condition = Condition::new(gossip.clone());
         let drain = Drain::default();
         let drain_asked = CancellationToken::new();
         let running = Arc::new(Running {
@@ -179,6 +181,7 @@ impl Node {
             seeds: watch::Sender::new(config.node.seeds.clone()),
             config: config.clone(),
             extra: Mutex::default(),
+            condition: condition.clone(),
             identity: identity.clone(),
         });
 
@@ -191,7 +194,8 @@ impl Node {
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
         tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
         tokio::spawn(take_stock(running.clone()));
-        health::spawn(&config.service, &gossip);
+        health::spawn(&config.service, &condition);
+        tokio::spawn(reachability::watch(gossip.clone(), links.clone(), condition));
 
         let admin_listener =
             tokio_listener(admin_listener).map_err(|e| StartError::bind("the admin API", config.admin.listen, e))?;
@@ -245,6 +249,11 @@ impl Node {
     /// Address of the mesh port.
     pub fn listen(&self) -> SocketAddr {
         self.running.listen
+    }
+
+    /// The address that others are told.
+    pub fn advertise(&self) -> SocketAddr {
+        self.running.advertise
     }
 
     /// Adds an edge's routes to the admin API.

@@ -307,6 +307,9 @@ pub struct Status {
     pub panicking: Vec<Name>,
     /// Seeds that do not answer right now, with why.
     pub unreachable_seeds: Vec<String>,
+    /// Why others cannot reach this node at the address that it tells them; absent while they can.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub not_reached: Option<String>,
     /// Why the last reload was refused; absent when it was taken.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reload_error: Option<String>,

@@ -16,8 +16,8 @@ pub const MAX_PUSH_BYTES: usize = 1 << 20;
 
 // First frames, from the side that opened a gossip stream: `Items`, one-way, what changed; `Summary`, the beginning of a
 // push-pull, answered by a `Delta`, after which the opener sends the `Items` that the answer wants, as the last frame;
-// `Ping`, answered by a `Pong`; `Inspect`, answered by a `View`.
-kinds!(1 Items, 2 Summary, 3 Delta, 4 Ping, 5 Pong, 6 Inspect, 7 View);
+// `Ping`, answered by a `Pong`; `Inspect`, answered by a `View`; `DialBack`, answered by a `DialledBack`.
+kinds!(1 Items, 2 Summary, 3 Delta, 4 Ping, 5 Pong, 6 Inspect, 7 View, 8 DialBack, 9 DialledBack);
 
 /// Asks for a sign of life over a reliable stream. Whoever suspects the answering node says at which incarnation, so that it
 /// can refute at once.
@@ -42,6 +42,20 @@ message!(Pong { 1 generation, 2 incarnation });
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Inspect {}
 message!(Inspect {});
+
+/// Asks the answering node to dial the asking one at the address in its record: a connection that it made itself shows nobody
+/// that it can be reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DialBack {}
+message!(DialBack {});
+
+/// How that went.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DialledBack {
+    /// Why it is not reached there; `None` if it is.
+    pub why: Option<String>,
+}
+message!(DialledBack { 1 why });
 
 /// Signed things on their way. Each proves itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

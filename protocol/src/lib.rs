@@ -25,8 +25,8 @@ pub use document::{
 };
 pub use frame::{FrameHeader, Framed, MAX_FRAME_HEADER_BYTES, Unsupported, frame, frame_header, frame_of};
 pub use gossip::{
-    Delta, DocumentSight, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, MemberHealth, MemberState, Ping,
-    Pong, Sight, StrikeEdition, Summary, View, Word,
+    Delta, DialBack, DialledBack, DocumentSight, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, MemberHealth,
+    MemberState, Ping, Pong, Sight, StrikeEdition, Summary, View, Word,
 };
 pub use join::{
     Answer, Application, Floor, Grant, Join, Ledger, MAX_JOIN_FRAME_BYTES, MAX_LEDGER_BYTES, Refusal, RefusalCode,

@@ -7,11 +7,12 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use starling_protocol::{
-    Answer, Application, Capabilities, Delta, DocumentEdition, DocumentHash, DocumentSight, DocumentState, Floor,
-    Grant, Grants, Inspect, IssuerProof, Items, Join, JoinToken, Ledger, Life, MemberHealth, MemberState, MeshDocument,
-    News, NodeId, NodeKind, NodeRecord, Packet, Phase, Ping, Pong, Protocol, Purpose, Refusal, Relayed, Renew,
-    Reservation, ServiceRecord, ServiceState, Sight, SignedAnswer, SignedDocument, SignedRecord, SignedReservation,
-    SignedStrike, Strike, Summary, TokenClaims, Unsupported, View, Word, admin::MemberStatus, encode, frame,
+    Answer, Application, Capabilities, Delta, DialBack, DialledBack, DocumentEdition, DocumentHash, DocumentSight,
+    DocumentState, Floor, Grant, Grants, Inspect, IssuerProof, Items, Join, JoinToken, Ledger, Life, MemberHealth,
+    MemberState, MeshDocument, News, NodeId, NodeKind, NodeRecord, Packet, Phase, Ping, Pong, Protocol, Purpose,
+    Refusal, Relayed, Renew, Reservation, ServiceRecord, ServiceState, Sight, SignedAnswer, SignedDocument,
+    SignedRecord, SignedReservation, SignedStrike, Strike, Summary, TokenClaims, Unsupported, View, Word,
+    admin::MemberStatus, encode, frame,
 };
 
 /// The released versions, the present one last.
@@ -196,6 +197,8 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("pong", frame(&Pong { generation: 1_800_000_000, incarnation: 4 })),
         ("inspect", frame(&Inspect {})),
         ("view", frame(&view)),
+        ("dial-back", frame(&DialBack {})),
+        ("dialled-back", frame(&DialledBack { why: Some("no answer in time".into()) })),
         ("unsupported", frame(&Unsupported { kind: 300 })),
         ("join", frame(&join)),
         ("renew", frame(&Renew { csr: vec![0xc5; 4].into(), chain: vec![vec![0xc1; 4].into()] })),
@@ -272,6 +275,8 @@ fn read(message: &str, bytes: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
         "pong" => assert_eq!(body::<Pong>(bytes)?.incarnation, 4),
         "inspect" => assert_eq!(body::<Inspect>(bytes)?, Inspect::default()),
         "view" => assert_eq!(body::<View>(bytes)?.members[0].status, MemberStatus::Left),
+        "dial-back" => assert_eq!(body::<DialBack>(bytes)?, DialBack::default()),
+        "dialled-back" => assert_eq!(body::<DialledBack>(bytes)?.why.as_deref(), Some("no answer in time")),
         "unsupported" => assert_eq!(body::<Unsupported>(bytes)?.kind, 300),
         "join" => {
             let application: Application = decode(&body::<Join>(bytes)?.application)?;

@@ -7,6 +7,7 @@ use crate::{Failure, args::EdgeArgs, logging};
 pub(crate) async fn run(args: &EdgeArgs) -> Result<(), Failure> {
     logging::start();
     super::node::follow_parent();
+    super::node::raise_descriptors();
     let text = super::node::read_file(&args.config)?;
     let (config, problems) = starling_edge::read_config(&text);
     let Some((mut config, sections)) = config else {
@@ -18,6 +19,6 @@ pub(crate) async fn run(args: &EdgeArgs) -> Result<(), Failure> {
     let patience = config.node.drain_timeout;
     let listen = sections.edge.listen;
     let edge = Edge::start(&config, sections, args.config.clone()).await?;
-    tracing::info!(name = %edge.node().name(), public = %listen, mesh_port = %edge.node().listen(), "edge is up");
+    tracing::info!(name = %edge.node().name(), public = %listen, mesh_port = %edge.node().listen(), told = %edge.node().advertise(), "edge is up");
     super::node::until_done(edge.node(), patience).await
 }

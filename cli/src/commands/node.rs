@@ -14,6 +14,7 @@ use crate::{Failure, args::NodeArgs, logging};
 pub(crate) async fn run(args: &NodeArgs) -> Result<(), Failure> {
     logging::start();
     follow_parent();
+    raise_descriptors();
     let config = configuration(args)?;
     let patience = config.node.drain_timeout;
     let node = Node::start(&config, NodeKind::Node).await?;
@@ -21,7 +22,7 @@ pub(crate) async fn run(args: &NodeArgs) -> Result<(), Failure> {
         let (args, reconfigure) = (args.clone(), node.reconfigurer());
         node.set_reload(move || reconfigure(&configuration(&args).map_err(|e| e.to_string())?));
     }
-    tracing::info!(name = %node.name(), mesh_port = %node.listen(), admin = %config.admin.listen, "node is up");
+    tracing::info!(name = %node.name(), mesh_port = %node.listen(), told = %node.advertise(), admin = %config.admin.listen, "node is up");
     until_done(&node, patience).await
 }
 
@@ -49,6 +50,18 @@ pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Fa
         }
         _ = term.recv() => Err(Failure::failed("exiting before the drain was done")),
         _ = interrupt.recv() => Err(Failure::failed("exiting before the drain was done")),
+    }
+}
+
+/// Takes as many file descriptors as the system lets: each connection is one, and the usual soft limit is 1024.
+pub(crate) fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, current = limit.current, "cannot raise the limit of file descriptors");
     }
 }
 

@@ -28,6 +28,7 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
         ("up", format!("{} s, version {}", status.uptime_s, status.version)),
     ];
     rows.extend(status.unreachable_seeds.into_iter().map(|seed| ("unreachable", seed)));
+    rows.extend(status.not_reached.into_iter().map(|why| ("not reached", why)));
     rows.extend(status.reload_error.into_iter().map(|error| ("last reload", error)));
     for (name, value) in rows {
         println!("{name:<13} {value}");

@@ -28,6 +28,15 @@ pub struct TcpRoom {
     pub of_one: usize,
 }
 
+/// Of a process's file descriptors, each listener's connections take one in so many at most: each leads to another one, and
+/// some are needed to dial peers, and to be asked what is the matter.
+const DESCRIPTORS_OF_ONE: usize = 3;
+
+fn descriptors() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit.and_then(|limit| limit.try_into().ok()).unwrap_or(usize::MAX)
+}
+
 /// Accepts connections until the drain, as many as there is room for. Each is served by a task that the drain waits for.
 /// Addresses are told with it.
 pub async fn tcp<S, F>(listener: TcpListener, room: TcpRoom, drain: Drain, serve: S)
@@ -35,7 +44,7 @@ where
     S: Fn(Socket, SocketAddr) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let places = Arc::new(Semaphore::new(room.connections));
+    let places = Arc::new(Semaphore::new(room.connections.min(descriptors() / DESCRIPTORS_OF_ONE)));
     let sources = Sources::default();
     let mut said: Option<Instant> = None;
     loop {

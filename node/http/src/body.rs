@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 
 use crate::{
@@ -48,6 +48,8 @@ pub struct Body {
     /// What Content-Length promised and how much of it is still to come.
     length: Option<Length>,
     pace: Option<Box<Pace>>,
+    /// It is told in trailers that it broke off.
+    grpc: bool,
 }
 
 /// How long a body may be silent, and how long it may take.
@@ -162,6 +164,13 @@ impl Body {
     /// Holds the body to a length: more or fewer bytes become an error (RFC 9110 §8.6).
     pub fn with_length(mut self, promised: Option<u64>) -> Self {
         self.length = promised.map(|promised| Length { promised, seen: 0 });
+        self
+    }
+
+    /// If the body breaks off, it ends with the status that gRPC has for that (14, UNAVAILABLE), which its clients take for a
+    /// reason to try again. A reset they take for a fault of the service (13, INTERNAL).
+    pub fn ending_as_grpc(mut self) -> Self {
+        self.grpc = true;
         self
     }
 
@@ -282,6 +291,10 @@ impl http_body::Body for Body {
             }),
             Some(Err(error)) => {
                 self.length = None;
+                if self.grpc {
+                    self.kind = Kind::Empty;
+                    return Poll::Ready(Some(Ok(Frame::trailers(unavailable(&error)))));
+                }
                 Some(Err(error))
             }
             None => self.ended(),
@@ -311,6 +324,16 @@ fn is_meaningless_on(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD | Method::DELETE | Method::OPTIONS | Method::TRACE)
 }
 
+fn unavailable(error: &BodyError) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from_static("14"));
+    let text: String = error.to_string().chars().filter(|c| matches!(c, ' '..='~') && *c != '%').collect();
+    if let Ok(message) = HeaderValue::from_str(&text) {
+        trailers.insert("grpc-message", message);
+    }
+    trailers
+}
+
 fn clean(mut trailers: HeaderMap) -> HeaderMap {
     normal::clean_trailers(&mut trailers);
     trailers
@@ -330,7 +353,7 @@ fn reason(error: &hyper::Error) -> String {
 
 impl From<Kind> for Body {
     fn from(kind: Kind) -> Self {
-        Self { kind, peeked: None, length: None, pace: None }
+        Self { kind, peeked: None, length: None, pace: None, grpc: false }
     }
 }
 

@@ -94,6 +94,9 @@ impl MeshClient {
             starling_http::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status");
         let body = match is_trailers_only {
             true => Body::empty(),
+            false if starling_http::is_grpc(&head.headers) => {
+                body.with_length(length).with_pace(idle, until, source).ending_as_grpc()
+            }
             false => body.with_length(length).with_pace(idle, until, source),
         };
         let carried = Carried { _pending: pending, _connection: connection, _upload: upload };

@@ -27,6 +27,8 @@ use crate::{
 };
 
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a seed's address may take to show that somebody is there.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(15);
 
@@ -164,19 +166,35 @@ async fn attempt(
     request: &Request,
     provider: &Arc<CryptoProvider>,
 ) -> Result<Granted, Unjoined> {
+    let addrs = tokio::net::lookup_host(seed).await.map_err(|e| Unjoined::Fault(e.to_string()))?;
+    let mut silent = Unjoined::Fault("the name has no address".into());
+    // A name may have an address that leads nowhere from here, such as an IPv6 one; the next may do.
+    for addr in addrs {
+        match attempt_at(addr, wanted, request, provider).await {
+            Err(Unjoined::Fault(why)) => silent = Unjoined::Fault(format!("{addr}: {why}")),
+            outcome => return outcome,
+        }
+    }
+    Err(silent)
+}
+
+async fn attempt_at(
+    addr: SocketAddr,
+    wanted: &Wanted<'_>,
+    request: &Request,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Granted, Unjoined> {
     let fault = |e: &dyn std::fmt::Display| Unjoined::Fault(e.to_string());
-    let addr = tokio::net::lookup_host(seed)
-        .await
-        .map_err(|e| fault(&e))?
-        .next()
-        .ok_or_else(|| Unjoined::Fault("the name has no address".into()))?;
     let endpoint = joining_endpoint(addr).map_err(|e| fault(&e))?;
     let pinned = wanted.token.claims.root;
     let crypto = tls::joining_crypto(provider.clone(), pinned);
     let asked = async {
         let connecting =
             endpoint.connect_with(client_config(crypto, CONTROL), addr, tls::SERVER_NAME).map_err(|e| fault(&e))?;
-        let connection = connecting.await.map_err(|e| if is_foreign(&e) { Unjoined::Foreign } else { fault(&e) })?;
+        let connection = tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await;
+        let connection = connection
+            .map_err(|_| Unjoined::Fault("no answer in time".into()))?
+            .map_err(|e| if is_foreign(&e) { Unjoined::Foreign } else { fault(&e) })?;
         let root = shown_root(&connection, pinned).ok_or_else(|| Unjoined::Fault("it shows no root".into()))?;
         let reply = exchange(&connection, request).await.map_err(|e| fault(&e));
         connection.close((CloseCode::Done as u32).into(), b"");

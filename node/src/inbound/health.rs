@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use http::{Request, Uri};
-use starling_gossip::GossipHandle;
 use starling_http::Body;
 use starling_protocol::ServiceState;
 
 use crate::{
     config::{HealthConfig, ServiceConfig},
-    inbound::local::LocalService,
+    inbound::{condition::Condition, local::LocalService},
 };
 
 /// Failed checks in a row that make a service unhealthy; one good one makes it healthy.
@@ -17,15 +16,15 @@ const FAILURES: u32 = 2;
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Checks each service that asks for it, for as long as the node runs.
-pub(crate) fn spawn(services: &[ServiceConfig], gossip: &GossipHandle) {
+pub(crate) fn spawn(services: &[ServiceConfig], condition: &Condition) {
     for service in services {
         if let Some(health) = service.health.clone() {
-            tokio::spawn(run(service.clone(), health, gossip.clone()));
+            tokio::spawn(run(service.clone(), health, condition.clone()));
         }
     }
 }
 
-async fn run(service: ServiceConfig, health: HealthConfig, gossip: GossipHandle) {
+async fn run(service: ServiceConfig, health: HealthConfig, condition: Condition) {
     let local = LocalService::new(&service);
     let target: Uri = match format!("http://{}{}", service.name.service_host(), health.path).parse() {
         Ok(target) => target,
@@ -44,14 +43,7 @@ async fn run(service: ServiceConfig, health: HealthConfig, gossip: GossipHandle)
         if now != state && (good || now == ServiceState::Unhealthy) {
             state = now;
             tracing::info!(service = %service.name, ?state, "health");
-            let name = service.name.clone();
-            gossip
-                .announce(move |a| {
-                    if let Some(own) = a.services.iter_mut().find(|s| s.name == name) {
-                        own.state = state;
-                    }
-                })
-                .await;
+            condition.checked(&service.name, state).await;
         }
         tokio::time::sleep(health.interval).await;
     }

@@ -73,6 +73,8 @@ struct LinksState {
     table: Mutex<Table>,
     /// Why addresses did not answer last time, for the operator.
     unreachable: Mutex<HashMap<SocketAddr, String>>,
+    /// Members that asked to be dialled and were not reached, and where.
+    not_reached: Mutex<HashMap<NodeId, SocketAddr>>,
     large_frames: Semaphore,
     /// Dials that a check or an exchange is the cause of.
     dials: Semaphore,
@@ -120,6 +122,7 @@ impl Links {
             documents,
             table: Mutex::default(),
             unreachable: Mutex::default(),
+            not_reached: Mutex::default(),
             large_frames: Semaphore::new(LARGE_FRAMES),
             dials: Semaphore::new(DIALS),
             served: Mutex::default(),
@@ -372,6 +375,7 @@ impl Links {
 
     /// Forgets about addresses that nobody asks for any more.
     pub(crate) fn forget_unreachable(&self, live: &HashSet<SocketAddr>) {
+        lock(&self.0.not_reached).retain(|_, addr| live.contains(addr));
         lock(&self.0.unreachable).retain(|addr, _| !live.contains(addr));
     }
 }

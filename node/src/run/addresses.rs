@@ -2,10 +2,10 @@
 
 use std::{
     io,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
 };
 
-use starling_protocol::Name;
+use starling_protocol::{MESH_PORT as MESH_PORT_NUMBER, Name};
 use tokio::net::TcpListener;
 
 use super::StartError;
@@ -54,7 +54,7 @@ impl Bound {
             let listener = bind_tcp("an upstream port", upstream.listen)?;
             doors.push(DoorFrame { service: Some(upstream.service.clone()), limits: upstream.limits(), listener });
         }
-        let advertise = advertised(config, listen);
+        let advertise = advertised(config, listen)?;
         Ok(Self { listen, advertise, control_socket, worker_socket, admin_listener, doors })
     }
 }
@@ -69,20 +69,62 @@ pub(super) fn tokio_listener(listener: std::net::TcpListener) -> io::Result<TcpL
     TcpListener::from_std(listener)
 }
 
-/// The address that others are told: as configured, or as bound, or the one that this host uses towards its seeds.
-fn advertised(config: &Config, bound: SocketAddr) -> SocketAddr {
+/// The address that others are told: as configured, or as bound, or the one that this host uses towards its seeds, or the
+/// world. An error if that could only be one that leads others to themselves.
+fn advertised(config: &Config, bound: SocketAddr) -> Result<SocketAddr, StartError> {
     if let Some(advertise) = config.node.advertise {
-        return advertise;
+        return Ok(advertise);
     }
     if !bound.ip().is_unspecified() {
-        return bound;
+        return Ok(bound);
     }
-    // Connecting a UDP socket sends nothing; it only asks for the route. The fallback is a documentation address.
-    let towards = config.node.seeds.first().map_or("192.0.2.1:7400", String::as_str);
-    let local = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|s| {
-        s.connect(towards)?;
-        s.local_addr()
-    });
-    let ip = local.map_or_else(|_| std::net::Ipv4Addr::LOCALHOST.into(), |addr| addr.ip());
-    SocketAddr::new(ip, bound.port())
+    let seeds = config.node.seeds.iter().filter_map(|seed| seed.to_socket_addrs().ok()).flatten();
+    // Documentation addresses, of both families: nothing is sent there.
+    let world =
+        [([192, 0, 2, 1], MESH_PORT_NUMBER).into(), ([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], MESH_PORT_NUMBER).into()];
+    let local = seeds.chain(world).find_map(|towards| own_address(towards, bound));
+    local.map(|ip| SocketAddr::new(ip, bound.port())).ok_or_else(|| StartError::Config {
+        key: "node.advertise".into(),
+        problem: format!(
+            "it listens on {bound}, and there is no route by which to tell which address others can reach; give one with \
+             --advertise IP:PORT, or listen on one"
+        ),
+    })
+}
+
+/// The address that this host uses towards another one, if the socket hears on it. Connecting a UDP socket sends nothing; it
+/// only asks for the route.
+fn own_address(towards: SocketAddr, bound: SocketAddr) -> Option<IpAddr> {
+    let any: SocketAddr = if towards.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    // What is bound to IPv6's any hears IPv4 as well; not the other way round.
+    if bound.is_ipv4() && towards.is_ipv6() {
+        return None;
+    }
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect(towards).ok()?;
+    let ip = socket.local_addr().ok()?.ip();
+    // Loopback is for those alone whose seeds are there, too.
+    (!ip.is_unspecified() && (!ip.is_loopback() || towards.ip().is_loopback())).then_some(ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_told_to_nobody_but_loopback() {
+        let bound = ([0, 0, 0, 0], 7400).into();
+        assert_eq!(own_address(([127, 0, 0, 1], 7400).into(), bound), Some([127, 0, 0, 1].into()));
+        assert_eq!(own_address(([0, 0, 0, 0, 0, 0, 0, 1], 7400).into(), bound), None, "not heard on");
+        let towards_world = own_address(([192, 0, 2, 1], 7400).into(), bound);
+        assert!(towards_world.is_none_or(|ip| !ip.is_loopback()), "{towards_world:?}");
+    }
+
+    #[test]
+    fn what_is_given_is_told() {
+        let mut config = Config::default();
+        config.node.advertise = Some(([10, 0, 0, 5], 7400).into());
+        let told = advertised(&config, ([0, 0, 0, 0], 7400).into()).unwrap();
+        assert_eq!(told, ([10, 0, 0, 5], 7400).into());
+    }
 }

@@ -54,7 +54,7 @@ impl Reception {
         let peer = match peer {
             Ok(peer) => peer,
             Err(error) => {
-                tracing::info!(from = %connection.remote_address(), %error, "refused a connection");
+                tracing::debug!(from = %connection.remote_address(), %error, "refused a connection");
                 return connection.close((CloseCode::Unauthenticated as u32).into(), b"certificate required");
             }
         };

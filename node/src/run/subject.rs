@@ -83,6 +83,7 @@ impl Subject for Running {
             doubt: self.gossip.counters().await.doubt,
             panicking: snapshot.panicking.clone(),
             unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
+            not_reached: self.condition.not_reached(),
             reload_error: self.extra().reload_error.clone(),
         }
     }

@@ -103,7 +103,9 @@ fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {
     {
         return Err(bad("Host and the request target name different authorities"));
     }
-    let authority = target.or(host).ok_or_else(|| bad("no authority"))?;
+    // HTTP/1.0 knows no Host; what asks so is most likely a health check.
+    let nobody = || (parts.version == Version::HTTP_10).then(|| Authority::from_static("localhost"));
+    let authority = target.or(host).or_else(nobody).ok_or_else(|| bad("no authority"))?;
     if authority.as_str().contains('@') {
         return Err(bad("user information in the authority"));
     }

@@ -3,14 +3,14 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, atomic::Ordering::Relaxed},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use quinn::ReadExactError;
 use starling_gossip::{Ident, Sync, Target, Via};
 use starling_protocol::{
-    Delta, Framed, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId, Ping, Pong, Summary, Unsupported,
-    View, WireError, frame,
+    CloseCode, Delta, DialBack, DialledBack, Framed, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, NodeId,
+    Ping, Pong, Summary, Unsupported, View, WireError, frame,
 };
 
 use super::{EXCHANGE_TIMEOUT, Links, flow::Flow};
@@ -22,6 +22,10 @@ use crate::{
     port::frames::{self, Frame, StreamFault},
 };
 
+/// Longest word on why somebody is not reached, in bytes.
+const MAX_WHY_BYTES: usize = 1024;
+/// How long somebody may take who asked to be dialled.
+const DIAL_BACK_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest answer to a ping, in bytes.
 const MAX_PONG_BYTES: usize = 64;
 
@@ -74,6 +78,46 @@ impl Links {
             asked.await.map_err(|e: StreamFault| e.to_string())
         };
         tokio::time::timeout(EXCHANGE_TIMEOUT, asked).await.unwrap_or_else(|_| Err("no answer in time".into()))
+    }
+
+    /// Asks a member to dial this node at the address in its record: why it does not get there, if it does not.
+    pub(crate) async fn ask_dial_back(&self, member: Ident) -> Result<Option<String>, String> {
+        let asked = async {
+            let connection = self.connection_to(member).await?;
+            let asked = async {
+                let (mut send, mut receive) = connection.open_bi().await?;
+                frames::write_frame(&mut send, &DialBack {}).await?;
+                frames::read_frame(&mut receive, MAX_WHY_BYTES).await?.read::<DialledBack>()
+            };
+            asked.await.map_err(|e: StreamFault| e.to_string())
+        };
+        let answer = tokio::time::timeout(EXCHANGE_TIMEOUT * 2, asked).await;
+        answer.unwrap_or_else(|_| Err("no answer in time".into())).map(|answer| answer.why)
+    }
+
+    /// Dials a member that asks for it, at the address in its record and nowhere else: why it is not reached, if it is not.
+    /// `None` if there is nothing to be said.
+    async fn dial_back(&self, peer: NodeId) -> Option<DialledBack> {
+        let snapshot = self.0.gossip.snapshot();
+        let (member, record) = snapshot.member(&peer).and_then(|m| Some((m, m.record.as_ref()?)))?;
+        let _permit = self.0.dials.try_acquire().ok()?;
+        let dialled = tokio::time::timeout(DIAL_BACK_TIMEOUT, self.dial(member.addr)).await;
+        let why = match dialled {
+            Ok(Ok((connection, found))) => {
+                connection.close((CloseCode::Done as u32).into(), b"reached");
+                (found.id != peer).then(|| format!("{} answers there", found.name))
+            }
+            Ok(Err(why)) => Some(why),
+            Err(_) => Some("no answer in time".into()),
+        };
+        let Some(why) = why else { return Some(DialledBack { why: None }) };
+        if super::lock(&self.0.not_reached).insert(peer, member.addr) != Some(member.addr) {
+            tracing::warn!(
+                member = %record.name, addr = %member.addr, why,
+                "cannot reach a member at the address that it tells; its services will not be called until it says another"
+            );
+        }
+        Some(DialledBack { why: Some(why) })
     }
 
     /// The connection to a member that is there, or a new one.
@@ -155,6 +199,11 @@ impl Links {
             Inspect::KIND => {
                 let view = View { members: admin::sights(&gossip.snapshot()), documents: self.0.documents.sights() };
                 frames::write_frame(&mut send, &view).await?;
+            }
+            DialBack::KIND => {
+                if let Some(dialled) = self.dial_back(peer).await {
+                    frames::write_frame(&mut send, &dialled).await?;
+                }
             }
             // Of a later version, which can do without.
             kind => frames::write_frame(&mut send, &Unsupported { kind }).await?,

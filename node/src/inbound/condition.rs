@@ -1,0 +1,80 @@
+//! What others are told about the services of this node: whether to call them.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use starling_gossip::GossipHandle;
+use starling_protocol::{Name, ServiceState};
+
+/// The condition of the services here. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Condition(Arc<Inner>);
+
+struct Inner {
+    gossip: GossipHandle,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Of services that are checked.
+    health: HashMap<Name, ServiceState>,
+    /// Why others cannot reach this node; then none of its services is to be called.
+    not_reached: Option<String>,
+}
+
+impl Condition {
+    pub(crate) fn new(gossip: GossipHandle) -> Self {
+        Self(Arc::new(Inner { gossip, state: Mutex::default() }))
+    }
+
+    /// A check of a service came out differently than the one before.
+    pub(crate) async fn checked(&self, service: &Name, state: ServiceState) {
+        self.lock().health.insert(service.clone(), state);
+        self.announce().await;
+    }
+
+    /// Others can, or cannot, reach this node.
+    pub(crate) async fn reached(&self, why_not: Option<String>) {
+        let changed = {
+            let mut state = self.lock();
+            let changed = state.not_reached.is_some() != why_not.is_some();
+            state.not_reached = why_not;
+            changed
+        };
+        if changed {
+            self.announce().await;
+        }
+    }
+
+    /// Why others cannot reach this node, as far as is known.
+    pub(crate) fn not_reached(&self) -> Option<String> {
+        self.lock().not_reached.clone()
+    }
+
+    async fn announce(&self) {
+        let (health, reached) = {
+            let state = self.lock();
+            (state.health.clone(), state.not_reached.is_none())
+        };
+        let announced = self.0.gossip.announce(move |announcement| {
+            for service in &mut announcement.services {
+                let health = health.get(&service.name).copied();
+                // One that is checked and has no result yet stays as it was announced at the start.
+                service.state = match (reached, health) {
+                    (false, _) => ServiceState::Unhealthy,
+                    (true, Some(health)) => health,
+                    (true, None) if service.state == ServiceState::Unhealthy => ServiceState::Up,
+                    (true, None) => service.state,
+                };
+            }
+        });
+        announced.await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}

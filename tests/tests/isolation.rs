@@ -87,9 +87,6 @@ async fn readers_that_stand_still_hold_nobody_up() {
     for door in ALL {
         assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: before");
     }
-    for name in ["edge", "near", "far"] {
-        eprintln!("{name} before: {} MiB", memory_kib(&scene.cluster.node(name).process, "VmRSS:") >> 10);
-    }
     let mut stuck = Vec::new();
     for door in ALL {
         let connections = if matches!(door, Door::PlainHttp1 | Door::Http1) { 60 } else { 3 };
@@ -127,15 +124,140 @@ async fn readers_that_stand_still_hold_nobody_up() {
             let metrics =
                 Client::plain().get(admin, &admin.to_string(), "/metrics").await.map_err(|e| e.to_string())?.text();
             match metrics.lines().find(|line| line.starts_with("starling_calls_in_flight ")) {
-                Some("starling_calls_in_flight 0") => {
-                    eprintln!("{name} ok {:?}", until.elapsed());
-                    Ok(())
-                }
+                Some("starling_calls_in_flight 0") => Ok(()),
                 line => Err(format!("{name}: {line:?}")),
             }
         })
         .await
         .unwrap();
+    }
+}
+
+/// A service that reads nothing holds its own callers up, for so long, and nobody else.
+#[tokio::test]
+async fn uploads_that_nobody_takes_hold_nobody_up() {
+    let deaf = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = deaf.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut kept = Vec::new();
+        while let Ok((stream, _)) = deaf.accept().await {
+            kept.push(stream);
+        }
+    });
+    let scene = Scene::start(&[("deaf", addr, "")]).await;
+    let upload = bytes::Bytes::from(vec![0; 32 << 20]);
+    let mut stuck = tokio::task::JoinSet::new();
+    for door in ALL {
+        for _ in 0..20 {
+            let (addr, host, path) = scene.way(door, "deaf", "/");
+            let scheme = if matches!(door, Door::PlainHttp1 | Door::PlainHttp2) { "http" } else { "https" };
+            let request = http::Request::post(format!("{scheme}://{host}{path}")).body(upload.clone()).unwrap();
+            let client = scene.client.clone();
+            stuck.spawn(async move { (door, client.send(door, addr, request).await) });
+        }
+    }
+    while !stuck.is_empty() {
+        tokio::select! {
+            ended = stuck.join_next() => {
+                let (door, answer) = ended.unwrap().unwrap();
+                if let Ok(answer) = answer {
+                    assert_eq!(answer.status, 504, "{door:?}: {}", answer.text());
+                } else {
+                    // Ended with the stream is as good; not at the client's own limit of a minute.
+                    let why = format!("{:?}", answer.unwrap_err());
+                    assert!(!why.contains("no answer in time"), "{door:?}: {why}");
+                }
+            }
+            () = async {
+                for door in ALL {
+                    assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: beside stuck uploads");
+                }
+            } => {}
+        }
+    }
+}
+
+/// An answer counts though the service, or the edge, reads no more of the request.
+#[tokio::test]
+async fn an_early_answer_arrives() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut head = [0; 512];
+                let _ = stream.read(&mut head).await;
+                let answer =
+                    "HTTP/1.1 413 Content Too Large\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large";
+                let _ = stream.write_all(answer.as_bytes()).await;
+                // Closed with the request unread: a reset follows the answer.
+            });
+        }
+    });
+    let scene = Scene::start(&[("strict", addr, "")]).await;
+    let upload = bytes::Bytes::from(vec![0; 4 << 20]);
+    for (service, path, status) in [("strict", "/", 413), ("nothing", "/", 404)] {
+        for door in ALL {
+            for round in 0..12 {
+                let (addr, host, path) = scene.way(door, service, path);
+                let scheme = if matches!(door, Door::PlainHttp1 | Door::PlainHttp2) { "http" } else { "https" };
+                let request = http::Request::post(format!("{scheme}://{host}{path}")).body(upload.clone()).unwrap();
+                let answer = scene.client.send(door, addr, request).await;
+                let answer = answer.unwrap_or_else(|e| panic!("{service} over {door:?}, round {round}: {e:?}"));
+                assert_eq!(answer.status, status, "{service} over {door:?}, round {round}: {}", answer.text());
+            }
+        }
+    }
+}
+
+/// Whoever says nothing, or a byte a second, is not waited for for ever.
+#[tokio::test]
+async fn the_silent_and_the_slow_are_ended() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let scene = Scene::start(&[]).await;
+    /// Whether a head, a body or nothing at all comes a byte a second.
+    #[derive(Debug, Clone, Copy)]
+    enum Slow {
+        Silent,
+        Head,
+        Body,
+    }
+    let mut ends = tokio::task::JoinSet::new();
+    for (protocol, slow) in
+        [("h2", Slow::Silent), ("http/1.1", Slow::Silent), ("http/1.1", Slow::Head), ("http/1.1", Slow::Body)]
+    {
+        let (client, addr) = (scene.client.clone(), scene.public);
+        ends.spawn(async move {
+            let stream = client.connect_tls(addr, HOST, protocol.as_bytes()).await.unwrap();
+            let (mut read, mut write) = tokio::io::split(stream);
+            let writing = tokio::spawn(async move {
+                let head = format!("POST /sample/ HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 100000\r\n\r\n");
+                if let Slow::Body = slow {
+                    write.write_all(head.as_bytes()).await.unwrap();
+                }
+                let bytes = if let Slow::Head = slow { head.into_bytes() } else { vec![b'x'; 600] };
+                for byte in bytes {
+                    if !matches!(slow, Slow::Silent)
+                        && (write.write_all(&[byte]).await.is_err() || write.flush().await.is_err())
+                    {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            });
+            let mut answer = Vec::new();
+            let ended = tokio::time::timeout(Duration::from_secs(120), read.read_to_end(&mut answer)).await;
+            assert!(ended.is_ok(), "{protocol}, {slow:?}: still open");
+            if let Slow::Body = slow {
+                let answer = String::from_utf8_lossy(&answer).into_owned();
+                assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+            }
+            writing.abort();
+        });
+    }
+    while let Some(ended) = ends.join_next().await {
+        ended.unwrap();
     }
 }
 
@@ -249,3 +371,45 @@ async fn a_full_connection_to_a_service_is_no_queue() {
     }
     assert!(service.connections.load(Relaxed) <= 6, "no more connections than it takes");
 }
+
+/// A gRPC stream that the mesh ends says so in gRPC's words, which clients take for a reason to try again.
+#[tokio::test]
+async fn a_grpc_stream_that_breaks_off_is_unavailable() {
+    use http_body_util::{BodyExt, Full};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    let quiet = Service::start(Speaks::H2c(100), |_, open| async move {
+        let mut answer = service::watch(open);
+        answer.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+        answer
+    })
+    .await;
+    let mut scene = Scene::start(&[("quiet", quiet.addr, ",protocol=h2c")]).await;
+    let mut ends = Vec::new();
+    for door in [Door::PlainHttp2, Door::Http2] {
+        let (addr, host, path) = scene.way(door, "quiet", "/");
+        let scheme = if door == Door::Http2 { "https" } else { "http" };
+        let request = http::Request::post(format!("{scheme}://{host}{path}"))
+            .header("content-type", "application/grpc")
+            .body(Full::new(bytes::Bytes::from_static(&[0; 5])))
+            .unwrap();
+        let stream: Box<dyn Stream> = match door {
+            Door::Http2 => Box::new(scene.client.connect_tls(addr, &host, b"h2").await.unwrap()),
+            _ => Box::new(tokio::net::TcpStream::connect(addr).await.unwrap()),
+        };
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let answer = sender.send_request(request).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        ends.push((door, sender, answer.into_body()));
+    }
+    scene.cluster.kill("far").await.unwrap();
+    for (door, _sender, mut body) in ends {
+        let frame = tokio::time::timeout(Duration::from_secs(60), body.frame()).await.expect("it ends");
+        let trailers = frame.expect("with trailers").expect("and not with a reset").into_trailers().expect("trailers");
+        assert_eq!(trailers["grpc-status"], "14", "{door:?}: {trailers:?}");
+    }
+}
+
+trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send> Stream for T {}

@@ -1,0 +1,196 @@
+//! What the edge makes of messages, over HTTP/1.1, 2 and 3: what services and clients of other gateways stumbled over.
+
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use http::{Method, Request, header};
+use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, free_port, self_signed, wait_for};
+use starling_tests::{
+    binary,
+    service::{self, Service, Speaks},
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const HOST: &str = "api.example.com";
+
+struct Public {
+    cluster: Cluster,
+    addr: SocketAddr,
+    client: Client,
+    _service: Service,
+}
+
+/// An edge in front of `web`, which tells in its body what it was asked, and of `raw`, which answers what `answer` says.
+async fn start(answer: &'static str) -> Public {
+    let service = Service::start(Speaks::Http1, |request, _| async move {
+        let mut seen = format!("{} {}\n", request.method(), request.uri());
+        for (name, value) in request.headers() {
+            seen += &format!("{name}: {}\n", value.to_str().unwrap_or("?"));
+        }
+        let mut answer = service::text(200, seen);
+        answer.headers_mut().insert(header::ALT_SVC, "h3=\":1\"".parse().unwrap());
+        answer
+    })
+    .await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let raw = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut head = vec![0; 4096];
+                let _ = stream.read(&mut head).await;
+                let _ = stream.write_all(answer.as_bytes()).await;
+                let _ = stream.shutdown().await;
+            });
+        }
+    });
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let nobody = free_port();
+    let node = NodeSpec::named("web-1").serving(format!("web={}", service.addr)).serving(format!("raw={raw}"));
+    cluster.add(&node.serving(format!("down={nobody}"))).await.unwrap();
+    let dir = cluster.dir().to_path_buf();
+    let (cert, key) = (dir.join("edge.pem"), dir.join("edge.key"));
+    self_signed(&[HOST], &cert, &key).unwrap();
+    let addr = free_port();
+    let sections = format!(
+        r#"[edge]
+listen = "{addr}"
+[[certificate]]
+hosts = ["{HOST}"]
+cert = {cert:?}
+key = {key:?}
+[[route]]
+path = "/web"
+service = "web"
+auth = []
+[[route]]
+path = "/inner"
+service = "web"
+auth = []
+forward_host = "service"
+[[route]]
+path = "/named"
+service = "web"
+auth = []
+forward_host = "shop.example.org"
+[[route]]
+path = "/app"
+service = "web"
+auth = ["api-key"]
+cors = {{ origins = ["https://app.example.com"], credentials = true }}
+[[route]]
+path = "/passes"
+service = "web"
+auth = ["api-key"]
+preflight = "pass"
+[[route]]
+path = "/raw"
+service = "raw"
+auth = []
+[[route]]
+path = "/down"
+service = "down"
+auth = []
+"#
+    );
+    cluster.add_edge("edge", &sections).await.unwrap();
+    let public = Public { cluster, addr, client: Client::trusting(&cert).unwrap(), _service: service };
+    wait_for("the service is known", Duration::from_secs(30), || async {
+        let answer = public.ask(Door::Http2, Method::GET, "/web", &[]).await;
+        if answer.status == 200 { Ok(()) } else { Err(answer.text()) }
+    })
+    .await
+    .unwrap();
+    public
+}
+
+impl Public {
+    async fn ask(&self, door: Door, method: Method, path: &str, fields: &[(&str, &str)]) -> Answer {
+        let mut request = Request::builder().method(method).uri(format!("https://{HOST}{path}"));
+        for (name, value) in fields {
+            request = request.header(*name, *value);
+        }
+        self.client.send(door, self.addr, request.body(Bytes::new()).unwrap()).await.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn the_service_sees_the_public_host_or_what_the_route_says() {
+    let public = start("").await;
+    for door in Door::PUBLIC {
+        for (path, host) in [("/web", HOST), ("/inner", "web.mesh.internal"), ("/named", "shop.example.org")] {
+            let answer = public.ask(door, Method::GET, path, &[("starling-host", "evil.example")]).await;
+            assert!(answer.text().contains(&format!("host: {host}\n")), "{door:?} {path}: {}", answer.text());
+            assert!(!answer.text().contains("starling-host"), "{door:?} {path}: {}", answer.text());
+            assert!(!answer.header("alt-svc").contains("\":1\""), "{door:?}: the service's own Alt-Svc");
+        }
+    }
+}
+
+#[tokio::test]
+async fn browsers_can_call_a_route_that_asks_for_credentials() {
+    let public = start("").await;
+    let asks = [("origin", "https://app.example.com"), ("access-control-request-method", "PUT")];
+    for door in Door::PUBLIC {
+        let answer = public.ask(door, Method::OPTIONS, "/app", &asks).await;
+        assert_eq!(answer.status, 204, "{door:?}");
+        assert_eq!(answer.header("access-control-allow-origin"), "https://app.example.com", "{door:?}");
+        assert!(answer.header("access-control-allow-methods").contains("PUT"), "{door:?}");
+        let answer = public.ask(door, Method::GET, "/app", &asks[..1]).await;
+        assert_eq!(answer.status, 401, "{door:?}");
+        assert_eq!(
+            answer.header("access-control-allow-origin"),
+            "https://app.example.com",
+            "{door:?}: pages may read why"
+        );
+        let answer = public.ask(door, Method::GET, "/app", &[("origin", "https://evil.example")]).await;
+        assert_eq!((answer.status, answer.header("access-control-allow-origin")), (401, ""), "{door:?}");
+        let answer = public.ask(door, Method::OPTIONS, "/passes", &asks).await;
+        assert!(answer.status == 200 && answer.text().starts_with("OPTIONS /passes"), "{door:?}: {}", answer.text());
+        assert_eq!(public.ask(door, Method::GET, "/passes", &asks).await.status, 401, "{door:?}");
+    }
+}
+
+#[tokio::test]
+async fn answers_are_made_valid_for_the_side_they_leave_on() {
+    for (raw, status, why) in [
+        ("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, "a length where there is no content"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 502, "a coding that would be lost"),
+        ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", 502, "an answer to nothing"),
+        ("nonsense\r\n\r\n", 502, "no HTTP"),
+    ] {
+        let public = start(raw).await;
+        for door in Door::PUBLIC {
+            let answer = public.ask(door, Method::GET, "/raw", &[]).await;
+            assert_eq!(answer.status, status, "{door:?}: {why}");
+            assert_eq!(answer.header("content-length").is_empty(), status == 204, "{door:?}: {why}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_public_learns_nothing_of_the_mesh() {
+    let public = start("").await;
+    for door in Door::PUBLIC {
+        let answer = public.ask(door, Method::GET, "/down", &[]).await;
+        assert_eq!(answer.status, 502, "{door:?}");
+        let told = format!("{:?} {}", answer.headers, answer.text());
+        for secret in ["web-1", "os error", "127.0.0.1", "starling-sent"] {
+            assert!(!told.contains(secret), "{door:?}: {secret} in {told}");
+        }
+        let answer = public.ask(door, Method::HEAD, "/down", &[]).await;
+        assert_eq!((answer.status, answer.body.len()), (502, 0), "{door:?}");
+    }
+}
+
+/// What a client of HTTP/1.0 asks that knows no Host, as health checks do.
+#[tokio::test]
+async fn a_client_of_http_1_0_without_a_host_is_answered() {
+    let public = start("").await;
+    let mut stream = public.client.connect_tls(public.addr, HOST, b"http/1.1").await.unwrap();
+    stream.write_all(b"GET /nowhere HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer).await;
+    assert!(answer.contains(" 404 ") || answer.contains(" 421 "), "{answer}");
+    let _ = public.cluster.members("edge").await.unwrap();
+}

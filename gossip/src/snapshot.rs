@@ -47,6 +47,20 @@ impl Snapshot {
         named().find(|member| member.is_live()).or_else(|| named().max_by_key(|member| member.generation))
     }
 
+    /// The dead one of that name: of several namesakes, the one to be struck off.
+    pub fn dead_named(&self, name: &str) -> Option<&MemberView> {
+        let named = self.members.iter().filter(|m| m.record.as_ref().is_some_and(|r| r.name.as_str() == name));
+        named.filter(|member| !member.is_live()).max_by_key(|member| member.generation)
+    }
+
+    /// Whether another member lives under the name of this one, which is dead: a machine that was replaced.
+    pub fn is_superseded(&self, dead: &MemberView) -> bool {
+        let Some(record) = dead.record.as_ref().filter(|_| !dead.is_live()) else { return false };
+        self.members
+            .iter()
+            .any(|m| m.id != dead.id && m.is_live() && m.record.as_ref().is_some_and(|r| r.name == record.name))
+    }
+
     /// This node.
     pub fn me(&self) -> Option<&MemberView> {
         self.members.iter().find(|member| member.is_self)

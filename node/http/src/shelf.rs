@@ -25,7 +25,7 @@ static STALLED: AtomicU64 = AtomicU64::new(0);
 /// Bodies of this process that were ended to make room.
 static CLEARED: AtomicU64 = AtomicU64::new(0);
 
-/// What this process took back from readers that stand still.
+/// What this process took back from readers and writers that stand still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakenBack {
     /// Because nobody took anything for [`STALL`].

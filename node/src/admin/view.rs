@@ -38,6 +38,7 @@ pub(crate) fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
     snapshot
         .members
         .iter()
+        .filter(|m| !snapshot.is_superseded(m))
         .map(|m| {
             let record = m.record.as_deref();
             let services = record.map_or(&[][..], |r| &r.services);

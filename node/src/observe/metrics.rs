@@ -13,7 +13,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
-use starling_gossip::{Counters, Refused, Snapshot};
+use starling_gossip::{Counters, MemberView, Refused, Snapshot};
 
 use crate::MeshClient;
 
@@ -36,6 +36,11 @@ struct StatusLabel {
 struct RefusedLabels {
     what: String,
     reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndedLabel {
+    why: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -80,6 +85,7 @@ struct Families {
     /// 1 if the last reload was taken.
     reload: Gauge,
     repeats: Counter,
+    ended: Family<EndedLabel, Counter>,
     /// Handles by service: whoever counts a call makes no label. Methods and statuses are few, whatever strangers send.
     series: Mutex<HashMap<String, Vec<Series>>>,
 }
@@ -130,6 +136,9 @@ impl Metrics {
         let repeats = Counter::<u64, AtomicU64>::default();
         let help = "Requests sent to a service once more, because a kept connection was closed";
         registry.register("starling_service_repeats", help, repeats.clone());
+        let ended = Family::<EndedLabel, Counter>::default();
+        let help = "Bodies that were ended because nobody took them, or to make room for others";
+        registry.register("starling_bodies_ended", help, ended.clone());
         let refused = Family::<RefusedLabels, Counter>::default();
         registry.register("starling_gossip_refused", "Gossip refused or dropped, by what and why", refused.clone());
         let of_members = Family::<MemberLabels, Counter>::default();
@@ -166,6 +175,7 @@ impl Metrics {
             panicking,
             reload,
             repeats,
+            ended,
             series: Mutex::default(),
         }))
     }
@@ -225,13 +235,19 @@ impl Metrics {
     ) -> String {
         let shared = &self.0;
         for status in ["alive", "suspect", "down", "left"] {
-            let count = snapshot.members.iter().filter(|m| crate::admin::status_of(m).to_string() == status).count();
+            let of_status =
+                |m: &&MemberView| crate::admin::status_of(m).to_string() == status && !snapshot.is_superseded(m);
+            let count = snapshot.members.iter().filter(of_status).count();
             shared.members.get_or_create(&StatusLabel { status: status.into() }).set(count as i64);
         }
         shared.cert_expiry.set(cert_left);
         shared.in_flight.set(client.in_flight() as i64);
         catch_up(&shared.retries, client.retries());
         catch_up(&shared.repeats, repeats);
+        let starling_http::TakenBack { stalled, cleared } = starling_http::taken_back();
+        for (why, total) in [("stalled", stalled), ("room", cleared)] {
+            catch_up(&shared.ended.get_or_create(&EndedLabel { why: why.into() }), total);
+        }
         let counters = &gossip.counters;
         for (what, reason, total) in [
             ("packet", "invalid", counters.packets_refused),

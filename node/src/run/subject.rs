@@ -168,7 +168,7 @@ impl Subject for Running {
             }
             (None, Some(authority)) => {
                 let snapshot = self.snapshot();
-                let member = find(&snapshot, &node)?;
+                let member = snapshot.dead_named(&node).map_or_else(|| find(&snapshot, &node), Ok)?;
                 authority.strike(&Strike { id: member.id, generation: member.generation, prune })
             }
             (None, None) => {

@@ -76,7 +76,10 @@ struct Running {
     client: MeshClient,
     inbound: Inbound,
     metrics: Metrics,
+    /// Of what takes calls from others, and from the public.
     drain: Drain,
+    /// Of the application's doors, which last as long as calls that it may need them for.
+    doors_drain: Drain,
     drain_asked: CancellationToken,
     generation: u64,
     kind: NodeKind,
@@ -159,6 +162,7 @@ impl Node {
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
         let condition = Condition::new(gossip.clone());
         let drain = Drain::default();
+        let doors_drain = Drain::default();
         let drain_asked = CancellationToken::new();
         let running = Arc::new(Running {
             authority: authority.clone(),
@@ -170,6 +174,7 @@ impl Node {
             inbound: inbound.clone(),
             metrics: metrics.clone(),
             drain: drain.clone(),
+            doors_drain: doors_drain.clone(),
             drain_asked: drain_asked.clone(),
             generation,
             kind,
@@ -205,7 +210,7 @@ impl Node {
 
         for DoorFrame { service, limits, listener } in doors {
             let door = Door { client: client.clone(), service, limits, metrics: metrics.clone() };
-            let of = drain.clone();
+            let of = doors_drain.clone();
             worker.handle.spawn(async move {
                 match tokio_listener(listener) {
                     Ok(listener) => door.serve(listener, of).await,
@@ -289,14 +294,18 @@ impl Node {
         self.drain_asked.cancelled().await;
     }
 
-    /// Goes away in order: not ready, record says draining, grace, GOAWAY, calls finish or are cut, good-bye, close.
+    /// Goes away in order: not ready, record says draining, grace, GOAWAY, calls of others finish or are cut, then those of
+    /// the application, good-bye, close. `patience` is for both together.
     /// Returns whether every call finished by itself.
     pub async fn drain(&self, patience: Duration) -> bool {
         let running = &self.running;
         self.drain_asked.cancel();
         running.gossip.announce(|a| a.phase = Phase::Draining).await;
         tokio::time::sleep(DRAIN_GRACE).await;
-        let finished = running.drain.finish(patience).await;
+        let begun = Instant::now();
+        let others = running.drain.finish(patience).await;
+        let own = running.doors_drain.finish(patience.saturating_sub(begun.elapsed())).await;
+        let finished = others && own;
         running.gossip.leave().await;
         tokio::time::sleep(LEAVE_GRACE).await;
         running.documents.acquit();

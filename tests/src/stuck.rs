@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use anyhow::Result;
 use bytes::Bytes;
 use http::Request;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use starling_chaos::{Client, Door};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
@@ -89,3 +90,51 @@ async fn unread_http2(
     }
     Ok(Kept::Http2(answers, driving))
 }
+
+/// Sends a request whose body comes as slowly as `body` gives it: the status of the answer.
+pub async fn trickle(
+    client: &Client,
+    door: Door,
+    addr: SocketAddr,
+    request: Request<tokio::sync::mpsc::Receiver<Bytes>>,
+) -> Result<u16> {
+    let host = request.uri().host().unwrap_or_default().to_string();
+    let request = request.map(Trickle);
+    let answer = match door {
+        Door::PlainHttp1 => {
+            let stream = TokioIo::new(TcpStream::connect(addr).await?);
+            let (mut sender, connection) = hyper::client::conn::http1::handshake(stream).await?;
+            tokio::spawn(connection);
+            let mut request = request;
+            request.headers_mut().insert(http::header::HOST, host.parse()?);
+            sender.send_request(request).await?
+        }
+        _ => {
+            let stream: Box<dyn Stream> = match door {
+                Door::PlainHttp2 => Box::new(TcpStream::connect(addr).await?),
+                _ => Box::new(client.connect_tls(addr, &host, b"h2").await?),
+            };
+            let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+            let (mut sender, connection) = handshake.await?;
+            tokio::spawn(connection);
+            sender.send_request(request).await?
+        }
+    };
+    Ok(answer.status().as_u16())
+}
+
+struct Trickle(tokio::sync::mpsc::Receiver<Bytes>);
+
+impl http_body::Body for Trickle {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Self::Error>>> {
+        self.0.poll_recv(cx).map(|bytes| bytes.map(|bytes| Ok(http_body::Frame::data(bytes))))
+    }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}

@@ -232,7 +232,7 @@ async fn versions_are_picked_and_spoofed_fields_dropped_on_every_protocol() {
 
         let spoofed = [("starling-caller", "root"), ("x-forwarded-for", "1.2.3.4"), ("starling-consumer", "root")];
         let answer = edge.get(door, "/web/x", &spoofed).await;
-        assert_eq!(answer.text(), "nginx web.mesh.internal caller=edge consumer=\n", "{door:?}: {answer:?}");
+        assert_eq!(answer.text(), "nginx api.example.com caller=edge consumer=\n", "{door:?}: {answer:?}");
         assert_eq!(edge.get(door, "/web", &[("x_forwarded_for", "1")]).await.status, 400, "underscore aliases");
         let alt_svc = answer.header("alt-svc");
         assert_eq!(alt_svc.is_empty(), door == Door::Http3, "{door:?} {alt_svc}");

@@ -256,6 +256,47 @@ async fn the_silent_and_the_slow_are_ended() {
             writing.abort();
         });
     }
+    // A body of a byte a second, over the other protocols.
+    for door in [Door::PlainHttp1, Door::PlainHttp2, Door::Http2] {
+        let (addr, host, path) = scene.way(door, "sample", "/");
+        let client = scene.client.clone();
+        ends.spawn(async move {
+            let scheme = if door == Door::Http2 { "https" } else { "http" };
+            let request = http::Request::post(format!("{scheme}://{host}{path}"));
+            let (bytes, body) = tokio::sync::mpsc::channel(1);
+            tokio::spawn(async move {
+                while bytes.send(bytes::Bytes::from_static(b"x")).await.is_ok() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            });
+            let status = stuck::trickle(&client, door, addr, request.body(body).unwrap()).await.unwrap();
+            assert_eq!(status, 408, "{door:?}");
+        });
+    }
+    {
+        let (client, addr) = (scene.client.clone(), scene.public);
+        ends.spawn(async move {
+            let (connection, _endpoint) = client.connect_quic(addr, HOST).await.unwrap();
+            let (mut send, mut receive) = connection.open_bi().await.unwrap();
+            let head = [(":method", "POST"), (":scheme", "https"), (":authority", HOST), (":path", "/sample/")];
+            send.write_all(&starling_tests::raw_h3::head(&head)).await.unwrap();
+            let byte = starling_tests::raw_h3::frame(starling_tests::raw_h3::DATA, b"x");
+            let answered = receive.read_chunk(usize::MAX, true);
+            let trickling = async {
+                while send.write_all(&byte).await.is_ok() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                answered = tokio::time::timeout(Duration::from_secs(120), answered) => {
+                    let chunk = answered.expect("it ends").unwrap().expect("with an answer");
+                    assert!(!chunk.bytes.is_empty());
+                }
+                () = trickling => {}
+            }
+        });
+    }
     while let Some(ended) = ends.join_next().await {
         ended.unwrap();
     }
@@ -413,3 +454,44 @@ async fn a_grpc_stream_that_breaks_off_is_unavailable() {
 
 trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send {}
 impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send> Stream for T {}
+
+/// A call under way may need the application's door to be answered: it stays open as long as that.
+#[tokio::test]
+async fn a_drain_leaves_the_door_open_for_calls_under_way() {
+    let door: Arc<std::sync::OnceLock<SocketAddr>> = Arc::default();
+    let of = door.clone();
+    let asking = Service::start(Speaks::Http1, move |_, _| {
+        let door = of.clone();
+        async move {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let Some(door) = door.get() else { return service::text(500, "too early") };
+            let answer = Client::plain().get(*door, "needed.mesh.internal", "/").await;
+            answer.map_or_else(
+                |e| service::text(500, format!("{e:?}")),
+                |answer| service::text(answer.status, answer.body),
+            )
+        }
+    })
+    .await;
+    let needed = Service::start(Speaks::Http1, |_, _| async { service::text(200, "needed") }).await;
+    let mut scene = Scene::start(&[("asking", asking.addr, "")]).await;
+    scene.cluster.add(&NodeSpec::named("other").serving(format!("needed={}", needed.addr))).await.unwrap();
+    wait_for("the other service is known", Duration::from_secs(30), || async {
+        let answer = call(scene.cluster.node("far").outbound, "needed", "/").await;
+        if answer.status == 200 { Ok(()) } else { Err(answer.text()) }
+    })
+    .await
+    .unwrap();
+    let outbound = scene.cluster.node("far").outbound;
+    door.set(outbound).unwrap();
+    let near = scene.cluster.node("near").outbound;
+    let calling = tokio::spawn(async move { call(near, "asking", "/").await });
+    wait_for("the call arrives", Duration::from_secs(30), || async {
+        if asking.begun.load(Relaxed) > 0 { Ok(()) } else { Err("not yet".into()) }
+    })
+    .await
+    .unwrap();
+    assert!(scene.cluster.terminate("far").await.unwrap().success());
+    let answer = calling.await.unwrap();
+    assert_eq!((answer.status, answer.text().as_str()), (200, "needed"));
+}

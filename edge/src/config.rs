@@ -679,6 +679,9 @@ fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
         problems.add("route", "there is no route; add [[route]] with path, service and auth");
     }
     for (i, route) in edge.route.iter().enumerate() {
+        if let Some(why) = route.cors.as_ref().and_then(Cors::problem) {
+            problems.add(format!("route[{i}].cors"), why);
+        }
         if let Err(why) = route_path(&route.path) {
             problems.add(format!("route[{i}].path"), why);
         }

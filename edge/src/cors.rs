@@ -67,14 +67,35 @@ pub(crate) fn is_preflight(method: &Method, fields: &HeaderMap) -> bool {
         && fields.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
+/// Removes what a service says of who may call.
+pub(crate) fn remove(answer: &mut HeaderMap) {
+    for name in [
+        header::ACCESS_CONTROL_ALLOW_ORIGIN,
+        header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        header::ACCESS_CONTROL_EXPOSE_HEADERS,
+        header::ACCESS_CONTROL_MAX_AGE,
+    ] {
+        answer.remove(name);
+    }
+}
+
 impl Cors {
+    /// What is wrong with it, and what to do.
+    pub(crate) fn problem(&self) -> Option<&'static str> {
+        let any = self.origins.iter().any(|origin| origin == "*");
+        (any && self.credentials).then_some(
+            "every page of the web could call in its reader's name: name the origins, or leave credentials out",
+        )
+    }
+
     /// Fields of every answer to a request with these fields: that of the service, and those of our own making.
     pub(crate) fn fields(&self, request: &HeaderMap) -> HeaderMap {
         let mut fields = HeaderMap::new();
         fields.insert(header::VARY, HeaderValue::from_static("origin"));
         let Some(origin) = request.get(header::ORIGIN).filter(|origin| self.allows(origin)) else { return fields };
-        // With credentials, `*` is not understood.
-        let any = self.origins.iter().any(|allowed| allowed == "*") && !self.credentials;
+        let any = self.origins.iter().any(|allowed| allowed == "*");
         let allowed = if any { HeaderValue::from_static("*") } else { origin.clone() };
         fields.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
         if self.credentials {
@@ -129,11 +150,11 @@ mod tests {
     }
 
     #[test]
-    fn any_origin_is_a_star_but_with_credentials() {
+    fn any_origin_is_a_star_and_has_no_credentials() {
         let any: Cors = toml::from_str("origins = [\"*\"]").unwrap();
         assert_eq!(any.fields(&request("https://a.b"))[header::ACCESS_CONTROL_ALLOW_ORIGIN], "*");
         let any: Cors = toml::from_str("origins = [\"*\"]\ncredentials = true").unwrap();
-        assert_eq!(any.fields(&request("https://a.b"))[header::ACCESS_CONTROL_ALLOW_ORIGIN], "https://a.b");
+        assert!(any.problem().is_some());
     }
 
     #[test]

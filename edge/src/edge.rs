@@ -16,7 +16,7 @@ use crate::{
     key_file::{KeyError, KeyFile},
     listener,
     rate::Limiter,
-    watch,
+    watch::{self, Seen},
 };
 
 /// Tokens that do not verify, which an address may send at once, and each second in the long run.
@@ -47,6 +47,8 @@ impl Edge {
     /// Starts a node and its public listeners. `path` is where the configuration is read again on a reload.
     pub async fn start(config: &Config, sections: EdgeSections, path: PathBuf) -> Result<Self, EdgeError> {
         let provider = starling_node::crypto_provider();
+        let keys_path = config.node.state.clone().ok_or(StartError::NoState)?.join(KeyFile::NAME);
+        let seen = Seen::now(&path, &keys_path);
         // Everything that can be wrong with files or ports is found out before a join token is spent.
         let certificates =
             Arc::new(Certificates::load(&sections.certificate, provider.clone()).map_err(EdgeError::Config)?);
@@ -91,7 +93,7 @@ impl Edge {
         let reload = Reload { path, shared: shared.clone() };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
-        watch::spawn(node.reloader(), path, state.path().join(KeyFile::NAME));
+        watch::spawn(node.reloader(), path, keys_path, seen);
 
         let worker = node.worker();
         let drain = node.drain_signal().clone();

@@ -238,12 +238,16 @@ impl Gateway {
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service: route.service.clone(), version, request, limits };
-        let response = self.0.client.call(call).await.map_err(|error| {
+        let mut response = self.0.client.call(call).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
             Problem { detail: detail.into(), ..Problem::from(error) }
         })?;
         if response.extensions().get::<MadeByNode>().is_none() {
+            if route.cors.is_some() {
+                // Which pages may call is the route's to say, where it says so.
+                cors::remove(response.headers_mut());
+            }
             return Ok(response);
         }
         // What a node says in place of its service is for the mesh.

@@ -229,7 +229,7 @@ impl Verifier {
         let scopes = scope.or(scp).map(Vec::from).unwrap_or_default();
         let claims = Claims { consumer: format!("jwt:{subject}"), subject, scopes };
         if let Some(exp) = exp.as_ref().and_then(serde_json::Value::as_f64) {
-            self.remember(token, &claims, exp as u64 + LEEWAY_S);
+            self.remember(token, &claims, (exp as u64).saturating_add(LEEWAY_S));
         }
         Ok(claims)
     }

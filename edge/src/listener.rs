@@ -22,8 +22,13 @@ use crate::{
 /// Connections of a listener.
 const MAX_CONNECTIONS: usize = 10_000;
 /// The same of its QUIC endpoint.
-const ROOM: Room =
-    Room { connections: MAX_CONNECTIONS, unproven: 512, unproven_handshakes: 64, handshakes_of_one: 256 };
+const ROOM: Room = Room {
+    connections: MAX_CONNECTIONS,
+    unproven: 512,
+    unproven_handshakes: 64,
+    handshakes_of_one: 256,
+    of_one: MAX_CONNECTIONS / 4,
+};
 /// Connections of a TCP listener.
 const TCP_ROOM: TcpRoom = TcpRoom { connections: MAX_CONNECTIONS, of_one: MAX_CONNECTIONS / 4 };
 /// Requests at once on a connection.
@@ -135,7 +140,8 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
         .and_then(|data| data.server_name);
     let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
-    h3::server::serve(connection, shelf, drain, move |request| {
+    let limits = h3::server::Limits { shelf, idle: Some(IDLE) };
+    h3::server::serve(connection, limits, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })

@@ -22,12 +22,18 @@ const SETTLE: Duration = Duration::from_millis(200);
 const LOOK: Duration = Duration::from_secs(60);
 
 /// Watches `config`, what it names, and `keys`, as long as the runtime lives. `reload` says itself in the log how it went.
-pub(crate) fn spawn(reload: impl Fn() -> Result<(), String> + Send + 'static, config: PathBuf, keys: PathBuf) {
+pub(crate) fn spawn(
+    reload: impl Fn() -> Result<(), String> + Send + 'static,
+    config: PathBuf,
+    keys: PathBuf,
+    seen: Seen,
+) {
     let (changed, mut changes) = mpsc::channel::<()>(1);
-    let mut watched = Watched::new(changed);
-    let files = named(&config, &keys);
-    let mut seen = content(&files);
-    watched.follow(&files);
+    let mut watched = Watched::new(changed.clone());
+    watched.follow(&named(&config, &keys));
+    // Something may have changed since it was read.
+    let _ = changed.try_send(());
+    let Seen(mut seen) = seen;
     tokio::spawn(async move {
         loop {
             // The channel closes only if nothing can be watched; then there is still the look once a minute.
@@ -46,6 +52,16 @@ pub(crate) fn spawn(reload: impl Fn() -> Result<(), String> + Send + 'static, co
             }
         }
     });
+}
+
+/// What the files had in them at a moment.
+pub(crate) struct Seen(Vec<Option<[u8; 32]>>);
+
+impl Seen {
+    /// What they have in them now: to be taken before they are read.
+    pub(crate) fn now(config: &Path, keys: &Path) -> Self {
+        Self(content(&named(config, keys)))
+    }
 }
 
 /// Every file whose content counts.

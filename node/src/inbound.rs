@@ -70,7 +70,8 @@ impl Inbound {
         let caller = Caller { name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
         endpoint::welcome_to_calls(&connection, self.0.windows);
-        server::serve(connection, self.0.windows.shelf(), drain, move |request| {
+        let limits = server::Limits { shelf: self.0.windows.shelf(), idle: None };
+        server::serve(connection, limits, drain, move |request| {
             let (inbound, caller) = (self.clone(), caller.clone());
             async move { inbound.answer(request, origin, caller).await }
         })

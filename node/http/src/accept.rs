@@ -88,6 +88,8 @@ pub struct Room {
     pub unproven_handshakes: usize,
     /// Handshakes under way of one address; more are refused.
     pub handshakes_of_one: usize,
+    /// Connections of one address; more are closed.
+    pub of_one: usize,
 }
 
 impl Room {
@@ -179,15 +181,18 @@ where
     S: Fn(quinn::Connection) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let handshakes = Sources::default();
+    let (handshakes, connected) = (Sources::default(), Sources::default());
     while let Some(incoming) = endpoint.accept().await {
         let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };
-        let serve = serve.clone();
+        let (serve, connected) = (serve.clone(), connected.clone());
         tokio::spawn(async move {
             let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await;
             drop(place);
             match shaken {
-                Ok(Ok(connection)) => serve(connection).await,
+                Ok(Ok(connection)) => match connected.enter(connection.remote_address().ip(), room.of_one) {
+                    Some(_place) => serve(connection).await,
+                    None => connection.close(0u32.into(), b"too many connections"),
+                },
                 Ok(Err(error)) => tracing::debug!(%error, "handshake"),
                 Err(_) => tracing::debug!("handshake timed out"),
             }

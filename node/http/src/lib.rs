@@ -6,6 +6,7 @@ mod body;
 mod deadline;
 mod drain;
 mod guarded;
+mod patience;
 mod problem;
 mod replay;
 mod shelf;

@@ -95,6 +95,11 @@ impl Source {
         UploadProgress { moved: shared.moved, bytes: shared.bytes, ended, starved: shared.starved }
     }
 
+    /// Whether all of it was read.
+    pub fn has_ended(&self) -> bool {
+        self.progress().ended
+    }
+
     /// When the body last moved, if it ever did: its end, once that has come.
     pub fn moved(&self) -> Instant {
         self.lock().moved

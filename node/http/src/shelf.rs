@@ -98,8 +98,9 @@ impl Shelf {
         let all: Vec<Arc<Standing>> = {
             let mut bodies = self.lock();
             bodies.all.retain(|body| body.strong_count() > 0);
-            bodies.kept = !bodies.all.is_empty();
-            bodies.all.iter().filter_map(Weak::upgrade).collect()
+            let all: Vec<_> = bodies.all.iter().filter_map(Weak::upgrade).collect();
+            bodies.kept = !all.is_empty();
+            all
         };
         if all.is_empty() {
             return None;

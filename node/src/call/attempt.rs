@@ -56,7 +56,8 @@ impl MeshClient {
         tell_deadline(parts, due);
         let outcome = exchange(&connection, instance, parts, terms).await;
         // A slow upload is nobody's latency but the caller's.
-        let latency = source.map_or(begun, |source| source.moved().max(begun)).elapsed();
+        let since = source.filter(|source| source.has_ended()).map_or(begun, |source| source.moved().max(begun));
+        let latency = since.elapsed();
         let client::Answer { mut head, body, upload } = match outcome {
             Ok(answer) => answer,
             Err(_) if source.is_some_and(Source::is_broken) => {

@@ -55,11 +55,11 @@ impl Condition {
     }
 
     async fn announce(&self) {
-        let (health, reached) = {
-            let state = self.lock();
-            (state.health.clone(), state.not_reached.is_none())
-        };
+        // Read when it is announced, so that whoever comes second does not announce the older state.
+        let of = self.clone();
         let announced = self.0.gossip.announce(move |announcement| {
+            let state = of.lock();
+            let (health, reached) = (&state.health, state.not_reached.is_none());
             for service in &mut announcement.services {
                 let health = health.get(&service.name).copied();
                 // One that is checked and has no result yet stays as it was announced at the start.

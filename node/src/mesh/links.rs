@@ -54,6 +54,8 @@ const MAX_UNREACHABLE: usize = 256;
 const MAX_CONNECTIONS_OF_PEER: usize = 4;
 /// Dials at a time that are made for checks and exchanges.
 const DIALS: usize = 64;
+/// The same, that others ask for: few, because whoever tells a wrong address keeps each busy for a while.
+const DIAL_BACKS: usize = 8;
 /// How long what a peer may still say is remembered after its last connection has ended.
 const FLOW_KEPT: Duration = Duration::from_secs(60);
 /// Large frames that are read at a time, from all peers: bounds the memory that they can take.
@@ -76,6 +78,8 @@ struct LinksState {
     /// Members that asked to be dialled and were not reached, and where.
     not_reached: Mutex<HashMap<NodeId, SocketAddr>>,
     large_frames: Semaphore,
+    /// Dials that others ask for.
+    dial_backs: Semaphore,
     /// Dials that a check or an exchange is the cause of.
     dials: Semaphore,
     /// Connections that are served, by peer, and what it may say over them.
@@ -125,6 +129,7 @@ impl Links {
             not_reached: Mutex::default(),
             large_frames: Semaphore::new(LARGE_FRAMES),
             dials: Semaphore::new(DIALS),
+            dial_backs: Semaphore::new(DIAL_BACKS),
             served: Mutex::default(),
             counters: LinkCounters::default(),
         }))

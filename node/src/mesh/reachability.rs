@@ -9,8 +9,10 @@ use starling_gossip::{GossipHandle, Ident};
 use super::links::Links;
 use crate::inbound::condition::Condition;
 
-/// Members that are asked before it is believed that none reaches this node: one may have a fault of its own, or lie.
-const ASKED: usize = 3;
+/// Members that are asked, at most, before it is believed that none reaches this node.
+const ASKED: usize = 5;
+/// Who must say that it does not, where there are so many: one may have a fault of its own, or lie.
+const NO_BY: usize = 2;
 /// How often it is looked at: while all is well, while nobody knows, and while it is not well.
 const WELL: Duration = Duration::from_secs(60);
 const UNKNOWN: Duration = Duration::from_secs(1);
@@ -53,14 +55,16 @@ async fn ask(gossip: &GossipHandle, links: &Links) -> Option<Result<(), String>>
     let asked: Vec<Ident> = others
         .map(|member| Ident { id: member.id, addr: member.addr, generation: member.generation })
         .sample(&mut rand::rng(), ASKED);
-    let mut not = None;
+    let needed = NO_BY.min(asked.len());
+    let mut not = Vec::new();
     for member in asked {
         match links.ask_dial_back(member).await {
             Ok(None) => return Some(Ok(())),
-            Ok(Some(why)) => not = Some(Err(format!("{own}: {why}"))),
+            Ok(Some(why)) => not.push(why),
             // It says nothing about us.
             Err(_) => {}
         }
     }
-    not
+    let why = not.pop().filter(|_| not.len() + 1 >= needed)?;
+    Some(Err(format!("{own}: {why}")))
 }

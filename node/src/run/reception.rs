@@ -18,7 +18,8 @@ use crate::{
 };
 
 /// Connections of one endpoint on the mesh port.
-const ROOM: Room = Room { connections: 20_000, unproven: 2_000, unproven_handshakes: 64, handshakes_of_one: 256 };
+const ROOM: Room =
+    Room { connections: 20_000, unproven: 2_000, unproven_handshakes: 64, handshakes_of_one: 256, of_one: 10_000 };
 /// Connections without a certificate of this mesh, which can only join: at most, and of one address. They get no place that a
 /// member could have.
 const STRANGERS: usize = 512;

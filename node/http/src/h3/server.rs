@@ -3,10 +3,7 @@
 use std::{
     future::Future,
     pin::{Pin, pin},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,7 +15,7 @@ use super::{
     Broken, Code, Fault,
     codec::{
         control::Role,
-        head::{self, Checked, Limits},
+        head::{self, Checked, Limits as HeadLimits},
         message::Event,
         varint,
     },
@@ -27,7 +24,10 @@ use super::{
     stream::{Receiver, Sender},
     upload::Upload,
 };
-use crate::{Body, BodyError, Drain, Problem, ProxyError, Shelf};
+use crate::{
+    Body, BodyError, Drain, Problem, ProxyError, Shelf,
+    patience::{HOLD, Patience},
+};
 
 /// How long a request's head may take to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,17 +36,9 @@ const GOAWAY_GRACE: Duration = Duration::from_millis(100);
 /// The first GOAWAY names no request at all, because RFC 9114 §5.2 lets a client take anything from the named id on for
 /// unprocessed; the second one names the real bound.
 const GOAWAY_ALL: u64 = varint::MAX - 3;
-/// A request that is given up as soon as this was perhaps never meant. Whoever changes his mind takes longer.
-const RAPID: Duration = Duration::from_millis(50);
-/// How many of these a client may send, at once and each second, before its next requests have to wait.
-const CANCELLED_AT_ONCE: f64 = 32.0;
-const CANCELLED_PER_SECOND: f64 = 16.0;
-/// How long each request of such a client waits, to see whether it is given up, too.
-const HOLD: Duration = Duration::from_millis(20);
-
 /// Serves requests until the peer closes or the node drains. Requests run side by side; one that fails resets its own stream
-/// and nothing else. Dropping an answer's body before its end resets the stream. Uploads that nobody reads stand on the shelf.
-pub async fn serve<H, F, B>(connection: quinn::Connection, shelf: Shelf, drain: Drain, handler: H)
+/// and nothing else. Dropping an answer's body before its end resets the stream.
+pub async fn serve<H, F, B>(connection: quinn::Connection, limits: Limits, drain: Drain, handler: H)
 where
     H: Fn(Request<Body>) -> F + Clone + Send + 'static,
     F: Future<Output = Response<B>> + Send + 'static,
@@ -57,7 +49,7 @@ where
         handler,
         requests: TaskTracker::new(),
         patience: Arc::default(),
-        shelf,
+        shelf: limits.shelf,
     };
     // From which stream id on requests are refused.
     let mut bound = 0;
@@ -70,6 +62,7 @@ where
                 },
                 () = drain.draining() => break,
                 () = server.connection.worn_out() => break,
+                () = idle(&server.requests, limits.idle) => break,
             }
         }
         server.go_away(&connection, bound).await;
@@ -79,6 +72,26 @@ where
         () = drain.closing() => {}
     }
     connection.close(Code::H3_NO_ERROR.var_int(), b"");
+}
+
+/// What a connection may hold, and how long.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Where uploads stand that nobody reads.
+    pub shelf: Shelf,
+    /// How long a connection may have no request, though its client keeps it alive; for ever if `None`.
+    pub idle: Option<Duration>,
+}
+
+/// Resolves when there has been no request for so long. Begins anew with each that comes.
+async fn idle(requests: &TaskTracker, limit: Option<Duration>) {
+    let Some(limit) = limit else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(limit).await;
+        if requests.is_empty() {
+            return;
+        }
+    }
 }
 
 struct Server<H> {
@@ -321,7 +334,7 @@ async fn wanted(upload: Option<&Upload>) {
 
 /// Reads and checks the head, and looks whether the request ends with it.
 async fn read_head(receiver: &mut Receiver) -> Result<request::Parts, Broken> {
-    const LIMITS: Limits = Limits { max_section_bytes: MAX_SECTION_BYTES, extended_connect: false };
+    const LIMITS: HeadLimits = HeadLimits { max_section_bytes: MAX_SECTION_BYTES, extended_connect: false };
     let Some(Event::Head(section)) = receiver.event().await? else {
         return Err(receiver.break_off(Fault::Stream(Code::H3_REQUEST_INCOMPLETE, "a request without a head")));
     };
@@ -365,69 +378,4 @@ fn send_problem(
             sender.reset(Code::H3_INTERNAL_ERROR);
         }
     })
-}
-
-/// How much a client may give up: whoever opens requests only to reset them (CVE-2023-44487) makes its own next ones wait for
-/// a moment, in which they are given up before they cost the service anything.
-#[derive(Debug)]
-struct Patience {
-    credit: Mutex<(f64, Instant)>,
-    worn_out: AtomicBool,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self { credit: Mutex::new((CANCELLED_AT_ONCE, Instant::now())), worn_out: AtomicBool::new(false) }
-    }
-}
-
-impl Patience {
-    /// A request that began then was given up before its answer.
-    fn cancelled(&self, begun: Instant) {
-        if begun.elapsed() > RAPID {
-            return;
-        }
-        let left = self.earn(1.0);
-        self.worn_out.store(left < 1.0, Relaxed);
-    }
-
-    fn is_worn_out(&self) -> bool {
-        if !self.worn_out.load(Relaxed) {
-            return false;
-        }
-        let worn_out = self.earn(0.0) < 1.0;
-        self.worn_out.store(worn_out, Relaxed);
-        worn_out
-    }
-
-    /// What is left, with what time has brought and without `spent`.
-    fn earn(&self, spent: f64) -> f64 {
-        let mut credit = self.credit.lock().unwrap_or_else(|e| e.into_inner());
-        let earned = credit.1.elapsed().as_secs_f64() * CANCELLED_PER_SECOND;
-        *credit = ((credit.0 + earned - spent).clamp(0.0, CANCELLED_AT_ONCE), Instant::now());
-        credit.0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patience_wears_out_and_comes_back() {
-        let patience = Patience::default();
-        let long_ago = Instant::now() - RAPID * 2;
-        for _ in 0..100 {
-            patience.cancelled(long_ago);
-        }
-        for _ in 0..CANCELLED_AT_ONCE as usize - 1 {
-            patience.cancelled(Instant::now());
-        }
-        assert!(!patience.is_worn_out());
-        patience.cancelled(Instant::now());
-        patience.cancelled(Instant::now());
-        assert!(patience.is_worn_out());
-        patience.credit.lock().unwrap().1 -= Duration::from_secs(1);
-        assert!(!patience.is_worn_out());
-    }
 }

@@ -22,15 +22,21 @@ use tokio::{
 };
 
 use super::{HEAD_TIMEOUT, Limits, MAX_HEAD_BYTES};
-use crate::{Body, BodyError, Drain, stall::Stall};
+use crate::{
+    Body, BodyError, Drain,
+    patience::{HOLD, Patience},
+    stall::Stall,
+};
 
 /// How often a client is asked whether it is still there, and how long it may take to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// The same while something is under way: the question, or its answer, may be behind what a slow line has to carry.
+const KEEP_ALIVE_BUSY: Duration = Duration::from_secs(120);
 /// How often a connection is looked at, and every how many times its client is asked.
 const BEAT: Duration = Duration::from_secs(5);
 const BEATS: u32 = 6;
 /// What may wait of an answer, in bytes, beside what the client's window takes.
-const MAX_SEND_BUFFER: usize = 128 << 10;
+const MAX_SEND_BUFFER: usize = 16 << 10;
 /// How long a client that has its answer may go on sending its request, before it is told to stop. Whoever is told together
 /// with the end of the answer may lose the answer over it.
 const LINGER: Duration = Duration::from_secs(1);
@@ -56,20 +62,23 @@ where
     };
     let mut pulse = Pulse::new(connection.ping_pong());
     let open = Arc::new(AtomicUsize::new(0));
+    let patience = Arc::new(Patience::default());
     let mut idle_since = Instant::now();
     let mut draining = false;
     loop {
-        let is_idle = open.load(Relaxed) == 0;
+        // What is answered may still be on its way, in the library's buffers.
+        let is_idle = open.load(Relaxed) == 0 && !connection.has_streams();
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     let (handler, shelf, place) = (handler.clone(), limits.shelf.clone(), Place::new(&open));
+                    let patience = patience.clone();
                     tokio::spawn(async move {
                         let (head, body) = request.into_parts();
                         let body = Http2Body::new(body);
                         let upload = body.upload.clone();
                         let request = Request::from_parts(head, Body::from(body).shelved(&shelf));
-                        answer(request, &upload, respond, handler).await;
+                        answer(request, &upload, respond, &patience, handler).await;
                         drop(place);
                     });
                 }
@@ -81,7 +90,7 @@ where
                 connection.graceful_shutdown();
             }
             () = drain.closing(), if draining => return,
-            alive = pulse.beat() => {
+            alive = pulse.beat(if is_idle { KEEP_ALIVE } else { KEEP_ALIVE_BUSY }) => {
                 if !alive {
                     return tracing::debug!("an HTTP/2 client is gone");
                 }
@@ -130,7 +139,7 @@ impl Pulse {
     }
 
     /// Resolves every few seconds: whether the client is there, as far as is known. Cancel safe.
-    async fn beat(&mut self) -> bool {
+    async fn beat(&mut self, patience: Duration) -> bool {
         let Some(pings) = &mut self.pings else { return pending().await };
         loop {
             tokio::select! {
@@ -144,7 +153,7 @@ impl Pulse {
         self.next = Instant::now() + BEAT;
         self.beats += 1;
         match self.asked {
-            Some(asked) => asked.elapsed() < KEEP_ALIVE,
+            Some(asked) => asked.elapsed() < patience,
             None => {
                 if self.beats.is_multiple_of(BEATS) && pings.send_ping(h2::Ping::opaque()).is_ok() {
                     self.asked = Some(Instant::now());
@@ -165,12 +174,18 @@ enum Cut {
     Body(BodyError),
 }
 
-async fn answer<H, F, B>(request: Request<Body>, upload: &Upload, mut respond: SendResponse<Bytes>, handler: H)
-where
+async fn answer<H, F, B>(
+    request: Request<Body>,
+    upload: &Upload,
+    mut respond: SendResponse<Bytes>,
+    patience: &Patience,
+    handler: H,
+) where
     H: Fn(Request<Body>) -> F,
     F: Future<Output = Response<B>>,
     B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
 {
+    let begun = std::time::Instant::now();
     let method = request.method().clone();
     let (head, body) = request.into_parts();
     let mut expects =
@@ -178,7 +193,12 @@ where
     let response = {
         let mut answered = pin!(async {
             match body.settle(&head.method, &head.headers).await {
-                Ok(body) => Ok(handler(Request::from_parts(head, body)).await),
+                Ok(body) => {
+                    if patience.is_worn_out() {
+                        tokio::time::sleep(HOLD).await;
+                    }
+                    Ok(handler(Request::from_parts(head, body)).await)
+                }
                 Err(problem) => Err(problem),
             }
         });
@@ -187,7 +207,7 @@ where
                 biased;
                 answered = &mut answered => break answered,
                 // The client has given up.
-                _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
+                _ = poll_fn(|cx| respond.poll_reset(cx)) => return patience.cancelled(begun),
                 // The body is asked for, and the client waits to be (RFC 9110 §10.1.1).
                 () = upload.wanted.notified(), if expects => {
                     expects = false;

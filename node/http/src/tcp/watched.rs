@@ -93,7 +93,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
             Poll::Ready(read) => {
                 let mut phase = self.progress.lock();
                 if let Phase::Idle(_) = *phase
-                    && buf.filled().len() > before
+                    // Empty lines before a request are none.
+                    && buf.filled()[before..].iter().any(|byte| !matches!(byte, b'\r' | b'\n'))
                 {
                     *phase = Phase::Head(Instant::now());
                 }

@@ -110,7 +110,7 @@ async fn pair() -> Pair {
     let (dialled, accepted, endpoints) = connections().await;
     let (ledger, drain) = (Arc::<Ledger>::default(), Drain::default());
     let of = ledger.clone();
-    drain.spawn(server::serve(accepted.clone(), crate::shelf(), drain.clone(), move |request| {
+    drain.spawn(server::serve(accepted.clone(), crate::limits(), drain.clone(), move |request| {
         answer(request, of.clone())
     }));
     Pair { client: Client::start(dialled, crate::shelf()), server: accepted, ledger, drain, _endpoints: endpoints }
@@ -138,7 +138,7 @@ fn post(path: &str) -> Vec<u8> {
 async fn upload(chunks: usize, endless: bool) -> Body {
     let (dialled, accepted, endpoints) = connections().await;
     let (sender, mut bodies) = tokio::sync::mpsc::channel(1);
-    tokio::spawn(server::serve(accepted, crate::shelf(), Drain::default(), move |request: Request<Body>| {
+    tokio::spawn(server::serve(accepted, crate::limits(), Drain::default(), move |request: Request<Body>| {
         let sender = sender.clone();
         async move {
             let _ = sender.send(request.into_body()).await;
@@ -267,7 +267,7 @@ async fn an_upload_that_broke_off_unread_is_never_whole() {
         let (hand_over, mut uploads) = tokio::sync::mpsc::channel(1);
         let ledger = Arc::<Ledger>::default();
         let of = ledger.clone();
-        tokio::spawn(server::serve(accepted, crate::shelf(), Drain::default(), move |request: Request<Body>| {
+        tokio::spawn(server::serve(accepted, crate::limits(), Drain::default(), move |request: Request<Body>| {
             let (hand_over, of) = (hand_over.clone(), of.clone());
             async move {
                 let answering = upload(1, true).await;

@@ -61,7 +61,7 @@ fn echoed(mut fields: HeaderMap) -> (HeaderMap, String) {
 
 async fn h3_client_to_us(fields: HeaderMap, body: Bytes) -> (StatusCode, HeaderMap, Bytes) {
     let (dialled, accepted, _endpoints) = connections().await;
-    tokio::spawn(server::serve(accepted, crate::shelf(), Drain::default(), echo));
+    tokio::spawn(server::serve(accepted, crate::limits(), Drain::default(), echo));
     let (mut driver, mut sender) = h3::client::new(h3_quinn::Connection::new(dialled)).await.unwrap();
     let driving = tokio::spawn(async move { std::future::poll_fn(|cx| driver.poll_close(cx)).await });
     let mut request = Request::post("https://x/some/path").body(()).unwrap();

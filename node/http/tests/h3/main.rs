@@ -10,3 +10,7 @@ mod wire;
 fn shelf() -> starling_http::Shelf {
     starling_http::Shelf::new(1 << 30, 1 << 20)
 }
+
+fn limits() -> starling_http::h3::server::Limits {
+    starling_http::h3::server::Limits { shelf: shelf(), idle: None }
+}

@@ -17,6 +17,8 @@ use std::{
 const FADES: Duration = Duration::from_secs(1);
 /// What an instance is taken for of which nothing is known.
 const UNKNOWN_LATENCY: Duration = Duration::from_millis(1);
+/// The least that an answer counts as: below, chance decides, and shares go by the square.
+const BEST_LATENCY: Duration = Duration::from_micros(100);
 /// What a failing answer counts as, so that an instance that fails fast does not look fast; also the most that a slow answer
 /// counts as, so that it is forgotten as fast.
 const WORST_LATENCY: Duration = Duration::from_secs(1);
@@ -134,7 +136,7 @@ impl State {
     }
 
     fn sample(&mut self, latency: Duration, now: Instant) {
-        let sample = latency.min(WORST_LATENCY).as_secs_f64();
+        let sample = latency.clamp(BEST_LATENCY, WORST_LATENCY).as_secs_f64();
         let (old, kept) = (self.latency(now), self.kept(now));
         // Peaks count at once, recovery takes its time.
         self.latency = if sample > old { sample } else { old * kept + sample * (1.0 - kept) };

@@ -119,6 +119,9 @@ impl Idle {
     /// The newest that can be used: the others then come to the end of their time.
     fn take(&self) -> Option<Connection> {
         let (mut kept, now) = (self.lock(), Instant::now());
+        // Those that are over hold places that a new one may need.
+        kept.connections
+            .retain(|c| now < c.until && !c.sender.is_closed() && (!c.sender.is_ready() || c.glance.is_quiet()));
         let newest = kept.connections.iter().rposition(|connection| connection.is_usable(now))?;
         Some(kept.connections.remove(newest))
     }

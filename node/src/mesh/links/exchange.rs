@@ -100,7 +100,7 @@ impl Links {
     async fn dial_back(&self, peer: NodeId) -> Option<DialledBack> {
         let snapshot = self.0.gossip.snapshot();
         let (member, record) = snapshot.member(&peer).and_then(|m| Some((m, m.record.as_ref()?)))?;
-        let _permit = self.0.dials.try_acquire().ok()?;
+        let _permit = self.0.dial_backs.try_acquire().ok()?;
         let dialled = tokio::time::timeout(DIAL_BACK_TIMEOUT, self.dial(member.addr)).await;
         let why = match dialled {
             Ok(Ok((connection, found))) => {

@@ -4,6 +4,7 @@ mod addresses;
 mod error;
 mod establish;
 mod life;
+mod memory;
 mod reception;
 mod reload;
 mod subject;
@@ -199,6 +200,7 @@ impl Node {
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
         tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
         tokio::spawn(take_stock(running.clone()));
+        tokio::spawn(memory::give_back());
         health::spawn(&config.service, &condition);
         tokio::spawn(reachability::watch(gossip.clone(), links.clone(), condition));
 

@@ -87,6 +87,7 @@ async fn readers_that_stand_still_hold_nobody_up() {
     for door in ALL {
         assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: before");
     }
+    let before = ["edge", "near", "far"].map(|name| (name, memory_kib(&scene.cluster.node(name).process, "VmRSS:")));
     let mut stuck = Vec::new();
     for door in ALL {
         let connections = if matches!(door, Door::PlainHttp1 | Door::Http1) { 60 } else { 3 };
@@ -127,6 +128,15 @@ async fn readers_that_stand_still_hold_nobody_up() {
                 Some("starling_calls_in_flight 0") => Ok(()),
                 line => Err(format!("{name}: {line:?}")),
             }
+        })
+        .await
+        .unwrap();
+    }
+    drop(stuck);
+    for (name, kib) in before {
+        wait_for("memory goes back", Duration::from_secs(120), || async {
+            let now = memory_kib(&scene.cluster.node(name).process, "VmRSS:");
+            if now < kib + (16 << 10) { Ok(()) } else { Err(format!("{name}: {now} KiB, and {kib} before")) }
         })
         .await
         .unwrap();

@@ -183,7 +183,7 @@ pub struct ServiceConfig {
     /// How long a connection to the service is kept for the next call. Default 4 s: some servers close after 5.
     #[serde(default = "keep_idle", deserialize_with = "duration")]
     pub keep_idle: Duration,
-    /// Connections to the service at most; what comes beyond is refused at once. Default 1024.
+    /// Connections to the service at most; what comes beyond is refused at once. Default 8192.
     #[serde(default = "max_connections")]
     pub max_connections: usize,
 }
@@ -296,7 +296,7 @@ fn keep_idle() -> Duration {
 }
 
 fn max_connections() -> usize {
-    1024
+    8192
 }
 
 /// A limit of time: a duration above zero.

@@ -505,3 +505,45 @@ async fn a_drain_leaves_the_door_open_for_calls_under_way() {
     let answer = calling.await.unwrap();
     assert_eq!((answer.status, answer.text().as_str()), (200, "needed"));
 }
+
+/// Five thousand watches that are given up, by hundreds, over each door: prints how long the service waits to be told, and what
+/// is left. `cargo test --release -p starling-tests --test isolation watches -- --ignored --nocapture`
+#[tokio::test]
+#[ignore = "takes a while, and is for its figures"]
+async fn watches_by_the_thousand() {
+    let quiet = Service::start(Speaks::Http1, |_, open| async move { service::watch(open) }).await;
+    let scene = Scene::start(&[("quiet", quiet.addr, "")]).await;
+    let descriptors = |name: &str| {
+        let pid = scene.cluster.node(name).process.pid().unwrap();
+        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    };
+    let before = ["edge", "near", "far"].map(|name| (name, descriptors(name)));
+    for door in [Door::PlainHttp2, Door::Http2, Door::Http3] {
+        let mut worst = Duration::ZERO;
+        for _ in 0..50 {
+            let stuck = scene.stuck(door, "quiet", "/", 100).await;
+            wait_for("all watch", Duration::from_secs(60), || async {
+                if quiet.open() == 100 { Ok(()) } else { Err(format!("{}", quiet.open())) }
+            })
+            .await
+            .unwrap();
+            let begun = Instant::now();
+            drop(stuck);
+            while quiet.open() > 0 {
+                assert!(begun.elapsed() < Duration::from_secs(30), "{door:?}: {} are open", quiet.open());
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            worst = worst.max(begun.elapsed());
+        }
+        eprintln!("{door:?}: 5,000 watches, the slowest hundred ended at the service after {worst:?}");
+    }
+    for (name, count) in before {
+        wait_for("descriptors go back", Duration::from_secs(120), || async {
+            let now = descriptors(name);
+            if now <= count + 8 { Ok(()) } else { Err(format!("{name}: {now}, and {count} before")) }
+        })
+        .await
+        .unwrap();
+        eprintln!("{name}: {count} descriptors before, {} after", descriptors(name));
+    }
+}

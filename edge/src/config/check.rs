@@ -1,0 +1,155 @@
+//! Checks across the sections of an edge's file, and of the files that they name.
+
+use std::collections::BTreeSet;
+
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+
+use super::{AuthMethod, EdgeSections, Plan, Route};
+use crate::{cors::Cors, jwt, route};
+
+/// Checks what no section can know alone, and reads the files that they name.
+///
+/// Each problem comes with the key it is about, such as `route[1].plan`, counted from 0, and says what to do next.
+/// Empty when an edge can run with this.
+pub(super) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
+    let mut problems = Problems(Vec::new());
+    check_certificates(edge, &mut problems);
+    check_plans(edge, &mut problems);
+    check_routes(edge, &mut problems);
+    check_versions(edge, &mut problems);
+    if let Some(Err(why)) = edge.jwt.as_ref().map(jwt::Verifier::load) {
+        problems.add("jwt.jwks", why);
+    }
+    problems.0
+}
+
+struct Problems(Vec<(String, String)>);
+
+impl Problems {
+    fn add(&mut self, key: impl Into<String>, problem: impl Into<String>) {
+        self.0.push((key.into(), problem.into()));
+    }
+}
+
+fn check_certificates(edge: &EdgeSections, problems: &mut Problems) {
+    if edge.certificate.is_empty() {
+        problems.add("certificate", "there is no certificate; add [[certificate]] with hosts, cert and key");
+    }
+    for (i, certificate) in edge.certificate.iter().enumerate() {
+        let chain =
+            CertificateDer::pem_file_iter(&certificate.cert).and_then(|certs| certs.collect::<Result<Vec<_>, _>>());
+        let chain = match chain {
+            Ok(chain) if !chain.is_empty() => Some(chain),
+            Ok(_) => {
+                let why = format!("{} has no certificate; give a PEM file of the chain", certificate.cert.display());
+                problems.add(format!("certificate[{i}].cert"), why);
+                None
+            }
+            Err(e) => {
+                let why = format!("{} cannot be read ({e}); give a PEM file of the chain", certificate.cert.display());
+                problems.add(format!("certificate[{i}].cert"), why);
+                None
+            }
+        };
+        let key = PrivateKeyDer::from_pem_file(&certificate.key).map_err(|e| {
+            let why = format!("{} cannot be read ({e}); give a PEM file of the private key", certificate.key.display());
+            problems.add(format!("certificate[{i}].key"), why);
+        });
+        let (Some(chain), Ok(key)) = (chain, key) else { continue };
+        if let Err(e) = CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider()) {
+            let why =
+                format!("cert and key do not go together ({e}); give the key that the certificate was issued for");
+            problems.add(format!("certificate[{i}].key"), why);
+        }
+    }
+}
+
+fn check_plans(edge: &EdgeSections, problems: &mut Problems) {
+    let mut names = BTreeSet::new();
+    for (i, plan) in edge.plan.iter().enumerate() {
+        if !names.insert(&plan.name) {
+            problems.add(format!("plan[{i}].name"), format!("there is another plan {:?}; rename one", plan.name));
+        }
+    }
+}
+
+fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
+    if edge.route.is_empty() {
+        problems.add("route", "there is no route; add [[route]] with path, service and auth");
+    }
+    for (i, route) in edge.route.iter().enumerate() {
+        if let Some(why) = route.cors.as_ref().and_then(Cors::problem) {
+            problems.add(format!("route[{i}].cors"), why);
+        }
+        if let Err(why) = route_path(&route.path) {
+            problems.add(format!("route[{i}].path"), why);
+        }
+        let same =
+            |other: &Route| other.host == route.host && route::segments(&other.path).eq(route::segments(&route.path));
+        if let Some(j) = edge.route[..i].iter().position(same) {
+            let why =
+                format!("route[{j}] has the same host {} and path {}; change or remove one", route.host, route.path);
+            problems.add(format!("route[{i}].path"), why);
+        }
+        if let Some(plan) = &route.plan
+            && !edge.plan.iter().any(|known| known.name == *plan)
+        {
+            problems.add(format!("route[{i}].plan"), format!("there is no plan {plan:?}; {}", known_plans(&edge.plan)));
+        }
+        if route.auth.contains(&AuthMethod::Jwt) && edge.jwt.is_none() {
+            problems.add(format!("route[{i}].auth"), "\"jwt\" needs [jwt] with issuer, audience, jwks and algorithms");
+        }
+    }
+}
+
+fn known_plans(plans: &[Plan]) -> String {
+    match plans.iter().map(|plan| plan.name.as_str()).collect::<Vec<_>>().join(", ") {
+        names if names.is_empty() => "add [[plan]] with that name and a rate".into(),
+        names => format!("add it as [[plan]], or use one of: {names}"),
+    }
+}
+
+/// Only unreserved characters (RFC 3986 §2.3): these have one spelling after [`route::canonical_path`], so that no
+/// other spelling of a path slips past the route that guards it.
+fn route_path(path: &str) -> Result<(), String> {
+    let plain = |segment: &str| segment.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+    if !path.starts_with('/') {
+        Err(format!("{path:?} does not start with '/'; write \"/{path}\""))
+    } else if !path.split('/').all(plain) {
+        Err(format!("{path:?} is not a plain path; use A-Z, a-z, 0-9, '-', '.', '_', '~' and '/' only"))
+    } else if !route::canonical_path(path).is_ok_and(|normal| normal == path) {
+        Err(format!("{path:?} has an empty, '.' or '..' segment; write the path without it"))
+    } else {
+        Ok(())
+    }
+}
+
+fn check_versions(edge: &EdgeSections, problems: &mut Problems) {
+    for (i, version) in edge.version.iter().enumerate() {
+        let same = |path: &str| route::segments(path).eq(route::segments(&version.route));
+        if !edge.route.iter().any(|route| same(&route.path)) {
+            let why = format!("no route has the path {:?}; give the path of a [[route]]", version.route);
+            problems.add(format!("version[{i}].route"), why);
+        }
+        if let Some(j) = edge.version[..i].iter().position(|other| same(&other.route)) {
+            problems
+                .add(format!("version[{i}].route"), format!("version[{j}] is for the same route; put them together"));
+        }
+        if let Some(default) = &version.default
+            && !version.versions.contains_key(default)
+        {
+            let known = version.versions.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            problems
+                .add(format!("version[{i}].default"), format!("{default:?} is not in versions; use one of: {known}"));
+        }
+        for (name, info) in &version.versions {
+            if let (Some(deprecated), Some(sunset)) = (info.deprecated, info.sunset)
+                && sunset < deprecated
+            {
+                let why = "sunset is before deprecated (RFC 9745 §4); swap the dates";
+                problems.add(format!("version[{i}].versions.{name}.sunset"), why);
+            }
+        }
+    }
+}

@@ -11,7 +11,7 @@ use std::{
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use starling_http::{
-    Body, Guard, Guarded, Problem, ProxyError, is_grpc,
+    Body, Guard, Guarded, Problem, ProxyError, accept, is_grpc,
     normal::{self, Origin},
 };
 use starling_node::{Call, Carried, Fault, MadeByNode, MeshClient, Metrics};
@@ -414,15 +414,9 @@ fn limit(policy: &Policy, route: &Route, caller: &Caller, client: IpAddr) -> Res
     Err(problem.retry_after(decision.retry_after))
 }
 
-/// An address as the key of a limit: IPv6 by its /64, which one subscriber has whole.
+/// An address as the key of a limit.
 fn address_key(client: IpAddr) -> String {
-    match client.to_canonical() {
-        IpAddr::V4(v4) => v4.to_string(),
-        IpAddr::V6(v6) => {
-            let [a, b, c, d, ..] = v6.segments();
-            format!("{a:x}:{b:x}:{c:x}:{d:x}::/64")
-        }
-    }
+    accept::source_of(client).to_string()
 }
 
 fn bad_request(detail: &'static str) -> Problem {

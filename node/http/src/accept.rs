@@ -16,7 +16,7 @@ use crate::{Drain, tcp::Socket};
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a failed accept: out of descriptors, most likely, and some have to come back first.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How often failed accepts are told.
+/// How often it is told that connections are not taken.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// How many connections a TCP listener takes.
@@ -46,7 +46,7 @@ where
 {
     let places = Arc::new(Semaphore::new(room.connections.min(descriptors() / DESCRIPTORS_OF_ONE)));
     let sources = Sources::default();
-    let mut said: Option<Instant> = None;
+    let (mut failed, mut full) = (Seldom::default(), Seldom::default());
     loop {
         let accepted = async {
             let place = places.clone().acquire_owned().await;
@@ -59,7 +59,12 @@ where
         match accepted {
             Ok((stream, from)) => {
                 // Whoever has as many as he may have is not let in, rather than all others.
-                let Some(one_of) = sources.enter(from.ip(), room.of_one) else { continue };
+                let Some(one_of) = sources.enter(from.ip(), room.of_one) else {
+                    if full.may_speak() {
+                        tracing::warn!(from = %source_of(from.ip()), most = room.of_one, "an address has as many connections as it may");
+                    }
+                    continue;
+                };
                 let served = serve(Socket::new(stream), from);
                 drain.spawn(async move {
                     served.await;
@@ -67,13 +72,26 @@ where
                 });
             }
             Err(error) => {
-                if said.is_none_or(|at| at.elapsed() > SAY_EVERY) {
+                if failed.may_speak() {
                     tracing::warn!(%error, "cannot accept connections; trying again");
-                    said = Some(Instant::now());
                 }
                 tokio::time::sleep(PAUSE).await;
             }
         }
+    }
+}
+
+/// What is to be said once in a while, however often it happens.
+#[derive(Debug, Default)]
+struct Seldom(Option<Instant>);
+
+impl Seldom {
+    fn may_speak(&mut self) -> bool {
+        let may = self.0.is_none_or(|at| at.elapsed() > SAY_EVERY);
+        if may {
+            self.0 = Some(Instant::now());
+        }
+        may
     }
 }
 
@@ -140,8 +158,12 @@ impl Sources {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// A place; given back when dropped.
@@ -163,8 +185,8 @@ impl Drop for Place {
     }
 }
 
-/// Who holds one address of a /64 holds them all.
-fn source_of(ip: IpAddr) -> IpAddr {
+/// Whom an address stands for: who holds one address of a /64 holds them all.
+pub fn source_of(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V4(v4) => v4.into(),
         IpAddr::V6(v6) => {
@@ -182,16 +204,23 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     let (handshakes, connected) = (Sources::default(), Sources::default());
+    let full = Arc::new(Mutex::new(Seldom::default()));
     while let Some(incoming) = endpoint.accept().await {
         let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };
-        let (serve, connected) = (serve.clone(), connected.clone());
+        let (serve, connected, full) = (serve.clone(), connected.clone(), full.clone());
         tokio::spawn(async move {
             let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await;
             drop(place);
             match shaken {
                 Ok(Ok(connection)) => match connected.enter(connection.remote_address().ip(), room.of_one) {
                     Some(_place) => serve(connection).await,
-                    None => connection.close(0u32.into(), b"too many connections"),
+                    None => {
+                        if lock(&full).may_speak() {
+                            let from = source_of(connection.remote_address().ip());
+                            tracing::warn!(%from, most = room.of_one, "an address has as many connections as it may");
+                        }
+                        connection.close(0u32.into(), b"too many connections");
+                    }
                 },
                 Ok(Err(error)) => tracing::debug!(%error, "handshake"),
                 Err(_) => tracing::debug!("handshake timed out"),

@@ -109,6 +109,16 @@ impl Kind {
         }
     }
 
+    /// Whether all its data was read from the stream, so that it holds nothing there: most small ones are so from the start.
+    fn is_all_here(&self) -> bool {
+        match self {
+            Self::Empty | Self::Full(_) => true,
+            Self::Http3(receiver) => receiver.is_all_here(),
+            Self::Upload(upload) => upload.is_all_here(),
+            _ => false,
+        }
+    }
+
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Empty => SizeHint::with_exact(0),
@@ -176,7 +186,7 @@ impl Body {
 
     /// Puts the body on a shelf: it may be ended when nobody reads it.
     pub fn shelved(mut self, shelf: &Shelf) -> Self {
-        if !self.is_end_stream() {
+        if !self.is_end_stream() && !self.kind.is_all_here() {
             self.kind = Kind::Shelved(shelf.put(std::mem::replace(&mut self.kind, Kind::Empty)));
         }
         self

@@ -25,6 +25,5 @@ pub use guarded::{Guard, Guarded};
 pub use problem::{Problem, ProxyError, grpc_timeout, is_grpc, pseudonym};
 pub use replay::Source;
 pub use shelf::{Shelf, TakenBack, taken_back};
-pub use stall::STALL;
 pub use tcp::was_refused;
 pub use transport::{Datagrams, Transport};

@@ -28,7 +28,7 @@ static CLEARED: AtomicU64 = AtomicU64::new(0);
 /// What this process took back from readers and writers that stand still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakenBack {
-    /// Because nobody took anything for [`STALL`].
+    /// Because nobody took anything for 30 seconds.
     pub stalled: u64,
     /// Earlier, because others needed the room.
     pub cleared: u64,
@@ -85,6 +85,10 @@ impl Shelf {
     pub(crate) fn put(&self, kind: Kind) -> Arc<Standing> {
         let standing = Arc::new(Standing { state: Mutex::new(State { kind, since: Some(Instant::now()) }) });
         let mut bodies = self.lock();
+        if bodies.all.len() == bodies.all.capacity() {
+            // Before it grows: most of a busy connection's bodies are over soon.
+            bodies.all.retain(|body| body.strong_count() > 0);
+        }
         bodies.all.push(Arc::downgrade(&standing));
         if !std::mem::replace(&mut bodies.kept, true) {
             let shelf = Arc::downgrade(&self.0);

@@ -11,7 +11,7 @@ use tokio::time::{Instant, Sleep};
 
 /// How long somebody may take nothing of what is there for him, before what he holds is taken back. The silence of a stream
 /// that has nothing to give is no stall.
-pub const STALL: Duration = Duration::from_secs(30);
+pub(crate) const STALL: Duration = Duration::from_secs(30);
 
 /// Measures how long something that should move has not.
 #[derive(Debug, Default)]

@@ -317,6 +317,11 @@ impl Receiver {
         matches!(self.end, End::Whole) && self.ahead.is_none() && self.trailers.is_none()
     }
 
+    /// Whether all the data that was promised has been taken from the stream: nothing but its end is still there.
+    pub(crate) fn is_all_here(&self) -> bool {
+        self.length.as_ref().is_some_and(|length| length.seen == length.promised)
+    }
+
     /// Looks, without waiting, what comes next: an end that is there already shows in [`Receiver::has_ended`].
     pub(crate) async fn look_ahead(&mut self) -> Result<(), Broken> {
         let found = std::future::poll_fn(|cx| Poll::Ready(self.poll_event(cx))).await;

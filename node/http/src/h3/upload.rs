@@ -232,6 +232,10 @@ impl UploadBody {
         }
     }
 
+    pub(crate) fn is_all_here(&self) -> bool {
+        lock(&self.0).receiver.as_ref().is_none_or(Receiver::is_all_here)
+    }
+
     pub(crate) fn is_end_stream(&self) -> bool {
         let state = lock(&self.0);
         state.receiver.as_ref().is_none_or(Receiver::has_ended) && state.broken.is_none()

@@ -295,8 +295,10 @@ where
                 }
             }
             Err(frame) => {
-                if let Ok(trailers) = frame.into_trailers() {
-                    return stream.send_trailers(trailers).map_err(unwanted);
+                // An empty section is allowed, but some decoders stumble over it.
+                match frame.into_trailers() {
+                    Ok(trailers) if !trailers.is_empty() => return stream.send_trailers(trailers).map_err(unwanted),
+                    _ => return stream.send_data(Bytes::new(), true).map_err(unwanted),
                 }
             }
         }

@@ -299,11 +299,19 @@ fn max_connections() -> usize {
     8192
 }
 
-/// A limit of time: a duration above zero.
+/// Longest limit of time: more is a slip of the pen.
+const MAX_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Most connections to a service: more than a host has ports.
+const MAX_CONNECTIONS: usize = 65_536;
+
+/// A limit of time: a duration above zero, 30 days at most.
 pub fn limit<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
     let limit = duration(d)?;
     if limit.is_zero() {
         return Err(de::Error::custom("nothing could be done in no time; leave it out for the default"));
+    }
+    if limit > MAX_LIMIT {
+        return Err(de::Error::custom("longer than 30 days; shorten it, or leave it out for the default"));
     }
     Ok(Some(limit))
 }
@@ -345,6 +353,12 @@ impl Config {
             }
             if self.service[..i].iter().any(|s| s.name == service.name) {
                 problem(format!("service[{i}].name"), format!("{} is listed twice; keep one", service.name));
+            }
+            if !(1..=MAX_CONNECTIONS).contains(&service.max_connections) {
+                problem(format!("service[{i}].max_connections"), format!("use 1 to {MAX_CONNECTIONS}"));
+            }
+            if service.keep_idle > MAX_LIMIT {
+                problem(format!("service[{i}].keep_idle"), "longer than 30 days; shorten it".into());
             }
             if service.version.len() > 32 {
                 problem(format!("service[{i}].version"), "longer than 32 bytes; shorten it".into());
@@ -484,5 +498,17 @@ mod tests {
         assert_eq!(line_of(text, "node.zone"), 1);
         let (config, _) = read::<Config>("[[service]]\nname = \"b\"\naddr = \"10.0.0.1:1\"\n");
         assert_eq!(config.unwrap().problems()[0].0, "service[0].addr");
+    }
+
+    #[test]
+    fn limits_that_no_clock_and_no_host_has_are_refused() {
+        let service = |more: &str| format!("[[service]]\nname = \"a\"\naddr = \"127.0.0.1:1\"\n{more}\n");
+        for more in ["timeout = \"0s\"", "idle_timeout = \"40days\"", "total_timeout = \"500000000000y\""] {
+            assert!(read::<Config>(&service(more)).0.is_none(), "{more}");
+        }
+        for more in ["max_connections = 0", "max_connections = 9000000000000000000", "keep_idle = \"40days\""] {
+            let config = read::<Config>(&service(more)).0.expect(more);
+            assert_eq!(config.problems().len(), 1, "{more}");
+        }
     }
 }

@@ -79,13 +79,16 @@ impl Inbound {
     }
 
     async fn answer(&self, request: Request<Body>, origin: Origin, caller: Caller) -> Response<Guarded<Served>> {
-        let counted = Counted::new(self.0.clone());
+        let mut counted = Counted::new(self.0.clone());
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
         let begun = Instant::now();
         let (parts, body) = request.into_parts();
         let (service, outcome) = match self.plan(parts, origin, caller) {
-            Ok(plan) => (Some(plan.service), plan.carry_out(body).await),
+            Ok(plan) => {
+                counted.is_for(plan.local);
+                (Some(plan.service), plan.carry_out(body).await)
+            }
             Err((service, problem)) => (service, Err((Sent::No, problem))),
         };
         let mut response = match outcome {
@@ -97,7 +100,7 @@ impl Inbound {
                 response
             }
         };
-        response.headers_mut().insert(headers::LOAD, HeaderValue::from(self.in_flight().saturating_sub(1)));
+        response.headers_mut().insert(headers::LOAD, HeaderValue::from(counted.others()));
         let service = service.map_or("unknown", Name::as_str);
         self.0.metrics.server_call(service, &method, response.status(), begun.elapsed());
         response.map(|body| body.map_guard(|place| Served { _counted: counted, place }))
@@ -211,17 +214,35 @@ impl Guard for Served {
     }
 }
 
-struct Counted(Arc<Services>);
+/// A call under way: at the node, and at its service, once that is known.
+struct Counted {
+    all: Arc<Services>,
+    service: Option<LocalService>,
+}
 
 impl Counted {
-    fn new(shared: Arc<Services>) -> Self {
-        shared.in_flight.fetch_add(1, Relaxed);
-        Self(shared)
+    fn new(all: Arc<Services>) -> Self {
+        all.in_flight.fetch_add(1, Relaxed);
+        Self { all, service: None }
+    }
+
+    fn is_for(&mut self, service: &LocalService) {
+        service.in_flight().fetch_add(1, Relaxed);
+        self.service = Some(service.clone());
+    }
+
+    /// How many others there are, of the service: a busy neighbour is not its fault.
+    fn others(&self) -> usize {
+        let of = self.service.as_ref().map_or(&self.all.in_flight, |service| service.in_flight());
+        of.load(Relaxed).saturating_sub(1)
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Relaxed);
+        self.all.in_flight.fetch_sub(1, Relaxed);
+        if let Some(service) = &self.service {
+            service.in_flight().fetch_sub(1, Relaxed);
+        }
     }
 }

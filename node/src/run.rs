@@ -161,7 +161,7 @@ impl Node {
         let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
         let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone());
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
-        let condition = Condition::new(gossip.clone());
+        let condition = Condition::new(&config.service, gossip.clone());
         let drain = Drain::default();
         let doors_drain = Drain::default();
         let drain_asked = CancellationToken::new();

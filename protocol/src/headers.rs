@@ -4,7 +4,7 @@
 pub const DEADLINE: &str = "starling-deadline";
 /// Which attempt this is, from 1; keeps a chain of proxies from multiplying retries.
 pub const ATTEMPT: &str = "starling-attempt";
-/// On responses: calls in flight at the answering node.
+/// On responses: other calls in flight at the service, of all callers.
 pub const LOAD: &str = "starling-load";
 /// On responses made by the answering node: `no` when the service saw nothing of the call, `maybe` otherwise.
 pub const SENT: &str = "starling-sent";

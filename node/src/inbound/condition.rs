@@ -8,6 +8,8 @@ use std::{
 use starling_gossip::GossipHandle;
 use starling_protocol::{Name, ServiceState};
 
+use crate::config::ServiceConfig;
+
 /// The condition of the services here. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Condition(Arc<Inner>);
@@ -17,7 +19,6 @@ struct Inner {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
     /// Of services that are checked.
     health: HashMap<Name, ServiceState>,
@@ -26,8 +27,11 @@ struct State {
 }
 
 impl Condition {
-    pub(crate) fn new(gossip: GossipHandle) -> Self {
-        Self(Arc::new(Inner { gossip, state: Mutex::default() }))
+    /// Of a service that is checked nobody knows how it is before the first check.
+    pub(crate) fn new(services: &[ServiceConfig], gossip: GossipHandle) -> Self {
+        let checked = services.iter().filter(|service| service.health.is_some());
+        let health = checked.map(|service| (service.name.clone(), ServiceState::Unhealthy)).collect();
+        Self(Arc::new(Inner { gossip, state: Mutex::new(State { health, not_reached: None }) }))
     }
 
     /// A check of a service came out differently than the one before.
@@ -61,13 +65,9 @@ impl Condition {
             let state = of.lock();
             let (health, reached) = (&state.health, state.not_reached.is_none());
             for service in &mut announcement.services {
-                let health = health.get(&service.name).copied();
-                // One that is checked and has no result yet stays as it was announced at the start.
-                service.state = match (reached, health) {
-                    (false, _) => ServiceState::Unhealthy,
-                    (true, Some(health)) => health,
-                    (true, None) if service.state == ServiceState::Unhealthy => ServiceState::Up,
-                    (true, None) => service.state,
+                service.state = match reached {
+                    true => health.get(&service.name).copied().unwrap_or(ServiceState::Up),
+                    false => ServiceState::Unhealthy,
                 };
             }
         });

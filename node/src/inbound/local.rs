@@ -8,7 +8,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -41,6 +41,7 @@ struct State {
     dialler: Dialler,
     limits: LimitSettings,
     connections: Connections,
+    in_flight: AtomicUsize,
 }
 
 enum Connections {
@@ -56,12 +57,17 @@ impl LocalService {
             // Others cannot be configured.
             Protocol::Http1 | Protocol::Unknown(_) => Connections::Http1(http1::Pool::new(service.keep_idle)),
         };
-        Self(Arc::new(State { dialler, limits: service.limits(), connections }))
+        Self(Arc::new(State { dialler, limits: service.limits(), connections, in_flight: AtomicUsize::new(0) }))
     }
 
     /// How long its answers may take, by its operator's word.
     pub(crate) fn limits(&self) -> &LimitSettings {
         &self.0.limits
+    }
+
+    /// Calls under way, of other nodes.
+    pub(crate) fn in_flight(&self) -> &AtomicUsize {
+        &self.0.in_flight
     }
 
     /// Requests that were sent a second time, because a kept connection turned out to be closed.

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use rand::seq::IteratorRandom;
-use starling_gossip::{GossipHandle, Ident};
+use starling_gossip::{GossipHandle, Ident, MemberView};
+use tokio::task::JoinSet;
 
 use super::links::Links;
 use crate::inbound::condition::Condition;
@@ -50,21 +51,23 @@ pub(crate) async fn watch(gossip: GossipHandle, links: Links, condition: Conditi
 async fn ask(gossip: &GossipHandle, links: &Links) -> Option<Result<(), String>> {
     let snapshot = gossip.snapshot();
     let own = snapshot.me()?.addr;
-    let others =
-        snapshot.members.iter().filter(|member| !member.is_self && member.is_live() && member.record.is_some());
-    let asked: Vec<Ident> = others
-        .map(|member| Ident { id: member.id, addr: member.addr, generation: member.generation })
-        .sample(&mut rand::rng(), ASKED);
-    let needed = NO_BY.min(asked.len());
+    let others = snapshot.members.iter().filter(|m| !m.is_self && m.is_live() && m.record.is_some());
+    let chosen: Vec<Ident> = others.map(MemberView::ident).sample(&mut rand::rng(), ASKED);
+    let needed = NO_BY.min(chosen.len());
+    let mut asked = JoinSet::new();
+    for member in chosen {
+        let links = links.clone();
+        asked.spawn(async move { links.ask_dial_back(member).await });
+    }
     let mut not = Vec::new();
-    for member in asked {
-        match links.ask_dial_back(member).await {
-            Ok(None) => return Some(Ok(())),
-            Ok(Some(why)) => not.push(why),
+    while let Some(answer) = asked.join_next().await {
+        match answer {
+            Ok(Ok(None)) => return Some(Ok(())),
+            Ok(Ok(Some(why))) => not.push(why),
             // It says nothing about us.
-            Err(_) => {}
+            Ok(Err(_)) | Err(_) => {}
         }
     }
-    let why = not.pop().filter(|_| not.len() + 1 >= needed)?;
+    let why = not.first().filter(|_| not.len() >= needed)?;
     Some(Err(format!("{own}: {why}")))
 }

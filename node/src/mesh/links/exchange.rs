@@ -110,7 +110,10 @@ impl Links {
             Ok(Err(why)) => Some(why),
             Err(_) => Some("no answer in time".into()),
         };
-        let Some(why) = why else { return Some(DialledBack { why: None }) };
+        let Some(why) = why else {
+            super::lock(&self.0.not_reached).remove(&peer);
+            return Some(DialledBack { why: None });
+        };
         if super::lock(&self.0.not_reached).insert(peer, member.addr) != Some(member.addr) {
             tracing::warn!(
                 member = %record.name, addr = %member.addr, why,

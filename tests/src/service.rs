@@ -108,7 +108,9 @@ pub fn text(status: u16, text: impl Into<Bytes>) -> Answer {
 /// An answer whose body never comes, and which keeps `open` as long as somebody waits for it.
 pub fn watch(open: Open) -> Answer {
     use http_body_util::BodyExt;
-    struct Silent(#[allow(dead_code)] Open);
+    struct Silent {
+        _open: Open,
+    }
     impl http_body::Body for Silent {
         type Data = Bytes;
         type Error = Infallible;
@@ -119,5 +121,5 @@ pub fn watch(open: Open) -> Answer {
             std::task::Poll::Pending
         }
     }
-    Response::new(Silent(open).boxed())
+    Response::new(Silent { _open: open }.boxed())
 }

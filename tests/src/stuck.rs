@@ -19,12 +19,8 @@ pub struct Stuck {
     _kept: Kept,
 }
 
-#[allow(dead_code)]
-enum Kept {
-    Http1(Box<dyn Send>),
-    Http2(Vec<h2::client::ResponseFuture>, tokio::task::JoinSet<()>),
-    Http3(Vec<(quinn::SendStream, quinn::RecvStream)>, quinn::Connection, quinn::Endpoint),
-}
+/// Connections and streams: whatever must not be dropped.
+type Kept = Box<dyn Send>;
 
 /// Asks for `path` so often over one connection, and reads no answer. Over HTTP/1.1 there is one request a connection.
 pub async fn readers(
@@ -52,7 +48,7 @@ pub async fn readers(
                 send.finish()?;
                 streams.push((send, receive));
             }
-            Kept::Http3(streams, connection, endpoint)
+            Box::new((streams, connection, endpoint))
         }
     };
     Ok(Stuck { _kept: kept })
@@ -68,7 +64,7 @@ async fn small(addr: SocketAddr) -> Result<TcpStream> {
 async fn asleep(mut stream: impl AsyncWrite + Unpin + Send + 'static, host: &str, path: &str) -> Result<Kept> {
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes()).await?;
     stream.flush().await?;
-    Ok(Kept::Http1(Box::new(stream)))
+    Ok(Box::new(stream))
 }
 
 async fn unread_http2(
@@ -88,7 +84,7 @@ async fn unread_http2(
         let request = Request::builder().uri(format!("{scheme}://{host}{path}")).body(())?;
         answers.push(sender.send_request(request, true)?.0);
     }
-    Ok(Kept::Http2(answers, driving))
+    Ok(Box::new((answers, driving)))
 }
 
 /// Sends a request whose body comes as slowly as `body` gives it: the status of the answer.

@@ -507,9 +507,8 @@ async fn a_drain_leaves_the_door_open_for_calls_under_way() {
 }
 
 /// Five thousand watches that are given up, by hundreds, over each door: prints how long the service waits to be told, and what
-/// is left. `cargo test --release -p starling-tests --test isolation watches -- --ignored --nocapture`
+/// is left.
 #[tokio::test]
-#[ignore = "takes a while, and is for its figures"]
 async fn watches_by_the_thousand() {
     let quiet = Service::start(Speaks::Http1, |_, open| async move { service::watch(open) }).await;
     let scene = Scene::start(&[("quiet", quiet.addr, "")]).await;

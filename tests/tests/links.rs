@@ -124,16 +124,31 @@ async fn linked_mesh() -> Cluster {
     cluster
 }
 
-/// Cuts `c` off in that way until it has been dead for so long, and waits until it is back; its log.
-async fn lose_and_regain(how: Cut, long: Duration) -> String {
+/// How long `c` stays cut off, once it is dead for everybody.
+enum Until {
+    /// Longer than a node must be heard while it is thought dead to count as deaf, and than it takes it to give up others.
+    Long,
+    /// It says so.
+    Says(&'static str),
+}
+
+/// Cuts `c` off in that way, and waits until it is back; its log.
+async fn lose_and_regain(how: Cut, until: Until) -> String {
     let cluster = linked_mesh().await;
     let before = cluster.members("c").await.unwrap().into_iter().find(|m| m.is_self).unwrap().generation;
     cut(&cluster, "c", how);
     for observer in ["seed", "a", "b", "d"] {
         cluster.wait_status(observer, "c", MemberStatus::Down).await.unwrap();
     }
-    // Longer than a node must be heard while it is thought dead to count as deaf, and than it takes it to give up others.
-    tokio::time::sleep(long).await;
+    match until {
+        Until::Long => tokio::time::sleep(Duration::from_secs(20)).await,
+        Until::Says(what) => wait_for(&format!("c says {what:?}"), LIMIT, || async {
+            let log = cluster.node("c").process.log();
+            log.contains(what).then_some(()).ok_or(log)
+        })
+        .await
+        .unwrap(),
+    }
     heal();
     for observer in ["seed", "a", "b", "d"] {
         wait_for(&format!("{observer} sees c in a new life"), LIMIT, || async {
@@ -159,7 +174,7 @@ const HELD: &str = "must be good for that long first";
 #[test]
 fn a_node_that_hears_nobody_is_told_so_and_has_to_wait() {
     if in_namespace("a_node_that_hears_nobody_is_told_so_and_has_to_wait", false) {
-        let log = runtime().block_on(lose_and_regain(Cut::Deaf, Duration::from_secs(20)));
+        let log = runtime().block_on(lose_and_regain(Cut::Deaf, Until::Long));
         assert!(log.contains("others heard it all the time") && log.contains(HELD), "{log}");
     }
 }
@@ -167,8 +182,8 @@ fn a_node_that_hears_nobody_is_told_so_and_has_to_wait() {
 #[test]
 fn a_node_that_nobody_hears_notices_and_has_to_wait() {
     if in_namespace("a_node_that_nobody_hears_notices_and_has_to_wait", false) {
-        let log = runtime().block_on(lose_and_regain(Cut::Mute, Duration::from_secs(6)));
-        assert!(log.contains("few of its pings are answered") && log.contains(HELD), "{log}");
+        let log = runtime().block_on(lose_and_regain(Cut::Mute, Until::Says(HELD)));
+        assert!(log.contains("few of its pings are answered"), "{log}");
     }
 }
 
@@ -176,7 +191,7 @@ fn a_node_that_nobody_hears_notices_and_has_to_wait() {
 fn a_node_that_was_cut_off_is_back_at_once() {
     if in_namespace("a_node_that_was_cut_off_is_back_at_once", true) {
         // Until it has given up everybody else.
-        let log = runtime().block_on(lose_and_regain(Cut::Off, Duration::from_secs(20)));
+        let log = runtime().block_on(lose_and_regain(Cut::Off, Until::Long));
         assert!(log.contains("member Suspect -> Down"), "{log}");
         assert!(log.contains("back in the mesh") && !log.contains(HELD), "{log}");
     }

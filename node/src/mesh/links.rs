@@ -68,8 +68,11 @@ pub(crate) struct Links(Arc<LinksState>);
 struct LinksState {
     identity: Arc<Identity>,
     endpoint: MeshEndpoint,
-    /// For all dials; it shows the certificate of the moment.
+    /// For links; it shows the certificate of the moment.
     crypto: Arc<QuicClientConfig>,
+    /// For dial-backs: the same certificate, over the protocol of joins, in which nothing follows from a connection. One that
+    /// gossips would take the place of the link that is there, and leave none when it ends.
+    silent_crypto: Arc<QuicClientConfig>,
     gossip: GossipHandle,
     documents: Documents,
     table: Mutex<Table>,
@@ -120,6 +123,7 @@ impl Links {
     ) -> Self {
         Self(Arc::new(LinksState {
             crypto: tls::client_crypto(&identity, alpn::GOSSIP),
+            silent_crypto: tls::client_crypto(&identity, alpn::JOIN),
             identity,
             endpoint,
             gossip,
@@ -227,7 +231,7 @@ impl Links {
     }
 
     async fn dial_member(&self, to: Ident) {
-        let dialled = self.dial(to.addr).await;
+        let dialled = self.dial(to.addr, &self.0.crypto).await;
         let worked = dialled.as_ref().is_ok_and(|(_, peer)| peer.id == to.id);
         let held = self.table().dialled(to.id, worked, Instant::now());
         if let Ok((connection, peer)) = dialled {
@@ -240,9 +244,12 @@ impl Links {
         }
     }
 
-    async fn dial(&self, addr: SocketAddr) -> Result<(quinn::Connection, Peer), String> {
-        let crypto = self.0.crypto.clone();
-        let connecting = self.0.endpoint.dial_gossip(addr, crypto, CONTROL).map_err(|e| e.to_string())?;
+    async fn dial(
+        &self,
+        addr: SocketAddr,
+        crypto: &Arc<QuicClientConfig>,
+    ) -> Result<(quinn::Connection, Peer), String> {
+        let connecting = self.0.endpoint.dial_gossip(addr, crypto.clone(), CONTROL).map_err(|e| e.to_string())?;
         let connection = tokio::time::timeout(EXCHANGE_TIMEOUT, connecting)
             .await
             .map_err(|_| "no answer in time".to_string())?

@@ -101,7 +101,7 @@ impl Links {
         let snapshot = self.0.gossip.snapshot();
         let (member, record) = snapshot.member(&peer).and_then(|m| Some((m, m.record.as_ref()?)))?;
         let _permit = self.0.dial_backs.try_acquire().ok()?;
-        let dialled = tokio::time::timeout(DIAL_BACK_TIMEOUT, self.dial(member.addr)).await;
+        let dialled = tokio::time::timeout(DIAL_BACK_TIMEOUT, self.dial(member.addr, &self.0.silent_crypto)).await;
         let why = match dialled {
             Ok(Ok((connection, found))) => {
                 connection.close((CloseCode::Done as u32).into(), b"reached");
@@ -136,7 +136,7 @@ impl Links {
 
     /// A new connection, and who answered.
     async fn connect(&self, addr: SocketAddr) -> Result<(quinn::Connection, Peer), String> {
-        let (connection, peer) = self.dial(addr).await?;
+        let (connection, peer) = self.dial(addr, &self.0.crypto).await?;
         self.adopt_dialled(connection.clone(), &peer);
         Ok((connection, peer))
     }

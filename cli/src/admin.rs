@@ -1,6 +1,6 @@
 //! Client of a node's admin API, over TCP or its Unix socket.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
@@ -26,7 +26,9 @@ pub(crate) async fn ask<T: DeserializeOwned>(
 ) -> Result<T, Failure> {
     let bytes = body.map(|b| Bytes::from(b.to_string())).unwrap_or_default();
     let asked = async {
-        match admin.strip_prefix("http://") {
+        // As `node --admin` takes it, it is no path.
+        let bare = admin.parse::<SocketAddr>().is_ok().then_some(admin);
+        match admin.strip_prefix("http://").or(bare) {
             Some(host) => {
                 let host = host.trim_end_matches('/');
                 let stream = TcpStream::connect(host).await.map_err(|e| unreachable(admin, &e))?;

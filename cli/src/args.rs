@@ -187,7 +187,7 @@ pub(crate) struct EdgeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
-    /// The node to ask: URL of its admin API, or path of its admin.sock
+    /// The node to ask: URL or IP:PORT of its admin API, or path of its admin.sock
     #[arg(long, env = "STARLING_ADMIN", default_value = "http://127.0.0.1:7402", value_name = "URL|SOCKET")]
     pub(crate) admin: String,
     /// Form of the output

@@ -24,6 +24,7 @@ use crate::{
     roster::{Peer, Roster},
     snapshot::{MemberView, Photographer, Snapshot},
     trust::Trust,
+    twins::Twins,
 };
 
 /// How often contacts are looked over.
@@ -85,6 +86,9 @@ pub struct Gossip {
     ages: HashMap<NodeId, u32>,
     /// A later life of this node than its own, of which there is a record.
     outlive: Option<u64>,
+    twins: Twins,
+    /// When this node, if it is two of one, next makes itself the one that counts.
+    next_outlive: Instant,
     to_pass_on: Items,
     /// Whether it has the record of a node that is new here.
     introducing: bool,
@@ -149,6 +153,8 @@ impl Gossip {
             futile: BTreeMap::new(),
             ages: HashMap::new(),
             outlive: None,
+            twins: Twins::default(),
+            next_outlive: now,
             to_pass_on: Items::default(),
             introducing: false,
             next_pass_on: now,
@@ -507,6 +513,7 @@ impl Gossip {
             self.roster.retain(|id| remembered.contains(id));
             self.records.retain(|id| remembered.contains(id));
             self.trust.retain(|id| remembered.contains(id));
+            self.twins.retain(|id| remembered.contains(id));
             self.futile.retain(|id, _| remembered.contains(id));
         }
         self.changed |= !changes.members.is_empty() || changes.shrunk || touched.has(&me);
@@ -568,6 +575,7 @@ impl Gossip {
                 unheard: self.roster.heard_of(&peer.state.id).is_none() && self.membership.doubts(&peer.state.id),
                 since: peer.since,
                 is_self: false,
+                also_at: self.twins.of(&peer.state.id, peer.state.addr, now),
                 record: self.records.get(&peer.state.id).cloned(),
             })
             .collect();
@@ -582,6 +590,7 @@ impl Gossip {
             unheard: false,
             since: self.started,
             is_self: true,
+            also_at: self.twins.of(&me.id, me.addr, now),
             record: self.records.get(&me.id).cloned(),
         });
         members.sort_by(|a, b| a.record.as_ref().map(|r| &r.name).cmp(&b.record.as_ref().map(|r| &r.name)));

@@ -22,6 +22,7 @@ mod roster;
 mod snapshot;
 mod suspicion;
 mod trust;
+mod twins;
 
 pub use actor::{Durable, GossipHandle, spawn};
 pub use config::{Announcement, Config, Credentials, Memory, Profile, RecordError};

@@ -145,6 +145,8 @@ pub(crate) struct Membership {
     probe: Option<Probe>,
     errands: Vec<Errand>,
     recovery: Recovery,
+    /// Another node runs with the same key, and has its turn until then.
+    stays_away_until: Option<Instant>,
     /// Own incarnation. foca does not tell it, but every packet that it sends says it.
     incarnation: u16,
     /// Members that this node holds for dead and that hold it for dead, and when they last said so.
@@ -215,6 +217,7 @@ impl Membership {
             probe: None,
             errands: Vec::new(),
             recovery: Recovery::default(),
+            stays_away_until: None,
             incarnation: 0,
             disputes: BTreeMap::new(),
             concessions: BTreeMap::new(),

@@ -91,6 +91,8 @@ pub struct MemberView {
     pub since: u64,
     /// Whether this is the observing node itself.
     pub is_self: bool,
+    /// Where another node runs with its key, if one does: a copied state directory.
+    pub also_at: Option<SocketAddr>,
     /// What it says about itself; absent until its record arrived.
     pub record: Option<Arc<NodeRecord>>,
 }
@@ -336,6 +338,7 @@ mod tests {
             unheard: false,
             since: 0,
             is_self: false,
+            also_at: None,
             record: Some(Arc::new(record)),
         }
     }

@@ -35,6 +35,9 @@ pub struct Member {
     /// Whether this is the answering node; present only when true.
     #[serde(rename = "self", skip_serializing_if = "std::ops::Not::not", default)]
     pub is_self: bool,
+    /// Where another node runs with its key; present only while two do.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub also_at: Option<SocketAddr>,
     /// Who could not reach it, by name; present while somebody suspects it.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub suspected_by: Vec<String>,
@@ -310,6 +313,9 @@ pub struct Status {
     /// Why others cannot reach this node at the address that it tells them; absent while they can.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub not_reached: Option<String>,
+    /// Where another node runs with this one's key; absent unless two do.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub also_at: Option<SocketAddr>,
     /// Why the last reload was refused; absent when it was taken.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reload_error: Option<String>,

@@ -103,6 +103,15 @@ fn print(members: &[Member], args: &MembersArgs) -> Result<(), Failure> {
             output::table(&header, rows.collect());
         }
     }
+    for twice in members {
+        if let Some(other) = twice.also_at {
+            eprintln!(
+                "{}: two nodes run with its key ({}), at {} and {other}, because a state directory was copied; stop one, and let \
+                 it join anew with an empty --state",
+                twice.name, twice.id, twice.addr
+            );
+        }
+    }
     if args.watch && args.client.output != Output::Json {
         println!();
     }

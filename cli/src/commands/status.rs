@@ -29,6 +29,9 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
     ];
     rows.extend(status.unreachable_seeds.into_iter().map(|seed| ("unreachable", seed)));
     rows.extend(status.not_reached.into_iter().map(|why| ("not reached", why)));
+    rows.extend(
+        status.also_at.map(|addr| ("also at", format!("{addr}: another node runs with this one's key; stop one"))),
+    );
     rows.extend(status.reload_error.into_iter().map(|error| ("last reload", error)));
     for (name, value) in rows {
         println!("{name:<13} {value}");

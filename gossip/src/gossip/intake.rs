@@ -15,6 +15,7 @@ use super::Gossip;
 use crate::{
     DocumentError, Outgoing, RecordError,
     membership::{MAX_AHEAD_S, MAX_MEMBERS},
+    twins::PEACE,
 };
 
 /// Wrong items in one message after which the rest is not looked at.
@@ -36,7 +37,7 @@ impl Gossip {
         let unix = self.unix(now);
         let mut patience = MAX_WRONG;
         for signed in newest_of_each(items.records) {
-            match self.take_record(&signed, unix) {
+            match self.take_record(&signed, (now, unix)) {
                 Ok(true) => news.records.push(signed),
                 Ok(false) => {}
                 Err(error) => {
@@ -124,14 +125,39 @@ impl Gossip {
         }
     }
 
+    /// There is a record of a later life of this node than it remembers: it was restored from an older copy, or its clock was
+    /// set back; or another node runs with its key.
+    fn outlive(&mut self, later: &NodeRecord, now: Instant) {
+        let me = self.membership.me();
+        let places = [me.addr, later.addr];
+        let told = self.twins.of(&me.id, me.addr, now).is_some();
+        if told && now < self.next_outlive && later.phase != Phase::Left {
+            return;
+        }
+        self.next_outlive = now + PEACE;
+        self.outlive = Some(later.generation);
+        let found = self.twins.moved(me.id, places, now) | self.twins.moved(me.id, [places[1], places[0]], now);
+        if told || found {
+            self.membership.stay_away_until(self.next_outlive);
+        }
+        if found {
+            self.changed = true;
+            tracing::error!(
+                key = %me.id, here = %me.addr, there = %later.addr,
+                "another node runs with this node's key, because its state directory was copied; calls go to one of the two at \
+                 a time; stop one of them, and let it join anew with an empty --state"
+            );
+        }
+    }
+
     /// Whether the record was news, and is stored.
-    fn take_record(&mut self, signed: &Arc<SignedRecord>, unix: u64) -> Result<bool, RecordError> {
+    fn take_record(&mut self, signed: &Arc<SignedRecord>, (now, unix): (Instant, u64)) -> Result<bool, RecordError> {
         let claimed = signed.peek_edition().map_err(|e| RecordError::Forged(e.to_string()))?;
         let me = self.membership.me();
         if claimed.id == me.id {
             if claimed.generation > me.generation && claimed.generation <= unix.saturating_add(MAX_AHEAD_S) {
-                // Of a life of this node that it does not remember: it was restored from an older copy, or its clock was set back.
-                self.outlive = Some(self.credentials.verify(signed)?.generation);
+                let record = self.credentials.verify(signed)?;
+                self.outlive(&record, now);
             }
             return Ok(false);
         }
@@ -153,6 +179,15 @@ impl Gossip {
         {
             // Where it is it says once in each life. Others may have heard something else first; so no fault of theirs.
             record = Arc::new(NodeRecord { addr: known.addr, ..NodeRecord::clone(&record) });
+        }
+        if let Some(known) = self.records.life(&record.id)
+            && self.twins.moved(record.id, [known.addr, record.addr], now)
+        {
+            tracing::warn!(
+                member = %record.name, key = %record.id, here = %known.addr, there = %record.addr,
+                "two nodes run with one key, because a state directory was copied; stop one of them, and let it join anew with \
+                 an empty --state"
+            );
         }
         match self.records.life(&record.id) {
             None if self.records.len() >= MAX_MEMBERS => {

@@ -81,7 +81,8 @@ impl Membership {
             self.recovery.asked(to, now);
             effects.push(self.ping(to, 0));
         }
-        if self.recovery.try_return(now) {
+        let stays_away = self.stays_away_until.is_some_and(|until| now < until);
+        if !stays_away && self.recovery.try_return(now) {
             effects.extend(self.rejoin(now));
         }
         effects
@@ -93,6 +94,11 @@ impl Membership {
             return Vec::new();
         }
         self.rejoin_after(generation, now)
+    }
+
+    /// If this node is given up, it does not come back by itself before then.
+    pub(crate) fn stay_away_until(&mut self, until: Instant) {
+        self.stays_away_until = Some(until);
     }
 
     pub(super) fn rejoin(&mut self, now: Instant) -> Vec<Effect> {

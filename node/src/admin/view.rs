@@ -63,6 +63,7 @@ pub(crate) fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
                 since: rfc3339(m.since),
                 cert_expires: record.map(|r| rfc3339(r.cert_expires)),
                 is_self: m.is_self,
+                also_at: m.also_at,
                 suspected_by: m.suspected_by.iter().map(|id| name_of(snapshot, id)).collect(),
                 detail: None,
             }

@@ -84,6 +84,7 @@ impl Subject for Running {
             panicking: snapshot.panicking.clone(),
             unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
             not_reached: self.condition.not_reached(),
+            also_at: snapshot.me().and_then(|m| m.also_at),
             reload_error: self.extra().reload_error.clone(),
         }
     }

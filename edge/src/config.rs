@@ -150,6 +150,9 @@ pub struct Route {
     /// Whether the service sees the path without the prefix.
     #[serde(default)]
     pub strip_prefix: bool,
+    /// Whether the service gets the path as it came, with `%2F` and empty segments, instead of in its one spelling.
+    #[serde(default)]
+    pub raw_path: bool,
     /// Time to the head of an answer; 15 s if not told, for gRPC what the caller says, or none.
     #[serde(default, deserialize_with = "timeout")]
     pub timeout: Option<Duration>,

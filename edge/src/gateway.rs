@@ -27,7 +27,7 @@ use crate::{
     key_file::KeyFile,
     rate::Limiter,
     route::{self, Routes},
-    version::{Found, Versions},
+    version::{Found, Picker, Versions},
 };
 
 /// The protocol that a request came by.
@@ -92,10 +92,42 @@ impl Policy {
         })
     }
 
+    /// Where a request goes, by the path as the client wrote it, without its query.
+    fn aim(&self, host: &str, written: &str) -> Result<Aim<'_>, Problem> {
+        let canonical = route::canonical_path(written);
+        if let Ok(path) = &canonical {
+            let Some(found) = self.versions.find(&self.routes, host, path) else {
+                let detail = "no route leads there";
+                return Err(Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail));
+            };
+            if !found.route.raw_path || path == written {
+                let Found { route, path, picker, named } = found;
+                return Ok(Aim { route, path: path.into_owned(), picker, named: named.map(str::to_owned) });
+            }
+        }
+        let [kept, split] = route::readings(written).map_err(bad_request)?;
+        match self.versions.find(&self.routes, host, &kept).zip(self.routes.find(host, &split)) {
+            Some((Found { route, picker, .. }, other)) if route.raw_path && std::ptr::eq(route, other) => {
+                Ok(Aim { route, path: written.to_owned(), picker, named: None })
+            }
+            _ => Err(bad_request(canonical.err().unwrap_or("the path can be read as that of another route"))),
+        }
+    }
+
     /// Routes with the names of their versions, most specific first.
     pub(crate) fn shown(&self) -> impl Iterator<Item = (&Route, &[String])> {
         self.routes.iter().map(|route| (route, self.version_names.get(&route.path).map_or(&[][..], Vec::as_slice)))
     }
+}
+
+/// Where a request goes.
+struct Aim<'a> {
+    route: &'a Route,
+    /// What the service gets, but for a prefix that is to be taken off.
+    path: String,
+    picker: Option<&'a Picker>,
+    /// The version that the path named.
+    named: Option<String>,
 }
 
 /// Proof that the caller may use the route.
@@ -194,12 +226,7 @@ impl Gateway {
             return Err(Problem::policy(StatusCode::MISDIRECTED_REQUEST, "misdirected", detail));
         }
         let policy = self.0.policy.load_full();
-        let path = route::canonical_path(parts.uri.path()).map_err(bad_request)?.into_owned();
-        let Some(found) = policy.versions.find(&policy.routes, host, &path) else {
-            let detail = "no route leads there";
-            return Err(Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail));
-        };
-        let Found { route, path, picker, named } = found;
+        let Aim { route, path, picker, named } = policy.aim(host, parts.uri.path())?;
         entry.service = Some(route.service.to_string());
 
         let is_preflight = cors::is_preflight(&parts.method, &parts.headers);
@@ -224,7 +251,7 @@ impl Gateway {
         let version = match picker {
             None => None,
             Some(picker) => {
-                let picked = picker.pick(named, parts.uri.query(), &parts.headers, SystemTime::now())?;
+                let picked = picker.pick(named.as_deref(), parts.uri.query(), &parts.headers, SystemTime::now())?;
                 for (name, value) in picked.headers {
                     extra.append(name, value);
                 }

@@ -76,8 +76,13 @@ pub(crate) fn covers(prefix: &str, path: &str) -> bool {
 
 /// What is left of a path below a prefix that covers it; starts with `/`.
 pub(crate) fn below<'a>(prefix: &str, path: &'a str) -> &'a str {
-    let slash = path.match_indices('/').nth(depth(prefix));
-    slash.map_or("/", |(at, _)| &path[at..])
+    // In a path that is passed on as it came, there may be empty segments.
+    let ends = path.char_indices().skip(1).filter(|(at, c)| *c == '/' && !path[..*at].ends_with('/'));
+    let mut ends = ends.map(|(at, _)| at);
+    match depth(prefix) {
+        0 => path,
+        depth => ends.nth(depth - 1).map_or("/", |at| &path[at..]),
+    }
 }
 
 fn without_params(segment: &str) -> &str {
@@ -91,10 +96,34 @@ fn without_params(segment: &str) -> &str {
 /// The error says why there is none, for a 400: nothing is let through that a service could read as another path, so no
 /// encoded slash, backslash, control byte, or dots that hide behind `;`. `path` comes without its query.
 pub(crate) fn canonical_path(path: &str) -> Result<Cow<'_, str>, &'static str> {
+    spell(path, Slashes::Refused)
+}
+
+/// The two ways to read a path that is to be passed on as it came, each in its one spelling: with encoded slashes and
+/// backslashes as a part of their segment, and as ends of it. Policy has to be the same for both.
+///
+/// The error is as in [`canonical_path`]. No dot segments, in either reading: a service may resolve them its own way.
+pub(crate) fn readings(path: &str) -> Result<[String; 2], &'static str> {
+    let split = decode_unreserved(path, Slashes::Split)?;
+    if split.split('/').any(|segment| matches!(without_params(segment), "." | "..")) {
+        return Err("a dot segment in a path that is passed on as it came");
+    }
+    Ok([spell(path, Slashes::Kept)?.into_owned(), spell(path, Slashes::Split)?.into_owned()])
+}
+
+/// What becomes of a slash or a backslash that is encoded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Slashes {
+    Refused,
+    Kept,
+    Split,
+}
+
+fn spell(path: &str, slashes: Slashes) -> Result<Cow<'_, str>, &'static str> {
     if !path.starts_with('/') {
         return Err("the path does not start with a slash");
     }
-    let decoded = decode_unreserved(path)?;
+    let decoded = decode_unreserved(path, slashes)?;
     let mut segments: Vec<&str> = Vec::new();
     // After a dot segment the path ends in a slash, as a directory.
     let mut directory = false;
@@ -119,7 +148,7 @@ pub(crate) fn canonical_path(path: &str) -> Result<Cow<'_, str>, &'static str> {
     Ok(if normal == path { Cow::Borrowed(path) } else { Cow::Owned(normal) })
 }
 
-fn decode_unreserved(path: &str) -> Result<String, &'static str> {
+fn decode_unreserved(path: &str, slashes: Slashes) -> Result<String, &'static str> {
     let mut decoded = String::with_capacity(path.len());
     let mut rest = path;
     while let Some(c) = rest.chars().next() {
@@ -134,7 +163,8 @@ fn decode_unreserved(path: &str) -> Result<String, &'static str> {
         let escape = rest.get(..3).ok_or("a broken percent escape")?;
         let byte = hex_byte(&escape[1..]).ok_or("a broken percent escape")?;
         match byte {
-            b'/' | b'\\' => return Err("an encoded slash or backslash"),
+            b'/' | b'\\' if slashes == Slashes::Refused => return Err("an encoded slash or backslash"),
+            b'/' | b'\\' if slashes == Slashes::Split => decoded.push('/'),
             0..0x20 | 0x7f => return Err("an encoded control character"),
             b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => decoded.push(char::from(byte)),
             _ => decoded.push_str(&escape.to_ascii_uppercase()),
@@ -200,6 +230,9 @@ mod tests {
             ("/orders", "/orders;a=b/1/2", "/1/2"),
             ("/", "/orders/1", "/orders/1"),
             ("/a/b", "/a/b/c/", "/c/"),
+            ("/a/b", "//a///b//c", "//c"),
+            ("/a/b", "//a///b", "/"),
+            ("/a", "/a%2Fb//c", "//c"),
         ] {
             assert_eq!(below(prefix, path), want, "{prefix} {path}");
         }
@@ -232,6 +265,23 @@ mod tests {
             assert_eq!(normal, want, "{path}");
             assert_eq!(canonical_path(&normal).unwrap(), normal, "{path} is not stable");
             assert_eq!(matches!(normal, Cow::Borrowed(_)), path == want, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_is_passed_on_as_it_came_has_two_readings() {
+        for (path, kept, split) in [
+            ("/a/b", "/a/b", "/a/b"),
+            ("/a%2fb//%63", "/a%2Fb/c", "/a/b/c"),
+            ("/a%5Cb", "/a%5Cb", "/a/b"),
+            ("/x/http://y", "/x/http:/y", "/x/http:/y"),
+        ] {
+            assert_eq!(readings(path).unwrap(), [kept, split], "{path}");
+        }
+        for path in
+            ["/a/../b", "/a%2F..%2Fb", "/a%5c%2e%2e/b", "/a%2f..;x=1%2fb", "/a/.", "/a%00", "/a\\b", "/a%2", "a"]
+        {
+            assert!(readings(path).is_err(), "{path}");
         }
     }
 

@@ -23,15 +23,15 @@ pub(crate) struct Versions(Vec<Picker>);
 
 /// Where a request goes, once a version in its path is out of the way.
 #[derive(Debug)]
-pub(crate) struct Found<'a, T> {
+pub(crate) struct Found<'r, 'p, T> {
     /// The route of `path`.
-    pub(crate) route: &'a T,
+    pub(crate) route: &'r T,
     /// The path without a version: what policy looks at and the service gets.
-    pub(crate) path: Cow<'a, str>,
+    pub(crate) path: Cow<'p, str>,
     /// Who picks the version; `None` if the route's API has none.
-    pub(crate) picker: Option<&'a Picker>,
+    pub(crate) picker: Option<&'r Picker>,
     /// The version that the path named, known or not; for [`Picker::pick`].
-    pub(crate) named: Option<&'a str>,
+    pub(crate) named: Option<&'p str>,
 }
 
 impl Versions {
@@ -47,12 +47,12 @@ impl Versions {
     /// The route is looked up by the path *without* its version. Were it the other way round, `/orders/v1/admin` would
     /// pass by the policy of `/orders` and arrive as `/orders/admin`. A version section holds for the routes at its
     /// path and below. A route that names the segment itself, such as `/v1/orders`, is more specific than any version.
-    pub(crate) fn find<'a, T: Borrow<Route>>(
-        &'a self,
-        routes: &'a Routes<T>,
+    pub(crate) fn find<'r, 'p, T: Borrow<Route>>(
+        &'r self,
+        routes: &'r Routes<T>,
         host: &str,
-        path: &'a str,
-    ) -> Option<Found<'a, T>> {
+        path: &'p str,
+    ) -> Option<Found<'r, 'p, T>> {
         let plain = routes.find(host, path);
         let plain_depth = plain.map_or(0, |route| depth(&route.borrow().path));
         for picker in &self.0 {

@@ -84,6 +84,21 @@ service = "web"
 auth = ["api-key"]
 preflight = "pass"
 [[route]]
+path = "/files"
+service = "web"
+auth = []
+raw_path = true
+[[route]]
+path = "/files/private"
+service = "web"
+auth = ["api-key"]
+[[route]]
+path = "/below"
+service = "web"
+auth = []
+raw_path = true
+strip_prefix = true
+[[route]]
 path = "/raw"
 service = "raw"
 auth = []
@@ -124,6 +139,39 @@ async fn the_service_sees_the_public_host_or_what_the_route_says() {
             assert!(!answer.text().contains("starling-host"), "{door:?} {path}: {}", answer.text());
             assert!(!answer.header("alt-svc").contains("\":1\""), "{door:?}: the service's own Alt-Svc");
         }
+    }
+}
+
+/// Of a route that says so, and never past the policy of another one.
+#[tokio::test]
+async fn a_path_is_passed_on_as_it_came() {
+    let public = start("").await;
+    for door in Door::PUBLIC {
+        for (path, seen) in [
+            ("/files/a%2Fb//c/http://y?q=%2f", Some("/files/a%2Fb//c/http://y?q=%2f")),
+            ("/files/%61%2fb", Some("/files/%61%2fb")),
+            ("/below/a%2Fb//c", Some("/a%2Fb//c")),
+            ("/below", Some("/")),
+            ("/web/a//b", Some("/web/a/b")),
+            ("/web/a%2Fb", None),
+            ("/files%2Fprivate/x", None),
+            ("/files/private%2Fx", None),
+            ("/files//private%2Fx", None),
+            ("/files%5Cprivate", None),
+            ("/files/a%2F..%2Fprivate", None),
+            ("/files/a%2F%2e%2E%2F..%2Fweb", None),
+        ] {
+            let answer = public.ask(door, Method::GET, path, &[]).await;
+            match seen {
+                Some(seen) => {
+                    let first = answer.text().lines().next().unwrap_or_default().to_owned();
+                    assert_eq!(first, format!("GET {seen}"), "{door:?} {path}");
+                }
+                None => assert_eq!(answer.status, 400, "{door:?} {path}: {}", answer.text()),
+            }
+        }
+        assert_eq!(public.ask(door, Method::GET, "/files//private/x", &[]).await.status, 401, "{door:?}");
+        assert_eq!(public.ask(door, Method::GET, "/files/priv%61te/x", &[]).await.status, 401, "{door:?}");
     }
 }
 

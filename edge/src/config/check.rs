@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-use super::{AuthMethod, EdgeSections, Plan, Route};
+use super::{AuthMethod, EdgeSections, Plan, Route, VersionSource};
 use crate::{cors::Cors, jwt, route};
 
 /// Checks what no section can know alone, and reads the files that they name.
@@ -142,6 +142,13 @@ fn check_versions(edge: &EdgeSections, problems: &mut Problems) {
             let known = version.versions.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             problems
                 .add(format!("version[{i}].default"), format!("{default:?} is not in versions; use one of: {known}"));
+        }
+        if version.from.contains(&VersionSource::Path)
+            && let Some(raw) =
+                edge.route.iter().find(|route| route.raw_path && route::covers(&version.route, &route.path))
+        {
+            let why = format!("\"path\" does not go with raw_path on the route {:?}; remove one of them", raw.path);
+            problems.add(format!("version[{i}].from"), why);
         }
         for (name, info) in &version.versions {
             if let (Some(deprecated), Some(sunset)) = (info.deprecated, info.sunset)

@@ -1,16 +1,15 @@
 //! Public certificates: chosen by server name, replaced while connections live.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{sync::Arc, time::SystemTime};
 
 use arc_swap::ArcSwap;
 use rustls::{
     crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
 
-use crate::config::Certificate;
+use crate::{config::Certificate, key_pair};
 
 /// The certificates in use. A reload changes new handshakes only.
 pub(crate) struct Certificates {
@@ -67,7 +66,8 @@ fn find<'a>(loaded: &'a [Loaded], name: &str) -> Option<&'a Loaded> {
     exact.or_else(|| loaded.iter().find(|l| l.hosts.iter().any(|h| matches(h, name))))
 }
 
-fn matches(pattern: &str, name: &str) -> bool {
+/// Whether a name, or `*.` and a domain, is good for a name (RFC 6125 §6.4.3).
+pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_prefix("*.") {
         Some(domain) => name.split_once('.').is_some_and(|(_, rest)| rest.eq_ignore_ascii_case(domain)),
         None => pattern.eq_ignore_ascii_case(name),
@@ -75,18 +75,20 @@ fn matches(pattern: &str, name: &str) -> bool {
 }
 
 fn load(config: &[Certificate], provider: &CryptoProvider) -> Result<Vec<Loaded>, String> {
-    config
-        .iter()
-        .map(|certificate| {
-            let wrong = |path: &PathBuf, why: String| format!("certificate file {}: {why}", path.display());
-            let chain = CertificateDer::pem_file_iter(&certificate.cert)
-                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-                .map_err(|e| wrong(&certificate.cert, e.to_string()))?;
-            let key =
-                PrivateKeyDer::from_pem_file(&certificate.key).map_err(|e| wrong(&certificate.key, e.to_string()))?;
-            let key =
-                CertifiedKey::from_der(chain, key, provider).map_err(|e| wrong(&certificate.key, e.to_string()))?;
-            Ok(Loaded { hosts: certificate.hosts.clone(), key: Arc::new(key) })
-        })
-        .collect()
+    let load = |certificate: &Certificate| {
+        let pair = key_pair::read(certificate, provider).map_err(|problems| {
+            let problems: Vec<String> =
+                problems.into_iter().map(|(_, why)| format!("certificate file {why}")).collect();
+            problems.join("; ")
+        })?;
+        for why in key_pair::doubts(&pair.cert, &certificate.hosts, unix_now()) {
+            tracing::warn!(cert = %certificate.cert.display(), why, "clients will not like a certificate");
+        }
+        Ok(Loaded { hosts: certificate.hosts.clone(), key: Arc::new(pair) })
+    };
+    config.iter().map(load).collect()
+}
+
+pub(crate) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -38,12 +38,21 @@ pub fn read_config(text: &str) -> (Option<(Config, EdgeSections)>, Vec<Diagnosti
     found.extend(more.into_iter().filter(|problem| !found.contains(problem)).collect::<Vec<_>>());
     let (Some(node), Some(edge)) = (node, edge) else { return (None, found) };
     let problems = node.problems().into_iter().chain(check(&edge));
+    let problems = located(text, problems);
+    if problems.is_empty() { (Some((node, edge)), problems) } else { (None, problems) }
+}
+
+/// What clients will not like about the certificates of a file without problems, each with its line. An edge runs with it.
+pub fn doubts(text: &str, sections: &EdgeSections) -> Vec<Diagnostic> {
+    located(text, check::doubts(sections))
+}
+
+fn located(text: &str, found: impl IntoIterator<Item = (String, String)>) -> Vec<Diagnostic> {
     let located = |(key, what): (String, String)| Diagnostic {
         line: config::line_of(text, &key),
         problem: format!("{key}: {what}"),
     };
-    let problems: Vec<Diagnostic> = problems.map(located).collect();
-    if problems.is_empty() { (Some((node, edge)), problems) } else { (None, problems) }
+    found.into_iter().map(located).collect()
 }
 
 /// What an edge has in its file beside the keys of a node.

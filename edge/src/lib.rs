@@ -13,12 +13,13 @@ mod edge;
 mod gateway;
 mod jwt;
 mod key_file;
+mod key_pair;
 mod listener;
 mod rate;
 mod route;
 mod version;
 mod watch;
 
-pub use config::{EdgeSections, read_config};
+pub use config::{EdgeSections, doubts, read_config};
 pub use edge::{Edge, EdgeError};
 pub use key_file::{KeyError, KeyFile};

@@ -21,7 +21,10 @@ pub(crate) fn run(args: &CheckArgs) -> Result<(), Failure> {
 /// An edge's file is told from a node's by its public sections.
 fn problems(text: &str) -> Vec<Diagnostic> {
     if text.lines().any(|line| line.trim_start().starts_with("[edge]")) {
-        return starling_edge::read_config(text).1;
+        return match starling_edge::read_config(text) {
+            (Some((_, sections)), _) => starling_edge::doubts(text, &sections),
+            (None, problems) => problems,
+        };
     }
     match config::read::<Config>(text) {
         (Some(config), _) => {

@@ -2,11 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use rustls::sign::CertifiedKey;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-
 use super::{AuthMethod, EdgeSections, Plan, Route, VersionSource};
-use crate::{cors::Cors, jwt, route};
+use crate::{certificates::unix_now, cors::Cors, jwt, key_pair, route};
 
 /// Checks what no section can know alone, and reads the files that they name.
 ///
@@ -37,32 +34,23 @@ fn check_certificates(edge: &EdgeSections, problems: &mut Problems) {
         problems.add("certificate", "there is no certificate; add [[certificate]] with hosts, cert and key");
     }
     for (i, certificate) in edge.certificate.iter().enumerate() {
-        let chain =
-            CertificateDer::pem_file_iter(&certificate.cert).and_then(|certs| certs.collect::<Result<Vec<_>, _>>());
-        let chain = match chain {
-            Ok(chain) if !chain.is_empty() => Some(chain),
-            Ok(_) => {
-                let why = format!("{} has no certificate; give a PEM file of the chain", certificate.cert.display());
-                problems.add(format!("certificate[{i}].cert"), why);
-                None
-            }
-            Err(e) => {
-                let why = format!("{} cannot be read ({e}); give a PEM file of the chain", certificate.cert.display());
-                problems.add(format!("certificate[{i}].cert"), why);
-                None
-            }
-        };
-        let key = PrivateKeyDer::from_pem_file(&certificate.key).map_err(|e| {
-            let why = format!("{} cannot be read ({e}); give a PEM file of the private key", certificate.key.display());
-            problems.add(format!("certificate[{i}].key"), why);
-        });
-        let (Some(chain), Ok(key)) = (chain, key) else { continue };
-        if let Err(e) = CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider()) {
-            let why =
-                format!("cert and key do not go together ({e}); give the key that the certificate was issued for");
-            problems.add(format!("certificate[{i}].key"), why);
+        let found = key_pair::read(certificate, &starling_node::crypto_provider());
+        for (part, why) in found.err().unwrap_or_default() {
+            problems.add(format!("certificate[{i}].{part}"), why);
         }
     }
+}
+
+/// What clients will not like about the certificates, by key as in [`check`]. No reason for an edge not to run.
+pub(super) fn doubts(edge: &EdgeSections) -> Vec<(String, String)> {
+    let mut doubts = Vec::new();
+    for (i, certificate) in edge.certificate.iter().enumerate() {
+        let Ok(pair) = key_pair::read(certificate, &starling_node::crypto_provider()) else { continue };
+        let found = key_pair::doubts(&pair.cert, &certificate.hosts, unix_now());
+        let file = certificate.cert.display();
+        doubts.extend(found.into_iter().map(|why| (format!("certificate[{i}].cert"), format!("{file}: {why}"))));
+    }
+    doubts
 }
 
 fn check_plans(edge: &EdgeSections, problems: &mut Problems) {

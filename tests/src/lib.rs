@@ -1,6 +1,7 @@
 //! The harness of the end-to-end tests: the real binary, real services and clients, and what to do when a part is missing.
 
 pub mod applicant;
+pub mod namespace;
 pub mod raw_h3;
 pub mod relay;
 pub mod rogue;

@@ -11,7 +11,9 @@ use std::{
 
 use starling_chaos::{Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_tests::{
-    binary, call, memory_kib, sample,
+    binary, call, memory_kib,
+    namespace::{self, nft, tcp_ports, udp_ports},
+    sample,
     service::{self, Service, Speaks},
     stuck,
 };
@@ -63,6 +65,28 @@ impl Scene {
                 (self.cluster.node("near").outbound, format!("{service}.mesh.internal"), path.to_string())
             }
             _ => (self.public, HOST.to_string(), format!("/{service}{path}")),
+        }
+    }
+
+    fn descriptors(&self, name: &str) -> usize {
+        let pid = self.cluster.node(name).process.pid().unwrap();
+        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    }
+
+    /// Waits until those who carry calls have none any more.
+    async fn is_quiet(&self) {
+        for name in ["edge", "near"] {
+            wait_for("no call is open any more", Duration::from_secs(200), || async {
+                let admin = self.cluster.node(name).admin;
+                let metrics = Client::plain().get(admin, &admin.to_string(), "/metrics").await;
+                let metrics = metrics.map_err(|e| e.to_string())?.text();
+                match metrics.lines().find(|line| line.starts_with("starling_calls_in_flight ")) {
+                    Some("starling_calls_in_flight 0") => Ok(()),
+                    line => Err(format!("{name}: {line:?}")),
+                }
+            })
+            .await
+            .unwrap();
         }
     }
 
@@ -119,19 +143,7 @@ async fn readers_that_stand_still_hold_nobody_up() {
         assert!(kib < 160 << 10, "{name} holds {kib} KiB");
     }
     // And they do not stay: each is ended after the time that a reader may stand still.
-    for name in ["edge", "near"] {
-        wait_for("no call is open any more", Duration::from_secs(120), || async {
-            let admin = scene.cluster.node(name).admin;
-            let metrics =
-                Client::plain().get(admin, &admin.to_string(), "/metrics").await.map_err(|e| e.to_string())?.text();
-            match metrics.lines().find(|line| line.starts_with("starling_calls_in_flight ")) {
-                Some("starling_calls_in_flight 0") => Ok(()),
-                line => Err(format!("{name}: {line:?}")),
-            }
-        })
-        .await
-        .unwrap();
-    }
+    scene.is_quiet().await;
     drop(stuck);
     for (name, kib) in before {
         wait_for("memory goes back", Duration::from_secs(120), || async {
@@ -141,6 +153,68 @@ async fn readers_that_stand_still_hold_nobody_up() {
         .await
         .unwrap();
     }
+}
+
+/// Without a FIN or a word: readers that stood still, and watches, to whom nothing is to be sent.
+#[test]
+fn clients_that_vanish_are_noticed() {
+    if namespace::is_inside("clients_that_vanish_are_noticed") {
+        tokio::runtime::Runtime::new().unwrap().block_on(clients_vanish());
+    }
+}
+
+async fn clients_vanish() {
+    let quiet = Service::start(Speaks::Http1, |_, open| async move { service::watch(open) }).await;
+    let scene = Scene::start(&[("quiet", quiet.addr, "")]).await;
+    for door in ALL {
+        assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: before");
+    }
+    let before = ["edge", "near", "far"]
+        .map(|name| (name, scene.descriptors(name), memory_kib(&scene.cluster.node(name).process, "VmRSS:")));
+    let mut clients = Vec::new();
+    for door in ALL {
+        let (connections, requests) = if matches!(door, Door::PlainHttp1 | Door::Http1) { (20, 1) } else { (2, 10) };
+        for _ in 0..connections {
+            clients.push(scene.stuck(door, "sample", "/bytes/100000000", requests).await);
+            clients.push(scene.stuck(door, "quiet", "/", requests).await);
+        }
+    }
+    wait_for("all watch", Duration::from_secs(60), || async {
+        if quiet.open() == 100 { Ok(()) } else { Err(format!("{}", quiet.open())) }
+    })
+    .await
+    .unwrap();
+    let doors = [scene.public.port(), scene.cluster.node("near").outbound.port()];
+    let pid = std::process::id();
+    nft("add table ip gone");
+    nft("add chain ip gone out { type filter hook output priority 0; }");
+    for (kind, ports) in [("tcp", tcp_ports(pid, &doors)), ("udp", udp_ports(pid))] {
+        assert!(!ports.is_empty(), "{kind}");
+        let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+        nft(&format!("add rule ip gone out {kind} sport {{ {ports} }} drop"));
+        nft(&format!("add rule ip gone out {kind} dport {{ {ports} }} drop"));
+    }
+    let begun = Instant::now();
+    for door in ALL {
+        assert_eq!(scene.get(door, "sample", "/").await, 200, "{door:?}: beside those who have vanished");
+    }
+    scene.is_quiet().await;
+    wait_for("the service was told", Duration::from_secs(60), || async {
+        if quiet.open() == 0 { Ok(()) } else { Err(format!("{}", quiet.open())) }
+    })
+    .await
+    .unwrap();
+    eprintln!("the last call of those who vanished ended after {:?}", begun.elapsed());
+    for (name, descriptors, kib) in before {
+        wait_for("all goes back", Duration::from_secs(120), || async {
+            let now = (scene.descriptors(name), memory_kib(&scene.cluster.node(name).process, "VmRSS:"));
+            let back = now.0 <= descriptors + 8 && now.1 < kib + (16 << 10);
+            if back { Ok(()) } else { Err(format!("{name}: {now:?}, and {descriptors}, {kib} before")) }
+        })
+        .await
+        .unwrap();
+    }
+    drop(clients);
 }
 
 /// A service that reads nothing holds its own callers up, for so long, and nobody else.
@@ -512,11 +586,7 @@ async fn a_drain_leaves_the_door_open_for_calls_under_way() {
 async fn watches_by_the_thousand() {
     let quiet = Service::start(Speaks::Http1, |_, open| async move { service::watch(open) }).await;
     let scene = Scene::start(&[("quiet", quiet.addr, "")]).await;
-    let descriptors = |name: &str| {
-        let pid = scene.cluster.node(name).process.pid().unwrap();
-        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
-    };
-    let before = ["edge", "near", "far"].map(|name| (name, descriptors(name)));
+    let before = ["edge", "near", "far"].map(|name| (name, scene.descriptors(name)));
     for door in [Door::PlainHttp2, Door::Http2, Door::Http3] {
         let mut worst = Duration::ZERO;
         for _ in 0..50 {
@@ -538,11 +608,11 @@ async fn watches_by_the_thousand() {
     }
     for (name, count) in before {
         wait_for("descriptors go back", Duration::from_secs(120), || async {
-            let now = descriptors(name);
+            let now = scene.descriptors(name);
             if now <= count + 8 { Ok(()) } else { Err(format!("{name}: {now}, and {count} before")) }
         })
         .await
         .unwrap();
-        eprintln!("{name}: {count} descriptors before, {} after", descriptors(name));
+        eprintln!("{name}: {count} descriptors before, {} after", scene.descriptors(name));
     }
 }

@@ -1,51 +1,23 @@
 //! Links that fail, one way and both, between real nodes in a network namespace of the test's own.
 
-use std::{
-    collections::BTreeSet,
-    process::{Command, Stdio},
-    sync::RwLock,
-    time::Duration,
-};
+use std::{sync::RwLock, time::Duration};
 
 use starling_chaos::{Cluster, NodeSpec, wait_for};
 use starling_protocol::admin::{Member, MemberStatus};
-use starling_tests::{binary, program, run, skip};
+use starling_tests::{
+    binary,
+    namespace::{self, nft, udp_ports},
+};
 
 const LIMIT: Duration = Duration::from_secs(120);
-/// Set in a test that runs in its own namespace.
-const INSIDE: &str = "STARLING_TEST_NAMESPACE";
-
 /// Held by each test, alone by one that would take a machine that is busy with the others for a bad link.
 static TURN: RwLock<()> = RwLock::new(());
 
-/// Runs the test of that name again in a network namespace of its own; whether that is where this is.
+/// See [`namespace::is_inside`].
 fn in_namespace(test: &str, alone: bool) -> bool {
-    let programs = ["unshare", "ip", "nft", "ss"].map(program);
-    let [Some(unshare), Some(ip), Some(nft), Some(_)] = programs else { return false };
-    if std::env::var_os(INSIDE).is_some() {
-        assert!(run(&ip, &["link", "set", "lo", "up"]).0, "lo comes up");
-        return true;
-    }
-    if !run(&unshare, &["--net", &nft.to_string_lossy(), "add table ip probe"]).0 {
-        skip("may not make a network namespace with nftables");
-        return false;
-    }
-    // Built out here, where the registry can be reached if it is wanted.
-    binary();
-    let own = std::env::current_exe().expect("a test has a path");
     let _alone = alone.then(|| TURN.write());
     let _beside = (!alone).then(|| TURN.read());
-    let inside = Command::new(unshare)
-        .args(["--net", "--kill-child", "--"])
-        .arg(own)
-        .args([test, "--exact", "--nocapture"])
-        .env(INSIDE, "1")
-        .stdin(Stdio::null())
-        .output()
-        .expect("unshare runs");
-    let said = String::from_utf8_lossy(&inside.stdout) + String::from_utf8_lossy(&inside.stderr);
-    assert!(inside.status.success() && said.contains("1 passed"), "{said}");
-    false
+    namespace::is_inside(test)
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -63,24 +35,9 @@ enum Cut {
     Off,
 }
 
-fn nft(script: &str) {
-    let nft = program("nft").expect("it was there before");
-    let (fine, _, err) = run(&nft, &[script]);
-    assert!(fine, "nft {script}: {err}");
-}
-
-/// UDP ports of a process.
-fn ports_of(pid: u32) -> BTreeSet<u16> {
-    let ss = program("ss").expect("it was there before");
-    let (_, out, _) = run(&ss, &["--no-header", "--udp", "--all", "--numeric", "--processes"]);
-    let own = format!("pid={pid},");
-    let ports = out.lines().filter(|line| line.contains(&own)).filter_map(|line| line.split_whitespace().nth(3));
-    ports.filter_map(|addr| addr.rsplit(':').next()?.parse().ok()).collect()
-}
-
 /// Drops what one node sends to the others, or they to it.
 fn cut(cluster: &Cluster, name: &str, cut: Cut) {
-    let ports = ports_of(cluster.node(name).process.pid().expect("it runs"));
+    let ports = udp_ports(cluster.node(name).process.pid().expect("it runs"));
     assert!(ports.contains(&cluster.node(name).mesh.port()), "{ports:?}");
     let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
     nft("add table ip cut");

@@ -13,7 +13,7 @@ use http::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub(crate) use self::http2::Http2Body;
-pub use self::socket::Socket;
+pub use self::socket::{Socket, notice_when_gone};
 use crate::{Body, BodyError, Drain, Shelf};
 
 /// How long a request's head may take to arrive.

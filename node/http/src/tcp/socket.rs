@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use socket2::TcpKeepalive;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
@@ -17,6 +18,12 @@ use crate::stall::Stall;
 
 /// Bytes that wait in the kernel and are not sent yet, at most: what is there cannot be given back.
 const NOT_SENT_BYTES: u32 = 64 << 10;
+/// How long a peer that says nothing is left alone, how often it is asked then, and how often in vain.
+const QUIET: Duration = Duration::from_secs(30);
+const ASKED_EVERY: Duration = Duration::from_secs(10);
+const ASKED: u32 = 3;
+/// How long a client may acknowledge nothing of what was sent, or have no room for it.
+const UNHEARD: Duration = Duration::from_secs(60);
 /// How long a client is listened to that has its answer and still sends.
 const LINGER: Duration = Duration::from_secs(5);
 /// Connections that are listened to so at a time; others are closed at once.
@@ -39,7 +46,10 @@ impl Socket {
     /// Takes a connection that was accepted.
     pub fn new(stream: TcpStream) -> Self {
         let _ = stream.set_nodelay(true);
-        let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES);
+        let socket = socket2::SockRef::from(&stream);
+        let _ = socket.set_tcp_notsent_lowat(NOT_SENT_BYTES);
+        let _ = socket.set_tcp_user_timeout(Some(UNHEARD));
+        notice_when_gone(&stream);
         Self { stream: Some(stream), stall: Stall::default(), read_all: false, wrote: false }
     }
 
@@ -61,6 +71,13 @@ impl Socket {
             }),
         }
     }
+}
+
+/// Has the kernel end a connection within about a minute whose peer has vanished without a word while nothing is to be sent: a
+/// call that waits would keep its place for as long as it may be silent.
+pub fn notice_when_gone(stream: &TcpStream) {
+    let asking = TcpKeepalive::new().with_time(QUIET).with_interval(ASKED_EVERY).with_retries(ASKED);
+    let _ = socket2::SockRef::from(stream).set_tcp_keepalive(&asking);
 }
 
 impl AsyncRead for Socket {

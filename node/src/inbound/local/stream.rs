@@ -39,6 +39,7 @@ impl Glance {
 
 impl ServiceStream {
     pub(super) fn new(stream: TcpStream) -> Self {
+        starling_http::tcp::notice_when_gone(&stream);
         Self { stream: Arc::new(stream), deaf: false }
     }
 

@@ -45,10 +45,8 @@ struct Connection {
 }
 
 impl Connection {
-    /// One whose request is still being written, though its answer has ended, is not: whoever took it would wait for somebody
-    /// else's upload.
-    fn is_usable(&self, now: Instant) -> bool {
-        now < self.until && self.sender.is_ready() && self.glance.is_quiet()
+    fn is_over(&self, now: Instant) -> bool {
+        now >= self.until || self.sender.is_closed()
     }
 }
 
@@ -116,14 +114,22 @@ impl Pool {
 }
 
 impl Idle {
-    /// The newest that can be used: the others then come to the end of their time.
+    /// The newest that can be used: the others then come to the end of their time. Only those are looked at that are newer, for
+    /// a look is a call of the kernel; and all of them, if a new one is to take the place of one that is over.
     fn take(&self) -> Option<Connection> {
         let (mut kept, now) = (self.lock(), Instant::now());
-        // Those that are over hold places that a new one may need.
-        kept.connections
-            .retain(|c| now < c.until && !c.sender.is_closed() && (!c.sender.is_ready() || c.glance.is_quiet()));
-        let newest = kept.connections.iter().rposition(|connection| connection.is_usable(now))?;
-        Some(kept.connections.remove(newest))
+        for at in (0..kept.connections.len()).rev() {
+            let connection = &kept.connections[at];
+            // Its request is still being written, though its answer has ended: whoever took it would wait for an upload.
+            if !connection.is_over(now) && !connection.sender.is_ready() {
+                continue;
+            }
+            let connection = kept.connections.remove(at);
+            if !connection.is_over(now) && connection.glance.is_quiet() {
+                return Some(connection);
+            }
+        }
+        None
     }
 
     fn clear(&self) {
@@ -150,7 +156,7 @@ impl Idle {
         loop {
             let next = {
                 let (mut kept, now) = (self.lock(), Instant::now());
-                kept.connections.retain(|connection| now < connection.until && !connection.sender.is_closed());
+                kept.connections.retain(|connection| !connection.is_over(now));
                 kept.swept = !kept.connections.is_empty();
                 match kept.connections.iter().map(|connection| connection.until).min() {
                     Some(next) => next,

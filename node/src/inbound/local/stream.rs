@@ -7,9 +7,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use bytes::BufMut;
 use rustix::net::RecvFlags;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
 };
 
@@ -72,10 +73,14 @@ impl AsyncRead for ServiceStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.stream.poll_read_ready(cx))?;
-            let read = self.stream.try_read(buf.initialize_unfilled_to(buf.remaining().min(MAX_READ_BYTES)));
-            match read {
+            let room = buf.remaining().min(MAX_READ_BYTES);
+            match self.stream.try_read_buf(&mut buf.limit(room)) {
                 Ok(read) => {
-                    buf.advance(read);
+                    if 0 < read && read < room {
+                        // There is no more, and who reads on need not ask the kernel to learn that.
+                        let _ =
+                            self.stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}

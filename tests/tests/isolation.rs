@@ -143,7 +143,9 @@ async fn readers_that_stand_still_hold_nobody_up() {
         assert!(kib < 160 << 10, "{name} holds {kib} KiB");
     }
     // And they do not stay: each is ended after the time that a reader may stand still.
+    let begun = Instant::now();
     scene.is_quiet().await;
+    eprintln!("no call is open any more after {:?}", begun.elapsed());
     drop(stuck);
     for (name, kib) in before {
         wait_for("memory goes back", Duration::from_secs(120), || async {
@@ -152,6 +154,7 @@ async fn readers_that_stand_still_hold_nobody_up() {
         })
         .await
         .unwrap();
+        eprintln!("{name}: its memory is back after {:?}", begun.elapsed());
     }
 }
 

@@ -5,22 +5,35 @@ use std::time::Duration;
 
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_secs(10);
-/// What the allocator may keep, in bytes, and what the process must have grown by since the last time.
-const KEPT: usize = 8 << 20;
+/// It is time when so many bytes less are in use than were since the last time; or when so many are free, in a process that
+/// has grown meanwhile.
+const LESS: usize = 4 << 20;
+const FREE: usize = 8 << 20;
 const GROWN: usize = 4 << 20;
 
 /// Gives back what is free, as long as the node runs.
 pub(super) async fn give_back() {
-    let mut after = 0;
+    let (mut after, mut most) = (0, 0);
     loop {
         tokio::time::sleep(LOOK).await;
-        if resident() < after + GROWN || free() < KEPT {
+        let Heap { used, free } = heap();
+        most = most.max(used);
+        // What came and went between two looks shows only in how large the process is.
+        let unseen = resident() >= after + GROWN && free >= FREE;
+        if most - used < LESS && !unseen {
             continue;
         }
         // Some milliseconds, in which nobody else gets memory of the arena that it is at.
         let _ = tokio::task::spawn_blocking(trim).await;
-        after = resident();
+        (after, most) = (resident(), used);
     }
+}
+
+/// The allocator's books, in bytes. What it has given back it still counts as free.
+#[derive(Default)]
+struct Heap {
+    used: usize,
+    free: usize,
 }
 
 /// Resident memory of this process, in bytes; 0 if the system does not tell.
@@ -31,9 +44,10 @@ fn resident() -> usize {
 }
 
 #[cfg(target_env = "gnu")]
-fn free() -> usize {
+fn heap() -> Heap {
     // SAFETY: reads the allocator's own books, under its locks.
-    unsafe { libc::mallinfo2() }.fordblks
+    let books = unsafe { libc::mallinfo2() };
+    Heap { used: books.uordblks, free: books.fordblks }
 }
 
 #[cfg(target_env = "gnu")]
@@ -43,8 +57,8 @@ fn trim() {
 }
 
 #[cfg(not(target_env = "gnu"))]
-fn free() -> usize {
-    0
+fn heap() -> Heap {
+    Heap::default()
 }
 
 #[cfg(not(target_env = "gnu"))]

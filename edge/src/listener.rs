@@ -52,6 +52,7 @@ const TRANSPORT: Transport = Transport {
     idle: IDLE,
     keep_alive: None,
     datagrams: None,
+    bursts: false,
     between_nodes: false,
 };
 

@@ -27,6 +27,10 @@ use crate::{BodyError, stall::Stall};
 const COPY_BYTES: usize = 1024;
 /// Messages above this size may take more than a round trip to arrive.
 const LARGE_BYTES: usize = 16 << 10;
+/// How urgent a stream is that has so much to say at a time, next to 0 of all others: whoever asks for little, or says little
+/// again and again, does not wait behind downloads.
+const BULK_BYTES: usize = 16 << 10;
+const BULK_PRIORITY: i32 = -1;
 /// Buffers that are handed to QUIC at a time.
 const MAX_CHUNKS: usize = 8;
 /// What is gathered before it is handed over, in bytes.
@@ -47,6 +51,7 @@ pub(crate) struct Sender {
     gathered: usize,
     /// Bytes written so far.
     written: usize,
+    is_bulk: bool,
     on_drop: Code,
     /// Somebody waits, or waited, for the peer to stop the stream.
     watched: bool,
@@ -62,6 +67,7 @@ impl Sender {
             chunks: Vec::new(),
             gathered: 0,
             written: 0,
+            is_bulk: false,
             on_drop,
             watched: false,
             open: true,
@@ -126,7 +132,12 @@ impl Sender {
     /// Writes what is queued, as far as the peer lets; gives up when it takes nothing for too long. If dropped half way, only
     /// a reset makes sense, which the drop of the sender does.
     pub(crate) async fn flush(&mut self) -> Result<(), Unsent> {
-        self.written += self.gathered + self.queued.len();
+        let length = self.gathered + self.queued.len();
+        self.written += length;
+        if self.is_bulk != (length >= BULK_BYTES) {
+            self.is_bulk = !self.is_bulk;
+            let _ = self.stream.set_priority(if self.is_bulk { BULK_PRIORITY } else { 0 });
+        }
         self.put_queued();
         self.gathered = 0;
         let mut stall = Stall::default();

@@ -22,6 +22,7 @@ const TRANSPORT: Transport = Transport {
     idle: Duration::from_secs(60),
     keep_alive: None,
     datagrams: None,
+    bursts: false,
     between_nodes: false,
 };
 

@@ -262,6 +262,19 @@ fn parse_varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
     Some((own[1..].iter().fold(u64::from(first & 0x3f), |value, byte| value << 8 | u64::from(*byte)), rest))
 }
 
+/// The heads of an answer, of which the interim ones come first: status and encoded fields of each.
+pub fn heads(mut answer: &[u8]) -> Result<Vec<(u16, Vec<u8>)>> {
+    let mut heads = Vec::new();
+    while !answer.is_empty() {
+        let (kind, length, payload) = parse_frame(answer).context("an answer of whole frames")?;
+        if kind == HEADERS {
+            heads.push((parse_status(&payload[..length])?, payload[..length].to_vec()));
+        }
+        answer = &payload[length..];
+    }
+    Ok(heads)
+}
+
 /// `:status` comes first: from the static table (RFC 9204 Appendix A), or by its name there and three digits.
 fn parse_status(section: &[u8]) -> Result<u16> {
     Ok(match section {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{Method, Request, header};
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, free_port, self_signed, wait_for};
 use starling_tests::{
-    binary,
+    binary, raw_h3,
     service::{self, Service, Speaks},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -172,6 +172,47 @@ async fn a_path_is_passed_on_as_it_came() {
         }
         assert_eq!(public.ask(door, Method::GET, "/files//private/x", &[]).await.status, 401, "{door:?}");
         assert_eq!(public.ask(door, Method::GET, "/files/priv%61te/x", &[]).await.status, 401, "{door:?}");
+    }
+}
+
+/// Where the client's protocol can carry them, and nothing in them that is between neighbours.
+#[tokio::test]
+async fn early_hints_arrive_before_the_answer() {
+    const ANSWER: &str = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\nConnection: x-mine\r\nX-Mine: secret\r\n\
+                          Starling-Load: 7\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n\
+                          HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    let public = start(ANSWER).await;
+
+    let stream = public.client.connect_tls(public.addr, HOST, b"h2").await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    let driving = tokio::spawn(connection);
+    let request = Request::get(format!("https://{HOST}/raw")).body(()).unwrap();
+    let (mut answer, _) = sender.ready().await.unwrap().send_request(request, true).unwrap();
+    let mut early = Vec::new();
+    while early.len() < 2 {
+        early.push(std::future::poll_fn(|cx| answer.poll_informational(cx)).await.unwrap().unwrap());
+    }
+    let statuses: Vec<u16> = early.iter().map(|head| head.status().as_u16()).collect();
+    assert_eq!(statuses, [103, 102]);
+    assert_eq!(early[0].headers().get("link").unwrap(), "</a.css>; rel=preload");
+    assert_eq!(early[0].headers().len(), 1, "{:?}", early[0]);
+    assert_eq!(answer.await.unwrap().status(), 200);
+    driving.abort();
+
+    let (connection, _endpoint) = public.client.connect_quic(public.addr, HOST).await.unwrap();
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    let head = [(":method", "GET"), (":scheme", "https"), (":authority", HOST), (":path", "/raw")];
+    send.write_all(&raw_h3::head(&head)).await.unwrap();
+    send.finish().unwrap();
+    let heads = raw_h3::heads(&receive.read_to_end(1 << 20).await.unwrap()).unwrap();
+    assert_eq!(heads.iter().map(|(status, _)| *status).collect::<Vec<_>>(), [103, 102, 200]);
+    let has = |text: &str| heads[0].1.windows(text.len()).any(|part| part == text.as_bytes());
+    assert!(has("</a.css>; rel=preload") && !has("secret"), "{:?}", heads[0]);
+
+    // Over HTTP/1.1 there is the answer alone, and nothing is the worse for it.
+    for door in [Door::Http1, Door::Http2] {
+        let answer = public.ask(door, Method::GET, "/raw", &[]).await;
+        assert_eq!((answer.status, answer.text()), (200, "ok".into()), "{door:?}");
     }
 }
 

@@ -11,6 +11,7 @@ mod trailers;
 
 use http::StatusCode;
 
+pub(crate) use self::response::clean_interim;
 pub use self::{
     cookies::join_cookies,
     fields::number,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use http::{HeaderValue, Response, StatusCode, request};
 use starling_gossip::Instance;
 use starling_http::{
-    Body, Due, Guard, Guarded, Late, ProxyError, Source, grpc_timeout,
+    Body, Due, Guard, Guarded, Interim, Late, ProxyError, Source, grpc_timeout,
     h3::{
         Broken, Code,
         client::{self, Head, RequestError},
@@ -182,7 +182,13 @@ async fn exchange(
     let node = &instance.node_name;
     let authority = terms.service.service_host();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let head = Head { method: &parts.method, authority: &authority, path, fields: &parts.headers };
+    let head = Head {
+        method: &parts.method,
+        authority: &authority,
+        path,
+        fields: &parts.headers,
+        interim: Interim::of(parts),
+    };
     tokio::select! {
         biased;
         answered = connection.client().send(head, terms.source.map(Source::attempt)) => {

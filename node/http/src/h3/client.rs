@@ -16,9 +16,9 @@ use super::{
     pump::{Cut, pump},
     stream::{Receiver, Sender},
 };
-use crate::{Body, Shelf};
+use crate::{Body, Interim, Shelf, normal::Origin};
 
-/// Interim answers that are passed over before the final one is waited for no longer.
+/// Interim answers that are taken before the final one is waited for no longer.
 const MAX_INTERIM: usize = 32;
 
 /// A request waits so long for others to end, if the server takes no more at a time: it is not a queue.
@@ -50,6 +50,8 @@ pub struct Head<'a> {
     pub path: &'a str,
     /// Fields, normalised.
     pub fields: &'a HeaderMap,
+    /// Where interim answers go; they are passed over if there is nowhere.
+    pub interim: Option<&'a Interim>,
 }
 
 /// The answer, as far as it has come.
@@ -103,7 +105,7 @@ impl Client {
         self.0.connection.takes_requests() && !self.0.connection.is_worn_out()
     }
 
-    /// Sends a request and waits for the head of the final answer. Interim ones are passed over. Dropping the future cancels
+    /// Sends a request and waits for the head of the final answer. Dropping the future cancels
     /// the request at the server.
     pub async fn send(&self, head: Head<'_>, body: Option<Body>) -> Result<Answer, RequestError> {
         let connection = &self.0.connection;
@@ -121,7 +123,7 @@ impl Client {
         let Some(body) = body else {
             sender.flush().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
             sender.finish();
-            let head = receive_head(&mut receiver, head.method).await?;
+            let head = receive_head(&mut receiver, head).await?;
             return Ok(Answer { head, body: self.body(receiver), upload: None });
         };
         let mut upload = Box::pin(async move {
@@ -135,7 +137,7 @@ impl Client {
         });
         let mut uploading = true;
         let answer_head = {
-            let mut answered = std::pin::pin!(receive_head(&mut receiver, head.method));
+            let mut answered = std::pin::pin!(receive_head(&mut receiver, head));
             loop {
                 tokio::select! {
                     biased;
@@ -160,7 +162,7 @@ impl Client {
     }
 }
 
-async fn receive_head(receiver: &mut Receiver, method: &Method) -> Result<response::Parts, Broken> {
+async fn receive_head(receiver: &mut Receiver, request: Head<'_>) -> Result<response::Parts, Broken> {
     for _ in 0..=MAX_INTERIM {
         let Some(Event::Head(section)) = receiver.event().await? else {
             return Err(receiver.break_off(Fault::malformed("an answer without a head")));
@@ -171,10 +173,13 @@ async fn receive_head(receiver: &mut Receiver, method: &Method) -> Result<respon
         };
         if head.status.is_informational() {
             receiver.expect_another_head();
+            if let Some(interim) = request.interim {
+                interim.pass_on(head.status, head.headers, Origin::Mesh);
+            }
             continue;
         }
         // These have no content, whatever length they tell (RFC 9110 §6.4.1).
-        let bodiless = *method == Method::HEAD || matches!(head.status.as_u16(), 204 | 304);
+        let bodiless = *request.method == Method::HEAD || matches!(head.status.as_u16(), 204 | 304);
         receiver.promise(if bodiless { Some(0) } else { length });
         // Often the whole answer is there already.
         receiver.look_ahead().await?;

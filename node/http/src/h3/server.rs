@@ -25,7 +25,7 @@ use super::{
     upload::Upload,
 };
 use crate::{
-    Body, BodyError, Drain, Problem, ProxyError, Shelf,
+    Body, BodyError, Drain, Interim, Problem, ProxyError, Shelf,
     patience::{HOLD, Patience},
 };
 
@@ -241,7 +241,7 @@ enum Unanswered {
 /// Hands the request to the handler and waits for its answer, as long as the caller does.
 async fn ask<H, F, B>(
     sender: &mut Sender,
-    head: request::Parts,
+    mut head: request::Parts,
     body: Body,
     upload: Option<&Upload>,
     patience: &Patience,
@@ -253,6 +253,8 @@ where
     F: Future<Output = Response<B>>,
 {
     let expects = head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let interim = Interim::default();
+    head.extensions.insert(interim.clone());
     let mut answered = pin!(async move {
         let body = body.settle(&head.method, &head.headers).await?;
         if patience.is_worn_out() {
@@ -267,21 +269,29 @@ where
     });
     let mut expects = upload.filter(|_| expects);
     let answered: Result<_, Problem> = loop {
-        tokio::select! {
+        let early = tokio::select! {
             biased;
             code = unwanted.as_mut() => return Err(Unanswered::Unwanted(code)),
             answered = &mut answered => break answered,
+            early = interim.next() => early,
             // The body is asked for, and the client waits to be (RFC 9110 §10.1.1).
             () = wanted(expects), if expects.is_some() => {
                 expects = None;
-                sender.go_on();
-                tokio::select! {
-                    _ = sender.flush() => {}
-                    code = unwanted.as_mut() => return Err(Unanswered::Unwanted(code)),
-                }
+                let mut go_on = Response::new(());
+                *go_on.status_mut() = StatusCode::CONTINUE;
+                go_on
             }
+        };
+        sender.interim(early.status(), early.headers());
+        tokio::select! {
+            _ = sender.flush() => {}
+            code = unwanted.as_mut() => return Err(Unanswered::Unwanted(code)),
         }
     };
+    // What came together with the answer goes with it.
+    while let Some(early) = interim.take() {
+        sender.interim(early.status(), early.headers());
+    }
     if let Some(code) = upload.and_then(Upload::broken_so_far) {
         // Whatever the answer is, it was made of less than the whole request.
         return Err(Unanswered::Unwanted(code));

@@ -93,11 +93,11 @@ impl Sender {
         head::encode_response(status, fields, self.connection.peer_max_section_bytes(), &mut self.queued)
     }
 
-    /// Queues an interim head, which says nothing but to go on.
-    pub(crate) fn go_on(&mut self) {
-        let none = HeaderMap::new();
-        // It always fits: a limit that is below one field is nobody's.
-        let _ = head::encode_response(StatusCode::CONTINUE, &none, u64::MAX, &mut self.queued);
+    /// Queues an interim head; not one that is larger than the peer takes.
+    pub(crate) fn interim(&mut self, status: StatusCode, fields: &HeaderMap) {
+        // One that says nothing but to go on always fits: a limit that is below one field is nobody's.
+        let limit = if fields.is_empty() { u64::MAX } else { self.connection.peer_max_section_bytes() };
+        let _ = head::encode_response(status, fields, limit, &mut self.queued);
     }
 
     /// Queues trailers.

@@ -1,12 +1,21 @@
 //! Responses in normal form.
 
-use http::{Method, StatusCode, header, response};
+use http::{HeaderMap, Method, StatusCode, header, response};
 use starling_protocol::headers;
 
 use super::{
     Malformed, Origin,
     fields::{check_coding, content_length, remove_hop_by_hop, remove_own_fields},
 };
+
+/// Leaves of an interim response's fields what may go on.
+pub(crate) fn clean_interim(fields: &mut HeaderMap, origin: Origin) {
+    remove_hop_by_hop(fields);
+    remove_own_fields(fields, origin, &[]);
+    for name in [header::TE, header::CONTENT_LENGTH, header::ALT_SVC] {
+        fields.remove(name);
+    }
+}
 
 /// Checks a response and brings it into normal form. `method` is the request's: an answer to HEAD has no body whatever
 /// length it tells. Returns the length to hold the body to.

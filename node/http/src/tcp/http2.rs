@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{HEAD_TIMEOUT, Limits, MAX_HEAD_BYTES};
 use crate::{
-    Body, BodyError, Drain,
+    Body, BodyError, Drain, Interim,
     patience::{HOLD, Patience},
     stall::Stall,
 };
@@ -187,9 +187,11 @@ async fn answer<H, F, B>(
 {
     let begun = std::time::Instant::now();
     let method = request.method().clone();
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     let mut expects =
         head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let interim = Interim::default();
+    head.extensions.insert(interim.clone());
     let response = {
         let mut answered = pin!(async {
             match body.settle(&head.method, &head.headers).await {
@@ -208,6 +210,7 @@ async fn answer<H, F, B>(
                 answered = &mut answered => break answered,
                 // The client has given up.
                 _ = poll_fn(|cx| respond.poll_reset(cx)) => return patience.cancelled(begun),
+                early = interim.next() => drop(respond.send_informational(early)),
                 // The body is asked for, and the client waits to be (RFC 9110 §10.1.1).
                 () = upload.wanted.notified(), if expects => {
                     expects = false;
@@ -217,6 +220,9 @@ async fn answer<H, F, B>(
             }
         }
     };
+    while let Some(early) = interim.take() {
+        let _ = respond.send_informational(early);
+    }
     let sent = match response {
         Ok(response) => send(&mut respond, &method, response).await,
         Err(problem) => send(&mut respond, &method, problem.into_response("starling", false)).await,

@@ -75,7 +75,7 @@ pub(crate) async fn send(
     fields: &HeaderMap,
     body: Option<Body>,
 ) -> Result<Answer, RequestError> {
-    let head = Head { method: &method, authority: "x", path, fields };
+    let head = Head { method: &method, authority: "x", path, fields, interim: None };
     tokio::time::timeout(LIMIT, client.send(head, body)).await.expect("an answer or an error")
 }
 

@@ -8,7 +8,7 @@ use std::{
 use http::{HeaderMap, Request, Response, Version, header};
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
-use starling_http::{Body, Guarded, normal};
+use starling_http::{Body, Guarded, Interim, normal};
 
 use super::{Dialler, LocalError, MAX_HEAD_BYTES, Repeats, Room, failed, stream::Glance, terminated};
 use crate::Sent;
@@ -63,6 +63,11 @@ impl Pool {
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
         self.repeats.budget.earn();
         let mut request = origin_form(request);
+        if let Some(interim) = request.extensions().get::<Interim>().cloned() {
+            hyper::ext::on_informational(&mut request, move |early| {
+                interim.pass_on(early.status(), early.headers().clone(), normal::Origin::Outside);
+            });
+        }
         if let Some(kept) = self.idle.take() {
             // A kept connection may be closed by the service at the very moment it is used. Then the request comes back
             // unsent, or is sent once more if that is harmless: without a body, and idempotent.

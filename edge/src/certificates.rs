@@ -89,6 +89,7 @@ fn load(config: &[Certificate], provider: &CryptoProvider) -> Result<Vec<Loaded>
     config.iter().map(load).collect()
 }
 
+/// The wall clock, in unix seconds.
 pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -106,8 +106,9 @@ impl Policy {
             }
         }
         let [kept, split] = route::readings(written).map_err(bad_request)?;
-        match self.versions.find(&self.routes, host, &kept).zip(self.routes.find(host, &split)) {
-            Some((Found { route, picker, .. }, other)) if route.raw_path && std::ptr::eq(route, other) => {
+        let find = |path| self.versions.find(&self.routes, host, path);
+        match find(&kept).zip(find(&split)) {
+            Some((Found { route, picker, .. }, other)) if route.raw_path && std::ptr::eq(route, other.route) => {
                 Ok(Aim { route, path: written.to_owned(), picker, named: None })
             }
             _ => Err(bad_request(canonical.err().unwrap_or("the path can be read as that of another route"))),

@@ -51,7 +51,7 @@ fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     let text = read_text(path)?;
     let has = |words: &[u8]| text.windows(words.len()).any(|part| part == words);
     match PrivateKeyDer::from_pem_slice(without_bom(&text)) {
-        _ if has(b"ENCRYPTED") => {
+        _ if has(b"BEGIN ENCRYPTED PRIVATE KEY") || has(b"Proc-Type: 4,ENCRYPTED") => {
             Err("it is encrypted with a passphrase, which nobody could type at a restart; try openssl pkey -in FILE"
                 .into())
         }

@@ -134,6 +134,8 @@ fn spell(path: &str, slashes: Slashes) -> Result<Cow<'_, str>, &'static str> {
             ".." if segments.pop().is_none() => return Err("the path climbs above its root"),
             ".." => {}
             _ if matches!(without_params(segment), "." | "..") => return Err("a dot segment with parameters"),
+            // To whoever drops parameters and empty segments, it is not there.
+            _ if without_params(segment).is_empty() => return Err("a segment of parameters alone"),
             _ => segments.push(segment),
         }
     }
@@ -278,9 +280,19 @@ mod tests {
         ] {
             assert_eq!(readings(path).unwrap(), [kept, split], "{path}");
         }
-        for path in
-            ["/a/../b", "/a%2F..%2Fb", "/a%5c%2e%2e/b", "/a%2f..;x=1%2fb", "/a/.", "/a%00", "/a\\b", "/a%2", "a"]
-        {
+        for path in [
+            "/a/../b",
+            "/a%2F..%2Fb",
+            "/a%5c%2e%2e/b",
+            "/a%2f..;x=1%2fb",
+            "/a/.",
+            "/a/;x/b",
+            "/a%2f;x%2fb",
+            "/a%00",
+            "/a\\b",
+            "/a%2",
+            "a",
+        ] {
             assert!(readings(path).is_err(), "{path}");
         }
     }
@@ -311,6 +323,9 @@ mod tests {
             "/a%+1",
             "/a%ä",
             "/public/..;/admin",
+            "/public/;/admin",
+            "/;x/admin",
+            "/public/%3B/admin",
             "/public/..;x=1/admin",
             "/public/.;/admin",
             "/public/%2e%2e;/admin",

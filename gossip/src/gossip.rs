@@ -87,8 +87,8 @@ pub struct Gossip {
     /// A later life of this node than its own, of which there is a record.
     outlive: Option<u64>,
     twins: Twins,
-    /// When this node, if it is two of one, next makes itself the one that counts.
-    next_outlive: Instant,
+    /// Which life the other node has that runs with this one's key, and until when this one leaves it in peace.
+    others_turn: Option<(u64, Instant)>,
     to_pass_on: Items,
     /// Whether it has the record of a node that is new here.
     introducing: bool,
@@ -154,7 +154,7 @@ impl Gossip {
             ages: HashMap::new(),
             outlive: None,
             twins: Twins::default(),
-            next_outlive: now,
+            others_turn: None,
             to_pass_on: Items::default(),
             introducing: false,
             next_pass_on: now,

@@ -145,7 +145,7 @@ pub(crate) struct Membership {
     probe: Option<Probe>,
     errands: Vec<Errand>,
     recovery: Recovery,
-    /// Another node runs with the same key, and has its turn until then.
+    /// Another node runs with the same key, and has its turn until then: this one does not come back by itself.
     stays_away_until: Option<Instant>,
     /// Own incarnation. foca does not tell it, but every packet that it sends says it.
     incarnation: u16,

@@ -234,9 +234,14 @@ impl Recovery {
         if now.saturating_duration_since(good_since) < hold {
             return false;
         }
+        self.came_back(now);
+        true
+    }
+
+    /// A new life begins.
+    pub(crate) fn came_back(&mut self, now: Instant) {
         self.lost = None;
         self.back_since = Some(now);
-        true
     }
 
     /// How long the link of a flapping node must stay good before it comes back.

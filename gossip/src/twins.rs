@@ -14,7 +14,7 @@ use starling_protocol::NodeId;
 const MOVES: u32 = 3;
 /// How long a move counts.
 const COUNTS: Duration = Duration::from_secs(600);
-/// How long each of the two leaves the other in peace.
+/// How long a node leaves the other in peace that has taken its turn.
 pub(crate) const PEACE: Duration = Duration::from_secs(10);
 
 /// Who moved, and between which addresses. Only members that were seen at two have an entry.
@@ -52,6 +52,14 @@ impl Twins {
         moves.between.into_iter().find(|other| *other != addr)
     }
 
+    /// Forgets what counts no more; whether somebody was two of one until now.
+    pub(crate) fn forget(&mut self, now: Instant) -> bool {
+        let before = self.by_node.values().filter(|moves| moves.count >= MOVES).count();
+        self.by_node.retain(|_, moves| moves.counts(now));
+        self.by_node.values().filter(|moves| moves.count >= MOVES).count() < before
+    }
+
+    /// Forgets members.
     pub(crate) fn retain(&mut self, keep: impl Fn(&NodeId) -> bool) {
         self.by_node.retain(|id, _| keep(id));
     }
@@ -84,6 +92,7 @@ mod tests {
         assert!(!twins.moved(ID, [at(2), at(1)], now), "it is said once");
         assert_eq!(twins.of(&ID, at(1), now), Some(at(2)));
         assert_eq!(twins.of(&ID, at(1), now + COUNTS), None);
+        assert!(!twins.forget(now) && twins.forget(now + COUNTS) && twins.by_node.is_empty());
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub struct Member {
     /// Whether this is the answering node; present only when true.
     #[serde(rename = "self", skip_serializing_if = "std::ops::Not::not", default)]
     pub is_self: bool,
-    /// Where another node runs with its key; present only while two do.
+    /// Where another node runs with its key; present while two do, and for ten minutes afterwards.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub also_at: Option<SocketAddr>,
     /// Who could not reach it, by name; present while somebody suspects it.
@@ -313,7 +313,7 @@ pub struct Status {
     /// Why others cannot reach this node at the address that it tells them; absent while they can.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub not_reached: Option<String>,
-    /// Where another node runs with this one's key; absent unless two do.
+    /// Where another node runs with this one's key; absent unless two do, or did ten minutes ago.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub also_at: Option<SocketAddr>,
     /// Why the last reload was refused; absent when it was taken.

@@ -113,6 +113,16 @@ async fn two_nodes_with_one_key_are_named_by_themselves_and_by_others() {
         .await
         .unwrap();
     }
+    // Each has its turn.
+    for addr in [original.0, mesh, original.0, mesh] {
+        wait_for(&format!("the turn of {addr}"), LIMIT, || async {
+            let members: Vec<Member> = cluster.members("seed").await.map_err(|e| e.to_string())?;
+            let now = members.iter().find(|m| m.name == "web").map(|m| m.addr);
+            if now == Some(addr) { Ok(()) } else { Err(format!("{now:?}")) }
+        })
+        .await
+        .unwrap();
+    }
     let seed = cluster.node("seed").admin.to_string();
     let (_, _, told) = starling(binary(), ["members", "--admin", &seed]).await.unwrap();
     assert!(both.iter().all(|addr| told.contains(addr)) && told.contains("stop one"), "{told}");

@@ -27,6 +27,7 @@ impl Gossip {
             self.push_sync(Target::Addr(addr), now);
         }
         self.ask_for_records(now);
+        self.take_turn(now);
         if now >= self.next_exchange {
             self.next_exchange = now + EXCHANGE.mul_f64(self.rounds() * self.rng.random_range(0.8..1.2));
             self.exchange_with(1, now);

@@ -129,17 +129,8 @@ impl Gossip {
     /// set back; or another node runs with its key.
     fn outlive(&mut self, later: &NodeRecord, now: Instant) {
         let me = self.membership.me();
-        let places = [me.addr, later.addr];
         let told = self.twins.of(&me.id, me.addr, now).is_some();
-        if told && now < self.next_outlive && later.phase != Phase::Left {
-            return;
-        }
-        self.next_outlive = now + PEACE;
-        self.outlive = Some(later.generation);
-        let found = self.twins.moved(me.id, places, now) | self.twins.moved(me.id, [places[1], places[0]], now);
-        if told || found {
-            self.membership.stay_away_until(self.next_outlive);
-        }
+        let found = self.twins.moved(me.id, [me.addr, later.addr], now);
         if found {
             self.changed = true;
             tracing::error!(
@@ -148,6 +139,23 @@ impl Gossip {
                  a time; stop one of them, and let it join anew with an empty --state"
             );
         }
+        if !told || later.phase == Phase::Left {
+            self.others_turn = None;
+            self.outlive = Some(later.generation);
+        } else if self.others_turn.is_none_or(|(generation, _)| generation < later.generation) {
+            let until = now + PEACE;
+            self.others_turn = Some((later.generation, until));
+            self.membership.stay_away_until(until);
+        }
+    }
+
+    /// The turn of the other node that runs with this one's key is over.
+    pub(super) fn take_turn(&mut self, now: Instant) {
+        if let Some((generation, _)) = self.others_turn.take_if(|(_, until)| *until <= now) {
+            let effects = self.membership.outlive(generation, now);
+            self.apply(effects, now);
+        }
+        self.changed |= self.twins.forget(now);
     }
 
     /// Whether the record was news, and is stored.

@@ -93,6 +93,8 @@ impl Membership {
         if self.leaving || generation < self.me().generation {
             return Vec::new();
         }
+        self.recovery.came_back(now);
+        self.stays_away_until = None;
         self.rejoin_after(generation, now)
     }
 

@@ -2,7 +2,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use http::{HeaderMap, Response, StatusCode, request};
@@ -10,8 +13,9 @@ use tokio::sync::Notify;
 
 use crate::normal::{self, Origin};
 
-/// Interim answers that wait to be sent to a client; more are dropped, which changes nothing for it.
-const MAX_WAITING: usize = 8;
+/// Interim answers of a request that are passed on; more are dropped, which changes nothing for its client. Whoever is behind
+/// takes more.
+const MAX_PASSED_ON: usize = 16;
 
 /// The way of interim answers back to a client whose protocol can carry them. Whoever serves the request puts it among the
 /// request's extensions, and whoever asks somebody else for the answer uses it.
@@ -21,6 +25,7 @@ pub struct Interim(Arc<Waiting>);
 #[derive(Debug, Default)]
 struct Waiting {
     heads: Mutex<VecDeque<Response<()>>>,
+    passed_on: AtomicUsize,
     told: Notify,
 }
 
@@ -35,14 +40,14 @@ impl Interim {
         if !status.is_informational() || matches!(status, StatusCode::CONTINUE | StatusCode::SWITCHING_PROTOCOLS) {
             return;
         }
+        if self.0.passed_on.fetch_add(1, Relaxed) >= MAX_PASSED_ON {
+            return;
+        }
         let mut head = Response::new(());
         (*head.status_mut(), *head.headers_mut()) = (status, fields);
         normal::clean_interim(head.headers_mut(), origin);
-        let mut heads = self.heads();
-        if heads.len() < MAX_WAITING {
-            heads.push_back(head);
-            self.0.told.notify_one();
-        }
+        self.heads().push_back(head);
+        self.0.told.notify_one();
     }
 
     /// The next one; waits for ever if there is none. Cancel safe.

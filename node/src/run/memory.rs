@@ -16,7 +16,8 @@ pub(super) async fn give_back() {
     let (mut after, mut most) = (0, 0);
     loop {
         tokio::time::sleep(LOOK).await;
-        let Heap { used, free } = heap();
+        // It goes through all that is free.
+        let Heap { used, free } = tokio::task::spawn_blocking(heap).await.unwrap_or_default();
         most = most.max(used);
         // What came and went between two looks shows only in how large the process is.
         let unseen = resident() >= after + GROWN && free >= FREE;

@@ -77,7 +77,8 @@ impl AsyncRead for ServiceStream {
             match self.stream.try_read_buf(&mut buf.limit(room)) {
                 Ok(read) => {
                     if 0 < read && read < room {
-                        // There is no more, and who reads on need not ask the kernel to learn that.
+                        // There is no more, and who reads on need not ask the kernel to learn that. What comes just now is
+                        // not missed, because this thread is the one that looks for it.
                         let _ =
                             self.stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
                     }

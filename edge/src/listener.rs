@@ -52,7 +52,6 @@ const TRANSPORT: Transport = Transport {
     idle: IDLE,
     keep_alive: None,
     datagrams: None,
-    bursts: false,
     between_nodes: false,
 };
 
@@ -141,7 +140,7 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
         .and_then(|data| data.server_name);
     let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
-    let limits = h3::server::Limits { shelf, idle: Some(IDLE) };
+    let limits = h3::server::Limits { shelf, idle: Some(IDLE), order: h3::Order::Mixed };
     h3::server::serve(connection, limits, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }

@@ -70,7 +70,7 @@ impl Inbound {
         let caller = Caller { name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
         endpoint::welcome_to_calls(&connection, self.0.windows);
-        let limits = server::Limits { shelf: self.0.windows.shelf(), idle: None };
+        let limits = server::Limits { shelf: self.0.windows.shelf(), idle: None, order: self.0.windows.order() };
         server::serve(connection, limits, drain, move |request| {
             let (inbound, caller) = (self.clone(), caller.clone());
             async move { inbound.answer(request, origin, caller).await }

@@ -9,12 +9,14 @@ pub mod server;
 
 mod code;
 mod connection;
+mod order;
 mod pump;
 mod stream;
 mod upload;
 
 pub use code::{Code, Fault};
 pub use connection::MAX_SECTION_BYTES;
+pub use order::Order;
 pub use stream::Broken;
 
 pub(crate) use self::{stream::Receiver, upload::UploadBody};

@@ -25,9 +25,6 @@ pub struct Transport {
     pub keep_alive: Option<Duration>,
     /// What datagrams may wait, to be sent and to be read, in bytes; `None` refuses datagrams.
     pub datagrams: Option<Datagrams>,
-    /// Whether what waits on a stream leaves in one go, instead of a packet of each stream in turn: the peer then has more of
-    /// one thing to work on at a time. A stream's window is the most that others of its kind wait for.
-    pub bursts: bool,
     /// Between nodes of one site: a first guess of the round trip that fits, and acknowledgements as rare as both ends like.
     pub between_nodes: bool,
 }
@@ -56,7 +53,6 @@ impl Transport {
             .send_window(self.send_window_bytes.into())
             .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(self.idle.as_millis() as u32))))
             .keep_alive_interval(self.keep_alive)
-            .send_fairness(!self.bursts)
             .datagram_receive_buffer_size(self.datagrams.map(|d| d.receive_bytes))
             .datagram_send_buffer_size(self.datagrams.map_or(0, |d| d.send_bytes));
         if self.between_nodes {

@@ -11,7 +11,7 @@ use aws_lc_rs::hmac;
 use quinn::{ConnectionId, ConnectionIdGenerator, EndpointConfig, TokioRuntime, crypto::rustls::QuicClientConfig};
 use rand::RngExt;
 use starling_gossip::Profile;
-use starling_http::{Datagrams, Shelf, Transport};
+use starling_http::{Datagrams, Shelf, Transport, h3::Order};
 
 use crate::{
     identity::{Identity, tls},
@@ -34,8 +34,8 @@ pub(crate) struct Windows {
     connection_bytes: u32,
     /// Of those that stand still; above it, those that stand longest are ended.
     standing_bytes: u32,
-    /// See [`Transport::bursts`].
-    bursts: bool,
+    /// In which order they are sent.
+    order: Order,
 }
 
 /// What a byte of a stream that stands still costs, in halves: packets are received many at a time, and each batch stays as long as
@@ -45,13 +45,18 @@ const PINNED: u64 = 5;
 impl Windows {
     pub(crate) fn of(profile: Profile) -> Self {
         match profile {
-            Profile::Lan => {
-                Self { stream_bytes: 64 << 10, connection_bytes: 128 << 20, standing_bytes: 48 << 20, bursts: true }
-            }
-            // A window takes seconds on a slow line.
-            Profile::Wan => {
-                Self { stream_bytes: 1 << 20, connection_bytes: 384 << 20, standing_bytes: 192 << 20, bursts: false }
-            }
+            Profile::Lan => Self {
+                stream_bytes: 64 << 10,
+                connection_bytes: 128 << 20,
+                standing_bytes: 48 << 20,
+                order: Order::InLine,
+            },
+            Profile::Wan => Self {
+                stream_bytes: 1 << 20,
+                connection_bytes: 384 << 20,
+                standing_bytes: 192 << 20,
+                order: Order::Mixed,
+            },
         }
     }
 
@@ -60,9 +65,14 @@ impl Windows {
         Shelf::new(self.standing_bytes.into(), u64::from(self.stream_bytes) * PINNED / 2)
     }
 
+    /// In which order the streams of a connection are sent.
+    pub(crate) fn order(self) -> Order {
+        self.order
+    }
+
     fn on(self, transport: Transport) -> Transport {
         let (stream_window_bytes, connection_window_bytes) = (self.stream_bytes, self.connection_bytes);
-        Transport { stream_window_bytes, connection_window_bytes, bursts: self.bursts, ..transport }
+        Transport { stream_window_bytes, connection_window_bytes, ..transport }
     }
 }
 
@@ -79,7 +89,6 @@ const CALLS_IN: Transport = Transport {
     keep_alive: None,
     // A probe that waited behind more would be stale.
     datagrams: Some(Datagrams { send_bytes: 16 << 10, receive_bytes: 64 << 10 }),
-    bursts: false,
     between_nodes: true,
 };
 /// Before it is known who dials: enough for a handshake and a request to join.

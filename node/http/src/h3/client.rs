@@ -13,6 +13,7 @@ use super::{
         message::Event,
     },
     connection::{Connection, MAX_SECTION_BYTES},
+    order::Order,
     pump::{Cut, pump},
     stream::{Receiver, Sender},
 };
@@ -90,8 +91,8 @@ pub enum RequestError {
 
 impl Client {
     /// Begins to speak HTTP/3 over a connection. Answers that nobody reads stand on the shelf.
-    pub fn start(connection: quinn::Connection, shelf: Shelf) -> Self {
-        Self(Arc::new(Closing { connection: Connection::start(connection, Role::Client), shelf }))
+    pub fn start(connection: quinn::Connection, shelf: Shelf, order: Order) -> Self {
+        Self(Arc::new(Closing { connection: Connection::start(connection, Role::Client, order), shelf }))
     }
 
     /// The connection.

@@ -17,6 +17,7 @@ use super::{
         settings::Settings,
         varint,
     },
+    order::{Line, Order},
 };
 
 /// Largest field section that we take, in bytes as RFC 9114 §4.2.2 counts them.
@@ -39,6 +40,8 @@ const STAYS: u64 = u64::MAX;
 pub(crate) struct Connection {
     quinn: quinn::Connection,
     role: Role,
+    /// Where its streams stand, if they do.
+    line: Option<Line>,
     peer: OnceLock<Settings>,
     /// From which stream id on the peer takes nothing.
     goaway: AtomicU64,
@@ -53,10 +56,11 @@ pub(crate) struct Connection {
 
 impl Connection {
     /// Begins to speak HTTP/3 over an established connection: says our settings, and listens to what concerns all streams.
-    pub(crate) fn start(quinn: quinn::Connection, role: Role) -> Arc<Self> {
+    pub(crate) fn start(quinn: quinn::Connection, role: Role, order: Order) -> Arc<Self> {
         let connection = Arc::new(Self {
             quinn,
             role,
+            line: (order == Order::InLine).then(Line::default),
             peer: OnceLock::new(),
             goaway: AtomicU64::new(STAYS),
             ended: AtomicBool::new(false),
@@ -71,6 +75,11 @@ impl Connection {
 
     pub(crate) fn quinn(&self) -> &quinn::Connection {
         &self.quinn
+    }
+
+    /// Where its streams stand in line, if they do.
+    pub(crate) fn line(&self) -> Option<&Line> {
+        self.line.as_ref()
     }
 
     pub(crate) fn role(&self) -> Role {

@@ -20,6 +20,7 @@ use super::{
         varint,
     },
     connection::{Connection, MAX_SECTION_BYTES},
+    order::Order,
     pump::{Cut, pump},
     stream::{Receiver, Sender},
     upload::Upload,
@@ -45,7 +46,7 @@ where
     B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin + Send + 'static,
 {
     let server = Server {
-        connection: Connection::start(connection.clone(), Role::Server),
+        connection: Connection::start(connection.clone(), Role::Server, limits.order),
         handler,
         requests: TaskTracker::new(),
         patience: Arc::default(),
@@ -74,13 +75,15 @@ where
     connection.close(Code::H3_NO_ERROR.var_int(), b"");
 }
 
-/// What a connection may hold, and how long.
+/// What a connection may hold, and how long; and how it is used.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Where uploads stand that nobody reads.
     pub shelf: Shelf,
     /// How long a connection may have no request, though its client keeps it alive; for ever if `None`.
     pub idle: Option<Duration>,
+    /// In which order its answers are sent.
+    pub order: Order,
 }
 
 /// Resolves when there has been no request for so long. Begins anew with each that comes.
@@ -284,7 +287,11 @@ where
         };
         sender.interim(early.status(), early.headers());
         tokio::select! {
-            _ = sender.flush() => {}
+            sent = sender.flush() => {
+                if sent.is_err() {
+                    return Err(Unanswered::Unwanted(Code::H3_REQUEST_CANCELLED));
+                }
+            }
             code = unwanted.as_mut() => return Err(Unanswered::Unwanted(code)),
         }
     };

@@ -20,6 +20,7 @@ use super::{
         varint,
     },
     connection::{Connection, MAX_SECTION_BYTES},
+    order::Turn,
 };
 use crate::{BodyError, stall::Stall};
 
@@ -27,10 +28,6 @@ use crate::{BodyError, stall::Stall};
 const COPY_BYTES: usize = 1024;
 /// Messages above this size may take more than a round trip to arrive.
 const LARGE_BYTES: usize = 16 << 10;
-/// How urgent a stream is that has so much to say at a time, next to 0 of all others: whoever asks for little, or says little
-/// again and again, does not wait behind downloads.
-const BULK_BYTES: usize = 16 << 10;
-const BULK_PRIORITY: i32 = -1;
 /// Buffers that are handed to QUIC at a time.
 const MAX_CHUNKS: usize = 8;
 /// What is gathered before it is handed over, in bytes.
@@ -51,7 +48,7 @@ pub(crate) struct Sender {
     gathered: usize,
     /// Bytes written so far.
     written: usize,
-    is_bulk: bool,
+    turn: Turn,
     on_drop: Code,
     /// Somebody waits, or waited, for the peer to stop the stream.
     watched: bool,
@@ -67,7 +64,7 @@ impl Sender {
             chunks: Vec::new(),
             gathered: 0,
             written: 0,
-            is_bulk: false,
+            turn: Turn::default(),
             on_drop,
             watched: false,
             open: true,
@@ -134,9 +131,8 @@ impl Sender {
     pub(crate) async fn flush(&mut self) -> Result<(), Unsent> {
         let length = self.gathered + self.queued.len();
         self.written += length;
-        if self.is_bulk != (length >= BULK_BYTES) {
-            self.is_bulk = !self.is_bulk;
-            let _ = self.stream.set_priority(if self.is_bulk { BULK_PRIORITY } else { 0 });
+        if let Some(priority) = self.connection.line().and_then(|line| self.turn.say(length, line)) {
+            let _ = self.stream.set_priority(priority);
         }
         self.put_queued();
         self.gathered = 0;

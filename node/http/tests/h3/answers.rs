@@ -22,7 +22,7 @@ struct Seen {
 
 async fn answered(control: &[u8], answer: &[u8]) -> Seen {
     let (dialled, accepted, _endpoints) = connections().await;
-    let client = Client::start(dialled, crate::shelf());
+    let client = Client::start(dialled, crate::shelf(), starling_http::h3::Order::InLine);
     let mut settings = accepted.open_uni().await.unwrap();
     settings.write_all(control).await.unwrap();
     let answering = async {
@@ -159,7 +159,7 @@ async fn control_streams_keep_their_rules() {
 #[tokio::test]
 async fn a_peer_that_goes_away_takes_no_more_requests() {
     let (dialled, accepted, _endpoints) = connections().await;
-    let client = Client::start(dialled, crate::shelf());
+    let client = Client::start(dialled, crate::shelf(), starling_http::h3::Order::InLine);
     assert!(client.takes_requests());
     let mut control = accepted.open_uni().await.unwrap();
     control.write_all(&[0, 4, 0, 7, 1, 0]).await.unwrap();
@@ -177,7 +177,7 @@ async fn a_critical_stream_that_is_closed_or_reset_closes_the_connection() {
     for kind in [0u8, 2, 3] {
         for reset in [true, false] {
             let (dialled, accepted, _endpoints) = connections().await;
-            let _client = Client::start(dialled, crate::shelf());
+            let _client = Client::start(dialled, crate::shelf(), starling_http::h3::Order::InLine);
             let mut stream = accepted.open_uni().await.unwrap();
             stream.write_all(if kind == 0 { SETTINGS } else { std::slice::from_ref(&kind) }).await.unwrap();
             // A reset overtakes what was not read yet: then the stream never had a type, which is no error.

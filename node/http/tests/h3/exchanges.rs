@@ -113,7 +113,13 @@ async fn pair() -> Pair {
     drain.spawn(server::serve(accepted.clone(), crate::limits(), drain.clone(), move |request| {
         answer(request, of.clone())
     }));
-    Pair { client: Client::start(dialled, crate::shelf()), server: accepted, ledger, drain, _endpoints: endpoints }
+    Pair {
+        client: Client::start(dialled, crate::shelf(), starling_http::h3::Order::InLine),
+        server: accepted,
+        ledger,
+        drain,
+        _endpoints: endpoints,
+    }
 }
 
 impl Pair {

@@ -96,7 +96,7 @@ async fn us_to_h3_server(fields: HeaderMap, body: Bytes) -> (StatusCode, HeaderM
             stream.finish().await.unwrap();
         }
     });
-    let client = Client::start(dialled, crate::shelf());
+    let client = Client::start(dialled, crate::shelf(), starling_http::h3::Order::InLine);
     let answer = send(&client, Method::PUT, "/some/path", &fields, Some(Body::full(body))).await.unwrap();
     let received = answer.body.collect().await.unwrap().to_bytes();
     serving.abort();

@@ -12,5 +12,5 @@ fn shelf() -> starling_http::Shelf {
 }
 
 fn limits() -> starling_http::h3::server::Limits {
-    starling_http::h3::server::Limits { shelf: shelf(), idle: None }
+    starling_http::h3::server::Limits { shelf: shelf(), idle: None, order: starling_http::h3::Order::InLine }
 }

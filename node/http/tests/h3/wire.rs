@@ -22,7 +22,6 @@ const TRANSPORT: Transport = Transport {
     idle: Duration::from_secs(60),
     keep_alive: None,
     datagrams: None,
-    bursts: false,
     between_nodes: false,
 };
 

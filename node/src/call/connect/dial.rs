@@ -64,7 +64,10 @@ async fn connect(identity: &Arc<Identity>, endpoint: &MeshEndpoint, instance: &I
         return Err(format!("{} answers at its address", found.name));
     }
     let (until, ends) = (tls::useful_until(&found, identity), found.expires);
-    let made = Connection::new(Client::start(connection.clone(), endpoint.windows().shelf()), instance.generation);
+    let made = Connection::new(
+        Client::start(connection.clone(), endpoint.windows().shelf(), endpoint.windows().order()),
+        instance.generation,
+    );
     tokio::spawn(end_in_time(Arc::downgrade(&made.0), connection, until, ends));
     Ok(made)
 }

@@ -238,7 +238,8 @@ async fn share_a_slow_line() {
     nft("add rule ip slow out meta l4proto udp limit rate over 2 mbytes/second burst 48 kbytes drop");
     let got: Vec<Arc<AtomicUsize>> = (0..6).map(|_| Arc::default()).collect();
     let mut downloads = tokio::task::JoinSet::new();
-    for got in got.iter().cloned() {
+    for got in &got {
+        let got = got.clone();
         let (addr, host, path) = scene.way(Door::PlainHttp1, "sample", "/bytes/1000000000");
         downloads.spawn(async move {
             let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();

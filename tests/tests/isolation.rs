@@ -255,10 +255,9 @@ async fn share_a_slow_line() {
     for round in 0..3 {
         let before: Vec<usize> = got.iter().map(|got| got.load(Relaxed)).collect();
         wait_for("each download gets on", Duration::from_secs(60), || async {
-            let asked = Instant::now();
+            // Within the time to the head of an answer, or it were 504.
             assert_eq!(scene.get(Door::PlainHttp1, "sample", "/").await, 200, "beside downloads");
             let more: Vec<usize> = got.iter().zip(&before).map(|(got, before)| got.load(Relaxed) - before).collect();
-            assert!(asked.elapsed() < Duration::from_secs(10), "a small call took {:?}", asked.elapsed());
             if more.iter().all(|more| *more >= 512 << 10) { Ok(()) } else { Err(format!("in round {round}: {more:?}")) }
         })
         .await

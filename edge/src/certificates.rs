@@ -1,6 +1,6 @@
 //! Public certificates: chosen by server name, replaced while connections live.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -8,6 +8,7 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+use starling_node::unix_now;
 
 use crate::{config::Certificate, key_pair};
 
@@ -87,9 +88,4 @@ fn load(config: &[Certificate], provider: &CryptoProvider) -> Result<Vec<Loaded>
         Ok(Loaded { hosts: certificate.hosts.clone(), key: Arc::new(pair) })
     };
     config.iter().map(load).collect()
-}
-
-/// The wall clock, in unix seconds.
-pub(crate) fn unix_now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -25,11 +25,8 @@ pub(crate) fn read(files: &Certificate, provider: &CryptoProvider) -> Result<Cer
     let key = read_key(&files.key).map_err(|why| (KEY, format!("{}: {why}", files.key.display())));
     match (chain, key) {
         (Ok(chain), Ok(key)) => CertifiedKey::from_der(chain, key, provider).map_err(|e| {
-            let why =
-                format!("{}: it does not go with cert ({e}); give the key that the certificate was issued for", {
-                    files.key.display()
-                });
-            vec![(KEY, why)]
+            const NEXT: &str = "give the key that the certificate was issued for";
+            vec![(KEY, format!("{}: it does not go with cert ({e}); {NEXT}", files.key.display()))]
         }),
         (chain, key) => Err([chain.err(), key.err()].into_iter().flatten().collect()),
     }

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use starling_node::unix_now;
+
 use super::{AuthMethod, EdgeSections, Plan, Route, VersionSource};
-use crate::{certificates::unix_now, cors::Cors, jwt, key_pair, route};
+use crate::{cors::Cors, jwt, key_pair, route};
 
 /// Checks what no section can know alone, and reads the files that they name.
 ///

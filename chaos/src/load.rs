@@ -1,3 +1,8 @@
+//! Load, open loop: calls are due at a steady rate, whatever becomes of them.
+
+mod calls;
+mod door;
+
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
@@ -5,11 +10,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, header};
-use http_body_util::{BodyExt, Empty};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
-use tokio::{net::TcpStream, sync::watch, task::JoinSet};
+use http::Request;
+use tokio::{sync::watch, task::JoinSet};
+
+pub(crate) use self::{calls::Calls, door::Door};
+use crate::{plan::DoorKind, stage::Place};
+
+/// A call that has no answer by then has failed.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// What a load came to.
 #[derive(Debug, Clone, Default)]
@@ -18,36 +26,40 @@ pub struct Tally {
     pub good: usize,
     /// Everything else, with why.
     pub failed: Vec<String>,
-    /// The slowest good call.
+    /// The slowest good call, from when it was due.
     pub slowest: Duration,
 }
 
-/// GET after GET on kept connections to a plain door, until it is stopped.
+/// `GET /` to a service through an outbound listener, HTTP/1.1, at a steady rate, until it is stopped.
 #[derive(Debug)]
 pub struct Load {
     stop: watch::Sender<bool>,
-    workers: JoinSet<()>,
+    schedule: tokio::task::JoinHandle<()>,
     tally: Arc<Mutex<Tally>>,
 }
 
 impl Load {
-    /// Starts `connections` loops of calls to `http://host/` through `door`, with a short pause between calls.
-    pub fn start(door: SocketAddr, host: &str, connections: usize) -> Self {
-        let (stop, stopped) = watch::channel(false);
+    /// Starts so many calls a second to `service` through `outbound`.
+    pub fn start(outbound: SocketAddr, service: &str, rate: u32) -> Self {
+        let (stop, mut stopped) = watch::channel(false);
         let tally = Arc::<Mutex<Tally>>::default();
-        let mut workers = JoinSet::new();
-        for _ in 0..connections {
-            let (host, stopped, tally) = (host.to_string(), stopped.clone(), tally.clone());
-            workers.spawn(async move {
-                while !*stopped.borrow() {
-                    if let Err(why) = calls(door, &host, &stopped, &tally).await {
-                        tally.lock().unwrap_or_else(|e| e.into_inner()).failed.push(why);
-                        tokio::time::sleep(Duration::from_millis(10)).await;
-                    }
+        let door = Door::new(DoorKind::OutboundHttp1, "", outbound, Place::Host);
+        let (service, tallied) = (service.to_string(), tally.clone());
+        let schedule = tokio::spawn(async move {
+            let mut calls = JoinSet::new();
+            let mut due = Instant::now();
+            loop {
+                due += Duration::from_secs(1) / rate;
+                tokio::select! {
+                    () = tokio::time::sleep_until(due.into()) => {}
+                    _ = stopped.changed() => break,
                 }
-            });
-        }
-        Self { stop, workers, tally }
+                calls.spawn(call(door.clone(), service.clone(), due, tallied.clone()));
+                while calls.try_join_next().is_some() {}
+            }
+            while calls.join_next().await.is_some() {}
+        });
+        Self { stop, schedule, tally }
     }
 
     /// Calls answered so far.
@@ -56,38 +68,29 @@ impl Load {
     }
 
     /// Lets calls under way finish and counts up.
-    pub async fn stop(mut self) -> Tally {
+    pub async fn stop(self) -> Tally {
         self.stop.send_replace(true);
-        while self.workers.join_next().await.is_some() {}
+        let _ = self.schedule.await;
         self.tally.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 }
 
-async fn calls(
-    door: SocketAddr,
-    host: &str,
-    stopped: &watch::Receiver<bool>,
-    tally: &Mutex<Tally>,
-) -> Result<(), String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    let stream = TcpStream::connect(door).await.map_err(|e| text(&e))?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| text(&e))?;
-    tokio::spawn(connection);
-    while !*stopped.borrow() {
-        let begun = Instant::now();
-        let request = Request::builder().uri("/").header(header::HOST, host).body(Empty::<Bytes>::new());
-        let response = sender.send_request(request.map_err(|e| text(&e))?).await.map_err(|e| text(&e))?;
-        let status = response.status();
-        let body = response.into_body().collect().await.map_err(|e| text(&e))?.to_bytes();
-        if status.is_server_error() {
-            return Err(format!("{status}: {}", String::from_utf8_lossy(&body)));
+async fn call(door: Door, service: String, due: Instant, tally: Arc<Mutex<Tally>>) {
+    let made = async {
+        let answer = door.call(&service, Request::builder().uri("/").body(Bytes::new())?, &mut |_| {}).await?;
+        if answer.status >= 500 {
+            anyhow::bail!("{}: {}", answer.status, answer.text);
         }
-        {
-            let mut tally = tally.lock().unwrap_or_else(|e| e.into_inner());
+        anyhow::Ok(())
+    };
+    let outcome = tokio::time::timeout_at((due + DEADLINE).into(), made).await;
+    let mut tally = tally.lock().unwrap_or_else(|e| e.into_inner());
+    match outcome {
+        Ok(Ok(())) => {
             tally.good += 1;
-            tally.slowest = tally.slowest.max(begun.elapsed());
+            tally.slowest = tally.slowest.max(due.elapsed());
         }
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        Ok(Err(error)) => tally.failed.push(format!("{error:#}")),
+        Err(_) => tally.failed.push(format!("no whole answer within {DEADLINE:?}")),
     }
-    Ok(())
 }

@@ -6,7 +6,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use tokio::process::{Child, Command};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    io::AsyncWriteExt,
+    process::{Child, Command},
+};
 
 /// A child process that dies with its owner, and whose output is kept in a file.
 #[derive(Debug)]
@@ -19,14 +23,34 @@ pub struct Process {
 impl Process {
     /// Starts `program`. Its stderr goes to `log`, its stdout beside it with the ending `.out`.
     pub fn start<S: AsRef<OsStr>>(program: &Path, args: impl IntoIterator<Item = S>, log: &Path) -> Result<Self> {
+        Self::spawn(program, args, log, Stdio::null())
+    }
+
+    /// The same, and it can be [told](Process::tell) things.
+    pub(crate) fn start_listening<S: AsRef<OsStr>>(
+        program: &Path,
+        args: impl IntoIterator<Item = S>,
+        log: &Path,
+    ) -> Result<Self> {
+        Self::spawn(program, args, log, Stdio::piped())
+    }
+
+    fn spawn<S: AsRef<OsStr>>(
+        program: &Path,
+        args: impl IntoIterator<Item = S>,
+        log: &Path,
+        input: Stdio,
+    ) -> Result<Self> {
         let open = |path: &Path| std::fs::File::options().create(true).append(true).open(path);
         let access = log.with_extension("out");
         let child = Command::new(program)
             .args(args)
             .env("STARLING_EXIT_WITH_PARENT", "1")
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(open(&access)?)
             .stderr(open(log)?)
+            // A Ctrl-C at the terminal is for the parent, which has things to do with its children before they end.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
@@ -43,14 +67,24 @@ impl Process {
         self.child.kill().await.context("kill")
     }
 
-    /// Sends a signal by its name, such as `TERM`, through the `kill` command.
+    /// Sends a signal by its name: `TERM`, `INT`, `HUP`, `STOP` or `CONT`.
     pub async fn signal(&self, name: &str) -> Result<()> {
+        let signal = match name {
+            "TERM" => Signal::TERM,
+            "INT" => Signal::INT,
+            "HUP" => Signal::HUP,
+            "STOP" => Signal::STOP,
+            "CONT" => Signal::CONT,
+            other => bail!("no signal {other}"),
+        };
         let pid = self.pid().context("the process has ended")?;
-        let status = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().await?;
-        if !status.success() {
-            bail!("kill -{name} {pid}: {status}");
-        }
-        Ok(())
+        send(pid, signal)
+    }
+
+    /// Writes a line to its stdin.
+    pub(crate) async fn tell(&mut self, line: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("nobody listens")?;
+        stdin.write_all(format!("{line}\n").as_bytes()).await.context("the process does not listen any more")
     }
 
     /// Waits for its end, at most `limit`.
@@ -63,6 +97,11 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// How it has ended; `None` while it runs.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
     /// What it wrote to stderr.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
@@ -72,6 +111,12 @@ impl Process {
     pub fn output(&self) -> String {
         std::fs::read_to_string(&self.access).unwrap_or_default()
     }
+}
+
+/// Sends a signal to a process of ours.
+pub(crate) fn send(pid: u32, signal: Signal) -> Result<()> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process id")?;
+    kill_process(pid, signal).with_context(|| format!("signal {signal:?} to {pid:?}"))
 }
 
 impl Drop for Process {

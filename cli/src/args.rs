@@ -56,6 +56,11 @@ pub(crate) enum Command {
     },
     /// Validate a configuration without running it
     Check(CheckArgs),
+    /// Kill peers and cut links of a mesh of its own, and prove what held
+    Chaos {
+        #[command(subcommand)]
+        command: ChaosCommand,
+    },
     /// Print completions for a shell
     Completions {
         /// Which shell
@@ -71,6 +76,102 @@ pub(crate) struct DemoArgs {
     /// How many nodes serve the sample services
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
     pub(crate) nodes: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ChaosCommand {
+    /// Carry out a plan: exit 0 if all held, 1 if something did not, 2 if it cannot be told
+    Run(ChaosRunArgs),
+    /// The plans that come with the binary
+    Plans,
+    /// Print a plan's file
+    Show {
+        /// Name of a plan
+        plan: String,
+    },
+    /// Say what is wrong with a plan's file
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+    /// Judge an old run again, by today's rules
+    Judge {
+        /// Directory of its report
+        dir: PathBuf,
+    },
+    /// Compare two runs
+    Diff {
+        /// Directory of one report
+        one: PathBuf,
+        /// Directory of the other
+        other: PathBuf,
+    },
+    /// Sabotage the runner itself, in every way it knows, and see that every verdict turns
+    SelfTest(ChaosSelfTestArgs),
+    /// The service behind the nodes of a run
+    #[command(hide = true)]
+    Service {
+        #[arg(long)]
+        listen: SocketAddr,
+        #[arg(long)]
+        name: String,
+        #[arg(long)]
+        ledger: PathBuf,
+    },
+    /// Whether a lab can be set up
+    #[command(hide = true)]
+    LabCheck,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChaosRunArgs {
+    /// Name of a plan (see `starling chaos plans`), or a file
+    pub(crate) plan: String,
+    /// Where the report goes
+    #[arg(long, value_name = "DIR", default_value = "chaos-report")]
+    pub(crate) report: PathBuf,
+    /// Where all choices come from, instead of the plan's own
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Nodes, instead of the plan's own
+    #[arg(long, value_name = "N")]
+    pub(crate) nodes: Option<usize>,
+    /// Repeat the steps for so long
+    #[arg(long, value_name = "T", value_parser = humantime::parse_duration)]
+    pub(crate) duration: Option<Duration>,
+    /// Where: `lab` (namespaces; root, or a system that lets users make them), `relay` (no privilege), `sim` (simulated
+    /// clock, gossip only). Default: the first that works
+    #[arg(long, value_name = "B")]
+    pub(crate) backend: Option<BackendArg>,
+    /// Run it so often, with seeds that follow
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repeat: u32,
+    /// Keep state directories and logs of all nodes in the report's directory
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// The binary under test, instead of this one
+    #[arg(long, value_name = "FILE")]
+    pub(crate) binary: Option<PathBuf>,
+    /// Another version of it, for plans that mix two
+    #[arg(long, value_name = "FILE")]
+    pub(crate) other: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChaosSelfTestArgs {
+    /// Where the reports go
+    #[arg(long, value_name = "DIR", default_value = "chaos-report/self-test")]
+    pub(crate) report: PathBuf,
+    /// Where
+    #[arg(long, value_name = "B")]
+    pub(crate) backend: Option<BackendArg>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    Lab,
+    Relay,
+    Sim,
 }
 
 #[derive(Debug, Args)]

@@ -53,6 +53,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Leave(args) => commands::drain::run(&args, "/v1/leave").await,
         Command::Keys { command } => commands::keys::run(&command).await,
         Command::Check(args) => commands::check::run(&args),
+        Command::Chaos { command } => commands::chaos::run(command).await,
         Command::Completions { shell } => {
             commands::completions(shell);
             Ok(())
@@ -71,6 +72,11 @@ impl Failure {
     /// 1: it did not work.
     pub(crate) fn failed(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: 1 }
+    }
+
+    /// That code, with whatever is to be said.
+    pub(crate) fn coded(code: u8, message: impl Into<String>) -> Self {
+        Self { message: message.into(), code }
     }
 
     /// 3: no node answers.

@@ -1,0 +1,217 @@
+//! Open-loop load: a call starts when it is due, its time counts from then, and one that never ends has failed at its deadline.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{Method, Request};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use sha2::{Digest, Sha256};
+use tokio::{sync::watch, task::JoinSet};
+
+use super::door::Door;
+use crate::{
+    history::{Call, CallKind, Event, Recorder},
+    plan::{LoadPlan, Mix},
+    service,
+};
+
+/// Calls under way at most. Those beyond are noted as failed: a client, too, has an end.
+const MOST_IN_FLIGHT: u64 = 20_000;
+
+/// A load that runs until it is stopped.
+pub(crate) struct Calls {
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+    times: Arc<AtomicU32>,
+}
+
+/// What all calls of a load share.
+struct Shared {
+    plan: LoadPlan,
+    recorder: Arc<Recorder>,
+    in_flight: AtomicU64,
+    /// Seconds by which each call's clock is wrong: sabotage.
+    skew: f64,
+}
+
+impl Calls {
+    /// Starts it: to all services in turn, through all doors in turn.
+    pub(crate) fn start(
+        plan: &LoadPlan,
+        doors: Vec<Door>,
+        services: Vec<String>,
+        seed: u64,
+        recorder: Arc<Recorder>,
+        skew: f64,
+    ) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let times = Arc::new(AtomicU32::new(1));
+        let shared = Arc::new(Shared { plan: plan.clone(), recorder, in_flight: AtomicU64::new(0), skew });
+        let schedule = schedule(shared, doors, services, seed, stopped, times.clone());
+        Self { stop, task: tokio::spawn(schedule), times }
+    }
+
+    /// So many times the plan's rate from now on.
+    pub(crate) fn times(&self, times: u32) {
+        self.times.store(times.max(1), Relaxed);
+    }
+
+    /// No calls from now on, without a word: sabotage.
+    pub(crate) fn pause(&self) {
+        self.stop.send_replace(true);
+    }
+
+    /// No more calls; those under way come to their end.
+    pub(crate) async fn stop(self) {
+        self.stop.send_replace(true);
+        let _ = self.task.await;
+    }
+}
+
+async fn schedule(
+    shared: Arc<Shared>,
+    doors: Vec<Door>,
+    services: Vec<String>,
+    seed: u64,
+    mut stopped: watch::Receiver<bool>,
+    times: Arc<AtomicU32>,
+) {
+    let mut rng = StdRng::seed_from_u64(seed ^ 0x10ad);
+    let mut calls = JoinSet::new();
+    let mut due = Instant::now();
+    let (mut second, mut behind) = (due, Duration::ZERO);
+    for nonce in 1.. {
+        due += Duration::from_secs_f64(1.0 / f64::from(shared.plan.rate * times.load(Relaxed)));
+        tokio::select! {
+            () = tokio::time::sleep_until(due.into()) => {}
+            _ = stopped.changed() => break,
+        }
+        behind = behind.max(due.elapsed());
+        if second.elapsed() > Duration::from_secs(1) {
+            shared.recorder.note(Event::Behind { ms: behind.as_secs_f64() * 1e3 });
+            (second, behind) = (Instant::now(), Duration::ZERO);
+        }
+        // Not in step with each other, or a kind of call would know only one door.
+        let door = doors[rng.random_range(0..doors.len())].clone();
+        let service = match &door.only {
+            Some(only) => only.clone(),
+            None => services[rng.random_range(0..services.len())].clone(),
+        };
+        let kind = pick(shared.plan.mix, &mut rng);
+        let shared = shared.clone();
+        calls.spawn(async move { shared.call(nonce, kind, door, service, due).await });
+        while calls.try_join_next().is_some() {}
+    }
+    while calls.join_next().await.is_some() {}
+}
+
+fn pick(mix: Mix, rng: &mut StdRng) -> CallKind {
+    let weights = [
+        (CallKind::Get, mix.get),
+        (CallKind::Post, mix.post),
+        (CallKind::Download, mix.download),
+        (CallKind::Upload, mix.upload),
+        (CallKind::Stream, mix.stream),
+    ];
+    let mut at = rng.random_range(0..weights.iter().map(|(_, weight)| weight).sum());
+    for (kind, weight) in weights {
+        if at < weight {
+            return kind;
+        }
+        at -= weight;
+    }
+    CallKind::Get
+}
+
+impl Shared {
+    async fn call(&self, nonce: u64, kind: CallKind, door: Door, service: String, due: Instant) {
+        let start = self.recorder.start();
+        let mut call = Call {
+            nonce,
+            kind,
+            door: door.kind,
+            node: door.node.clone(),
+            service,
+            due: (due - start).as_secs_f64(),
+            ms: 0.0,
+            status: 0,
+            by: String::new(),
+            error: None,
+            wrong: false,
+        };
+        if self.in_flight.fetch_add(1, Relaxed) < MOST_IN_FLIGHT {
+            let until = due + self.plan.deadline;
+            let made = self.make(&mut call, &door);
+            match tokio::time::timeout_at(until.into(), made).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => call.error = Some(format!("{error:#}")),
+                Err(_) => call.error = Some("no whole answer by the deadline".into()),
+            }
+        } else {
+            call.error = Some("the client has no room for more".into());
+        }
+        self.in_flight.fetch_sub(1, Relaxed);
+        call.ms = (due.elapsed().as_secs_f64() + self.skew) * 1e3;
+        self.recorder.note(Event::Call(call));
+    }
+
+    async fn make(&self, call: &mut Call, door: &Door) -> anyhow::Result<()> {
+        let (nonce, size) = (call.nonce, self.plan.bulk_bytes);
+        let (method, path) = match call.kind {
+            CallKind::Get => (Method::GET, format!("/call/{nonce}")),
+            CallKind::Post => (Method::POST, format!("/call/{nonce}")),
+            CallKind::Download => (Method::GET, format!("/bytes/{nonce}/{size}")),
+            CallKind::Stream => (Method::GET, format!("/drip/{nonce}/{size}")),
+            CallKind::Upload => (Method::POST, format!("/bytes/{nonce}")),
+        };
+        let body = match call.kind {
+            CallKind::Post => Bytes::from_static(b"once"),
+            CallKind::Upload => {
+                let mut body = BytesMut::with_capacity(size);
+                service::chunks(nonce, size).for_each(|chunk| body.extend_from_slice(&chunk));
+                body.freeze()
+            }
+            _ => Bytes::new(),
+        };
+        let mut request = Request::builder().method(method).uri(path);
+        if call.kind == CallKind::Upload {
+            request = request.header(http::header::CONTENT_LENGTH, size);
+        }
+        let digest = Mutex::new(Sha256::new());
+        let is_bulk = matches!(call.kind, CallKind::Download | CallKind::Stream);
+        let mut read = |chunk: &[u8]| {
+            if is_bulk {
+                digest.lock().unwrap_or_else(|e| e.into_inner()).update(chunk);
+            }
+        };
+        let answer = door.call(&call.service, request.body(body)?, &mut read).await?;
+        call.status = answer.status;
+        let by = answer.headers.get(service::SERVED_BY).and_then(|v| v.to_str().ok());
+        call.by = by.unwrap_or_default().into();
+        if answer.status != 200 {
+            let start: String = answer.text.chars().take(200).collect();
+            anyhow::bail!("{}: {start}", answer.status);
+        }
+        let (got, expected) = match call.kind {
+            CallKind::Get | CallKind::Post => (answer.text, nonce.to_string()),
+            CallKind::Upload => (answer.text, format!("{size} {}", service::digest(nonce, size))),
+            CallKind::Download | CallKind::Stream => {
+                let digest = digest.into_inner().unwrap_or_else(|e| e.into_inner());
+                let digest = format!("{} {}", answer.bytes, service::hex(&digest.finalize()));
+                (digest, format!("{size} {}", service::digest(nonce, size)))
+            }
+        };
+        if got != expected {
+            call.wrong = true;
+            let start: String = got.chars().take(80).collect();
+            anyhow::bail!("wrong content: {start:?} instead of {expected:?}");
+        }
+        Ok(())
+    }
+}

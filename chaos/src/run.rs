@@ -1,0 +1,509 @@
+//! A run: a plan, carried out. Baseline, then for each step: the faults begin, are held, end; the mesh mends; calm.
+
+mod active;
+mod litter;
+mod mesh;
+mod observer;
+mod probes;
+mod victims;
+
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use rand::{SeedableRng, rngs::StdRng};
+use starling_protocol::admin::MemberStatus;
+use tokio_util::sync::CancellationToken;
+
+pub use self::litter::sweep;
+use self::{
+    active::{Active, Hands},
+    mesh::Mesh,
+    observer::Observers,
+};
+use crate::{
+    history::{Begin, Event, History, Injected, Phase, Recorder, Side},
+    load::Calls,
+    plan::{Backend, Excuse, Fault, Misbehaviour, Plan, Step},
+    stage::{Lab, Stage},
+};
+
+/// How often the runner looks whether something is to be done.
+const TICK: Duration = Duration::from_millis(40);
+/// How often processes are measured.
+const SAMPLE: Duration = Duration::from_secs(1);
+/// Longer than a step may need to mend: then the run goes on, and the step has failed.
+const HEAL_BEYOND: Duration = Duration::from_secs(20);
+/// Until all nodes see all others after the start.
+const CONVERGED: Duration = Duration::from_secs(120);
+
+/// A run that somebody asked for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Name of the plan.
+    pub name: String,
+    /// The plan.
+    pub plan: Plan,
+    /// Where.
+    pub backend: Backend,
+    /// The binary under test.
+    pub binary: PathBuf,
+    /// Another version of it.
+    pub other: Option<PathBuf>,
+    /// Where the report goes.
+    pub report: PathBuf,
+    /// Whether the nodes' state and logs are kept beside it.
+    pub keep: bool,
+    /// How to run the same again.
+    pub replay: String,
+    /// What is wrong with the runner itself, to see that it is noticed.
+    pub sabotage: Sabotage,
+}
+
+/// A runner that does not do what it says. Every verdict must turn with it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sabotage {
+    /// None.
+    #[default]
+    None,
+    /// The switch lets everything pass.
+    Switch,
+    /// A ledger is lost.
+    LedgerLost,
+    /// A ledger says that a call was done twice.
+    LedgerTwice,
+    /// An admin API shows a healthy node as down.
+    Admin,
+    /// The clients' clock jumps.
+    Clock,
+    /// The load stops in the middle.
+    Load,
+}
+
+/// Says what is going on, while it is.
+pub trait Progress: Send + Sync {
+    /// A line.
+    fn say(&self, line: &str);
+}
+
+/// Whether a lab can be set up here, by whoever asks.
+///
+/// # Errors
+/// Why not, and what to do.
+pub fn check_lab() -> Result<(), String> {
+    Lab::check()
+}
+
+/// Runs a plan, and writes its history into the report's directory. Cancelled, it mends what it broke, cleans up, and the
+/// history says that it is not whole.
+///
+/// # Errors
+/// If it cannot even begin: a binary that does not start, a directory that cannot be written.
+pub async fn run(options: &Options, progress: &dyn Progress, stop: &CancellationToken) -> Result<History> {
+    std::fs::create_dir_all(&options.report).with_context(|| format!("cannot make {}", options.report.display()))?;
+    let dir = litter::Dir::new(options.keep.then(|| options.report.join("nodes")))?;
+    let recorder = Arc::new(Recorder::new(&options.report)?);
+    let plan = &options.plan;
+    let nodes = plan.mesh.nodes + plan.mesh.edges;
+    recorder.note(Event::Begin(Box::new(begin(options))));
+    for why in plan.cannot(options.backend) {
+        progress.say(&format!("skipped: {why}"));
+    }
+    progress.say(&format!("{} on {}: {nodes} nodes, seed {}", options.name, options.backend, plan.seed));
+    let stage = Stage::new(options.backend, nodes, plan.seed)?;
+    stage.table().disarmed = options.sabotage == Sabotage::Switch;
+    let mesh = Mesh::start(plan, stage, dir.path(), &options.binary, recorder.clone());
+    let mesh = tokio::select! {
+        mesh = mesh => mesh,
+        () = stop.cancelled() => bail!("stopped before the mesh was up"),
+    };
+    let mesh = mesh?;
+    let doctored = (options.sabotage == Sabotage::Admin).then(|| "n2".to_string());
+    let observers = Observers::start(&mesh, &recorder, doctored);
+    let mut run = Run { options, mesh, observers, recorder: recorder.clone(), active: Vec::new(), gone: BTreeSet::new(), faults: 0, sampled: Instant::now() };
+    run.converged().await?;
+    progress.say(&format!("the mesh is up after {:.1} s", recorder.now()));
+    let doors = run.mesh.doors(plan)?;
+    let services = plan.mesh.services.iter().map(|s| s.name.clone()).collect();
+    let skew = if options.sabotage == Sabotage::Clock { -3.0 } else { 0.0 };
+    let load = Calls::start(&plan.load, doors, services, plan.seed, recorder.clone(), skew);
+    let done = run.steps(&load, progress, stop).await;
+    // Whatever happened: nothing stays broken.
+    run.mend(&load).await;
+    load.stop().await;
+    run.finish(options.sabotage).await;
+    let (whole, why) = match done {
+        Ok(()) => (true, None),
+        Err(error) => (false, Some(format!("{error:#}"))),
+    };
+    recorder.note(Event::End { whole, why });
+    drop(run);
+    recorder.finish()
+}
+
+fn begin(options: &Options) -> Begin {
+    let plan = &options.plan;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Begin {
+        form: Begin::FORM,
+        name: options.name.clone(),
+        plan: plan.clone(),
+        backend: options.backend,
+        skipped: plan.cannot(options.backend),
+        version: env!("CARGO_PKG_VERSION").into(),
+        host: format!("{} {}, {cores} cores", std::env::consts::OS, kernel.trim()),
+        started: started.as_secs_f64(),
+        replay: options.replay.clone(),
+        nodes: plan.node_names().chain(plan.edge_names()).collect(),
+        serving: plan.serving(),
+    }
+}
+
+struct Run<'a> {
+    options: &'a Options,
+    mesh: Mesh,
+    observers: Observers,
+    recorder: Arc<Recorder>,
+    active: Vec<Active>,
+    /// Nodes that never come back.
+    gone: BTreeSet<String>,
+    faults: usize,
+    sampled: Instant,
+}
+
+impl Run<'_> {
+    async fn steps(&mut self, load: &Calls, progress: &dyn Progress, stop: &CancellationToken) -> Result<()> {
+        let plan = &self.options.plan;
+        let mut rng = StdRng::seed_from_u64(plan.seed);
+        let begun = Instant::now();
+        self.phase(0, Phase::Baseline);
+        self.wait(plan.load.calm, load, stop).await?;
+        let mut number = 0;
+        loop {
+            for step in &plan.steps {
+                if self.options.sabotage == Sabotage::Load && number == 1 {
+                    load.pause();
+                }
+                let line = self.step(number, step, load, &mut rng, stop).await?;
+                let at = self.recorder.now();
+                progress.say(&format!("{at:6.1} s  {}: {line}", step.name));
+                number += 1;
+                if plan.duration.is_some_and(|limit| begun.elapsed() >= limit) {
+                    return Ok(());
+                }
+            }
+            if plan.duration.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn step(
+        &mut self,
+        number: usize,
+        step: &Step,
+        load: &Calls,
+        rng: &mut StdRng,
+        stop: &CancellationToken,
+    ) -> Result<String> {
+        self.phase(number, Phase::Fault);
+        let mut said = Vec::new();
+        let mut taken = Vec::new();
+        for fault in &step.faults {
+            if fault.cannot(self.options.backend).is_some() {
+                continue;
+            }
+            let victims = match fault.victims() {
+                Some(victims) => victims::pick(victims, &self.options.plan, &self.gone, &taken, rng)?,
+                None => Vec::new(),
+            };
+            taken.extend(victims.iter().cloned());
+            self.inject(number, fault, victims.clone(), step.hold, load).await?;
+            let who = if victims.len() > 4 { format!("{} nodes", victims.len()) } else { victims.join(", ") };
+            said.push(format!("{} {who}", fault.describe()).trim().to_string());
+        }
+        if said.is_empty() {
+            return Ok("nothing that this backend can do".into());
+        }
+        let until = Instant::now() + step.hold;
+        self.hold(until, load, stop).await?;
+        self.signs(load, stop).await?;
+        self.phase(number, Phase::Healing);
+        let mended = Instant::now();
+        self.end_faults(load).await?;
+        let healed = self.healed(step.expect.heal + HEAL_BEYOND, stop).await?;
+        if healed {
+            self.recorder.note(Event::Recovered { step: number });
+        }
+        let took = mended.elapsed().as_secs_f64();
+        self.phase(number, Phase::Calm);
+        self.wait(self.options.plan.load.calm, load, stop).await?;
+        let how = if healed { format!("healed in {took:.1} s") } else { format!("NOT healed after {took:.1} s") };
+        Ok(format!("{}; {how}", said.join(" + ")))
+    }
+
+    fn phase(&self, step: usize, phase: Phase) {
+        self.recorder.note(Event::Phase { step, phase });
+    }
+
+    async fn inject(
+        &mut self,
+        step: usize,
+        fault: &Fault,
+        victims: Vec<String>,
+        hold: Duration,
+        load: &Calls,
+    ) -> Result<()> {
+        let id = self.faults;
+        self.faults += 1;
+        let nodes: Vec<String> = self.mesh.nodes.iter().map(|node| node.name.clone()).collect();
+        let is_victim = |name: &String| victims.contains(name);
+        let cut: Vec<(String, String)> = nodes
+            .iter()
+            .flat_map(|from| nodes.iter().map(move |to| (from.clone(), to.clone())))
+            .filter(|(from, to)| from != to)
+            .filter(|(from, to)| match fault {
+                Fault::Partition { .. } => is_victim(from) != is_victim(to),
+                Fault::Cut { .. } => is_victim(from) && is_victim(to),
+                Fault::Mute { .. } => is_victim(from),
+                Fault::Deaf { .. } => is_victim(to),
+                Fault::UdpBlocked { .. } | Fault::HoldBack { .. } | Fault::NatForgets { .. } => {
+                    is_victim(from) || is_victim(to)
+                }
+                _ => false,
+            })
+            .collect();
+        let odd = matches!(fault, Fault::Service { does, .. } if *does != Misbehaviour::Slow);
+        let for_good = matches!(fault, Fault::Kill { for_good: true, .. });
+        let everybody = matches!(fault, Fault::ShortCertificates { .. });
+        self.recorder.note(Event::Inject(Box::new(Injected {
+            fault: id,
+            step,
+            kind: fault.kind().into(),
+            text: fault.describe(),
+            victims: victims.clone(),
+            excuse: if everybody { Excuse::Nobody } else { fault.excuse() },
+            disables: fault.disables(),
+            cut,
+            mute_services: if odd { victims.clone() } else { Vec::new() },
+            for_good,
+            overload: matches!(fault, Fault::Burst { .. }),
+        })));
+        if for_good {
+            self.gone.extend(victims.iter().cloned());
+        }
+        let mut hands = Hands {
+            mesh: &mut self.mesh,
+            load,
+            recorder: &self.recorder,
+            other: self.options.other.as_deref(),
+        };
+        let active = Active::begin(id, fault, victims, hold, &mut hands).await;
+        self.active.push(active.with_context(|| format!("{} cannot be begun", fault.kind()))?);
+        Ok(())
+    }
+
+    /// Keeps faults up until then.
+    async fn hold(&mut self, until: Instant, load: &Calls, stop: &CancellationToken) -> Result<()> {
+        while Instant::now() < until {
+            if stop.is_cancelled() {
+                bail!("stopped");
+            }
+            self.keep_up(load).await?;
+            self.sample();
+            tokio::time::sleep(TICK).await;
+        }
+        Ok(())
+    }
+
+    async fn keep_up(&mut self, load: &Calls) -> Result<()> {
+        for active in &mut self.active {
+            let mut hands = Hands {
+                mesh: &mut self.mesh,
+                load,
+                recorder: &self.recorder,
+                other: self.options.other.as_deref(),
+            };
+            active.keep_up(&mut hands).await?;
+        }
+        Ok(())
+    }
+
+    /// Looks for the signs that the faults acted; those of the product may take a moment more.
+    async fn signs(&mut self, load: &Calls, stop: &CancellationToken) -> Result<()> {
+        for active in &mut self.active {
+            let mut hands = Hands { mesh: &mut self.mesh, load, recorder: &self.recorder, other: None };
+            active.note_stage(&mut hands);
+        }
+        let deadline = Instant::now() + active::SIGN;
+        let mut open: Vec<usize> = (0..self.active.len()).collect();
+        while !open.is_empty() {
+            let late = Instant::now() > deadline || stop.is_cancelled();
+            open.retain(|at| {
+                let active = &self.active[*at];
+                let (found, what) = match self.recorder.with(|entries| active.product_sign(entries, &self.mesh)) {
+                    Ok(what) => (true, what),
+                    Err(_) if !late => return true,
+                    Err(what) => (false, what),
+                };
+                self.recorder.note(Event::Sign { fault: active.id, side: Side::Product, found, what });
+                false
+            });
+            if !open.is_empty() {
+                self.keep_up(load).await?;
+                tokio::time::sleep(TICK).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn end_faults(&mut self, load: &Calls) -> Result<()> {
+        let mut ended = std::mem::take(&mut self.active);
+        let mut outcome = Ok(());
+        for active in &mut ended {
+            let mut hands = Hands {
+                mesh: &mut self.mesh,
+                load,
+                recorder: &self.recorder,
+                other: self.options.other.as_deref(),
+            };
+            outcome = outcome.and(active.end(&mut hands).await);
+        }
+        for active in &ended {
+            let (found, what) = match active.healed(&mut self.mesh) {
+                Ok(what) => (true, what),
+                Err(what) => (false, what),
+            };
+            self.recorder.note(Event::Sign { fault: active.id, side: Side::Healed, found, what });
+        }
+        outcome
+    }
+
+    /// Ends what is still on, whatever becomes of it.
+    async fn mend(&mut self, load: &Calls) {
+        if !self.active.is_empty() {
+            let _ = self.end_faults(load).await;
+        }
+    }
+
+    /// Whether every node comes to see every other as it is, within the limit.
+    async fn healed(&mut self, limit: Duration, stop: &CancellationToken) -> Result<bool> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if self.agree() {
+                return Ok(true);
+            }
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            if stop.is_cancelled() {
+                bail!("stopped");
+            }
+            self.sample();
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    fn agree(&self) -> bool {
+        let views = self.observers.views();
+        let present: Vec<&str> =
+            self.mesh.nodes.iter().map(|node| node.name.as_str()).filter(|name| !self.gone.contains(*name)).collect();
+        present.iter().all(|observer| {
+            let Some(view) = views.get(*observer) else { return false };
+            let alive = present.iter().all(|s| view.get(*s).is_some_and(|seen| seen.status == MemberStatus::Alive));
+            let gone = self.gone.iter().all(|s| view.get(s).is_none_or(|seen| seen.status != MemberStatus::Alive));
+            alive && gone
+        })
+    }
+
+    async fn converged(&mut self) -> Result<()> {
+        let never = CancellationToken::new();
+        if self.healed(CONVERGED, &never).await? {
+            return Ok(());
+        }
+        bail!("the nodes do not all see each other {} s after the start", CONVERGED.as_secs());
+    }
+
+    async fn wait(&mut self, long: Duration, _: &Calls, stop: &CancellationToken) -> Result<()> {
+        let until = Instant::now() + long;
+        while Instant::now() < until {
+            if stop.is_cancelled() {
+                bail!("stopped");
+            }
+            self.sample();
+            tokio::time::sleep(TICK).await;
+        }
+        Ok(())
+    }
+
+    /// Measures processes now and then, and notes those that have ended without being asked to.
+    fn sample(&mut self) {
+        if self.sampled.elapsed() < SAMPLE {
+            return;
+        }
+        self.sampled = Instant::now();
+        let killed: Vec<&String> =
+            self.active.iter().filter(|a| a.fault.disables()).flat_map(|a| &a.victims).chain(&self.gone).collect();
+        for node in &mut self.mesh.nodes {
+            let Some(process) = &mut node.process else { continue };
+            if let Some(status) = process.ended() {
+                let wanted = killed.contains(&&node.name);
+                let what = format!("ended by itself: {status}");
+                self.recorder.note(Event::Process { name: node.name.clone(), what, wanted });
+                node.process = None;
+                continue;
+            }
+            let Some(pid) = process.pid() else { continue };
+            let rss_kib = resident_kib(pid);
+            let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count) as u64;
+            self.recorder.note(Event::Sample { node: node.name.clone(), rss_kib, descriptors });
+        }
+    }
+
+    /// Reads ledgers and logs.
+    async fn finish(&mut self, sabotage: Sabotage) {
+        for node in &self.mesh.nodes {
+            for served in &node.services {
+                let of = format!("{} of {}", served.service, node.name);
+                let lost = sabotage == Sabotage::LedgerLost && node.name == "n3";
+                let Ok(text) = std::fs::read_to_string(&served.ledger) else { continue };
+                if lost {
+                    continue;
+                }
+                let nonces: Vec<u64> = text.lines().filter_map(|line| line.parse().ok()).collect();
+                for nonce in &nonces {
+                    self.recorder.note(Event::Done { nonce: *nonce, by: node.name.clone() });
+                }
+                if sabotage == Sabotage::LedgerTwice {
+                    for nonce in &nonces {
+                        self.recorder.note(Event::Done { nonce: *nonce, by: node.name.clone() });
+                    }
+                }
+                self.recorder.note(Event::Ledger { of, lines: nonces.len() });
+            }
+            for line in node.log().lines().filter(|line| is_loud(line)).take(MOST_LINES) {
+                self.recorder.note(Event::Log { node: node.name.clone(), line: line.into() });
+            }
+        }
+    }
+}
+
+/// Lines of a node's log that are kept.
+const MOST_LINES: usize = 2000;
+
+/// A warning, an error, or a panic.
+fn is_loud(line: &str) -> bool {
+    line.contains("\"level\":\"WARN\"") || line.contains("\"level\":\"ERROR\"") || line.contains("panicked at")
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok()).unwrap_or(0)
+}

@@ -1,0 +1,376 @@
+//! Faults that are people: clients that never move, strangers at the mesh port, holders of a revoked key, a clone; and the
+//! operator who loads an edge's file again and again.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use http::Request;
+use starling_protocol::admin::{Key, Member};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::JoinSet,
+};
+
+use super::{active::start_clone, mesh::Mesh};
+use crate::{
+    Process,
+    history::{Entry, Event, Recorder},
+    load::Door,
+    plan::{DoorKind, Fault},
+    self_signed,
+    stage::Place,
+};
+
+/// How long a revoked key may still be taken.
+const REVOKED_WITHIN: Duration = Duration::from_secs(2);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Calls with the key, strangers' attempts: so often.
+const PERIOD: Duration = Duration::from_millis(250);
+
+/// What such a fault has going on.
+pub(crate) enum Probing {
+    Clone { _process: Process, addr: std::net::SocketAddr, of: String },
+    Stuck { _tasks: JoinSet<()>, wanted: usize, open: Arc<AtomicUsize> },
+    Strangers { last: Instant, refused: usize, tried: usize, victims: Vec<usize>, _foreign: Process },
+    Revoked { door: Box<Door>, good_before: bool, revoked: Instant, last: Instant, refused: usize },
+    Reload,
+}
+
+impl Probing {
+    pub(super) async fn begin(fault: &Fault, victims: &[usize], mesh: &mut Mesh) -> Result<Self> {
+        match fault {
+            Fault::Clone { .. } => {
+                let at = *victims.first().context("nobody to clone")?;
+                let (process, addr) = start_clone(mesh, at)?;
+                Ok(Self::Clone { _process: process, addr, of: mesh.nodes[at].name.clone() })
+            }
+            Fault::Stuck { clients, .. } => stuck(mesh, victims, *clients),
+            Fault::Strangers { .. } => {
+                let foreign = foreigner(mesh, victims[0]).await?;
+                let last = Instant::now() - PERIOD;
+                Ok(Self::Strangers { last, refused: 0, tried: 0, victims: victims.to_vec(), _foreign: foreign })
+            }
+            Fault::KeyRevoked { .. } => revoke(mesh, *victims.first().context("no edge")?).await,
+            _ => Ok(Self::Reload),
+        }
+    }
+
+    /// What has to be tried again and again.
+    pub(super) async fn go_on(&mut self, fault: usize, mesh: &Mesh, recorder: &Recorder) -> Result<()> {
+        match self {
+            Self::Strangers { last, refused, tried, victims, .. } if last.elapsed() >= PERIOD => {
+                *last = Instant::now();
+                let at = victims[*tried % victims.len()];
+                let (what, good) = stranger(mesh, at, *tried).await?;
+                *tried += 1;
+                *refused += usize::from(good);
+                recorder.note(Event::Probe { fault, what, good });
+            }
+            Self::Revoked { door, revoked, last, refused, .. } if last.elapsed() >= PERIOD => {
+                *last = Instant::now();
+                let service = mesh.nodes.iter().flat_map(|n| &n.services).next().context("no service")?.service.clone();
+                let request = Request::builder().uri("/call/1").body(Bytes::new())?;
+                let answer = tokio::time::timeout(ATTEMPT_TIMEOUT, door.call(&service, request, &mut |_| {})).await;
+                let status = answer.ok().and_then(Result::ok).map_or(0, |answer| answer.status);
+                let is_refused = status == 401 || status == 403;
+                *refused += usize::from(is_refused);
+                let good = is_refused || revoked.elapsed() < REVOKED_WITHIN;
+                let after = revoked.elapsed().as_secs_f64();
+                let what = format!("a call with the revoked key, {after:.1} s after: {status}");
+                recorder.note(Event::Probe { fault, what, good });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn stage(&self) -> Result<String, String> {
+        match self {
+            Self::Clone { addr, of, .. } => Ok(format!("a copy of {of} runs at {addr}")),
+            Self::Stuck { wanted, open, .. } => match open.load(Relaxed) {
+                0 => Err(format!("none of {wanted} clients got in")),
+                open => Ok(format!("{open} of {wanted} clients stand there")),
+            },
+            Self::Strangers { tried: 0, .. } => Err("nobody tried".into()),
+            Self::Strangers { tried, refused, .. } => Ok(format!("{tried} attempts, {refused} of them refused")),
+            Self::Revoked { good_before: false, .. } => Err("the key was not good before".into()),
+            Self::Revoked { .. } => Ok("the key was good, and was revoked".into()),
+            Self::Reload => Err("nothing was loaded".into()),
+        }
+    }
+
+    pub(super) fn product(&self, fault: usize, entries: &[Entry], mesh: &Mesh) -> Result<String, String> {
+        match self {
+            Self::Clone { of, .. } => {
+                let mut nodes = mesh.nodes.iter().filter(|node| node.log().contains("same key"));
+                let log = nodes.next().map(|node| format!("{} logs that two have the key of {of}", node.name));
+                log.ok_or_else(|| "no node says that two have one key".into())
+            }
+            Self::Stuck { open, .. } => Ok(format!("{} were let in", open.load(Relaxed))),
+            Self::Revoked { refused, .. } if *refused > 0 => Ok(format!("{refused} calls with it were refused")),
+            Self::Revoked { .. } => Err("no call with it was refused".into()),
+            Self::Reload => {
+                let calls = entries.iter().filter(|e| matches!(&e.event, Event::Call(c) if c.door.is_public() && c.good()));
+                Ok(format!("{} public calls were answered so far", calls.count()))
+            }
+            Self::Strangers { .. } => {
+                let probes = entries.iter().filter(|e| matches!(e.event, Event::Probe { fault: f, good: true, .. } if f == fault));
+                match probes.count() {
+                    0 => Err("nothing was refused".into()),
+                    count => Ok(format!("{count} attempts were refused")),
+                }
+            }
+        }
+    }
+
+    pub(super) fn end(self) {}
+}
+
+/// Clients that open a call and never move: half never finish their request's head or body, half never read their answer.
+fn stuck(mesh: &Mesh, victims: &[usize], clients: usize) -> Result<Probing> {
+    let mut tasks = JoinSet::new();
+    let open = Arc::new(AtomicUsize::new(0));
+    let services: Vec<&str> = mesh.nodes.iter().flat_map(|n| n.services.iter().map(|s| s.service.as_str())).collect();
+    let service = services.first().context("no service")?.to_string();
+    for client in 0..clients {
+        let node = &mesh.nodes[victims[client % victims.len()]];
+        let (place, addr, open, service) = (node.place.clone(), node.outbound, open.clone(), service.clone());
+        let public = node.public.clone();
+        let (tls, from) = match &public {
+            Some((addr, key)) => {
+                let clients = mesh.stage.place(mesh.nodes.len());
+                let door = mesh.public_door(DoorKind::EdgeHttp1, &node.name, *addr, key, &clients)?;
+                (Some((door, *addr, key.clone())), clients)
+            }
+            None => (None, place),
+        };
+        tasks.spawn(async move {
+            let text = |host: &str, path: String, key: &str| match client % 4 {
+                0 => format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\nx-never"),
+                1 => format!("POST {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\ncontent-length: 1000\r\n\r\nonly so"),
+                _ => format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\n\r\n"),
+            };
+            let stands = async {
+                match tls {
+                    None => {
+                        let mut stream = from.connect(addr).await?;
+                        let path = format!("/bytes/{client}/33554432");
+                        stream.write_all(text(&format!("{service}.mesh.internal"), path, "").as_bytes()).await?;
+                        open.fetch_add(1, Relaxed);
+                        if client % 4 != 3 {
+                            std::future::pending::<()>().await;
+                        }
+                        // A little, and then no more.
+                        let _ = stream.read(&mut [0; 1000]).await;
+                        std::future::pending::<()>().await;
+                    }
+                    Some((door, _, key)) => {
+                        let (mut stream, host) = door.connect_raw().await?;
+                        let path = format!("/{service}/bytes/{client}/33554432");
+                        stream.write_all(text(&host, path, &key).as_bytes()).await?;
+                        open.fetch_add(1, Relaxed);
+                        std::future::pending::<()>().await;
+                    }
+                }
+                anyhow::Ok(())
+            };
+            let _ = stands.await;
+        });
+    }
+    Ok(Probing::Stuck { _tasks: tasks, wanted: clients, open })
+}
+
+/// A node of another mesh that is told to look for this one.
+async fn foreigner(mesh: &Mesh, at: usize) -> Result<Process> {
+    let node = &mesh.nodes[at];
+    let state = mesh.dir.join("foreign");
+    let name = "foreign".to_string();
+    let text = state.to_string_lossy().into_owned();
+    if !state.exists() {
+        mesh.command_at(at, &["init", "--mesh", "other", "--state", &text]).await?;
+    }
+    let addr: std::net::SocketAddr = match node.place {
+        Place::Host => crate::free_port(),
+        Place::Namespace(_) => (mesh.stage.mesh(node.slot).listen.ip(), 7455).into(),
+    };
+    let (admin, outbound) = (mesh.stage.local(7422), mesh.stage.local(7421));
+    let seed = mesh.stage.mesh(node.slot).listen;
+    let flags = [
+        ("--name", name.clone()),
+        ("--state", text),
+        ("--listen", addr.to_string()),
+        ("--advertise", addr.to_string()),
+        ("--admin", admin.to_string()),
+        ("--outbound", outbound.to_string()),
+        ("--seed", seed.to_string()),
+    ];
+    let args: Vec<String> =
+        std::iter::once("node".to_string()).chain(flags.into_iter().flat_map(|(f, v)| [f.to_string(), v])).collect();
+    let (binary, log) = (node.binary.clone(), state.with_extension("log"));
+    node.place.within(move || Process::start(&binary, args, &log))
+}
+
+/// One attempt of somebody who does not belong here: what it was, and whether it was refused.
+async fn stranger(mesh: &Mesh, at: usize, number: usize) -> Result<(String, bool)> {
+    let node = &mesh.nodes[at];
+    let to = mesh.stage.mesh(node.slot).listen;
+    let name = &node.name;
+    match number % 4 {
+        0 => {
+            let socket = tokio::net::UdpSocket::from_std(node.place.udp()?)?;
+            for length in [1, 20, 1200, 1472] {
+                let noise: Vec<u8> = (0..length).map(|i| (i * 31 + number) as u8).collect();
+                let _ = socket.send_to(&noise, to).await;
+            }
+            Ok((format!("noise to {name}"), true))
+        }
+        1 => {
+            let members: Vec<Member> = serde_json::from_slice(&mesh.admin(at, "/v1/members").await?)?;
+            let found = members.iter().any(|m| m.name == "foreign");
+            Ok((format!("a node of another mesh asks {name} to be let in"), !found))
+        }
+        kind => {
+            let protocol: &[u8] = if kind == 2 { b"h3" } else { b"starling-gossip/1" };
+            let certificate = kind == 3;
+            let what = match certificate {
+                true => format!("a certificate of its own making, as {}, at {name}", String::from_utf8_lossy(protocol)),
+                false => format!("no certificate, as {}, at {name}", String::from_utf8_lossy(protocol)),
+            };
+            let refused = handshake(mesh, &node.place, to, protocol, certificate).await?;
+            Ok((what, refused))
+        }
+    }
+}
+
+/// Whether a QUIC connection to a mesh port comes to nothing.
+async fn handshake(
+    mesh: &Mesh,
+    from: &Place,
+    to: std::net::SocketAddr,
+    protocol: &[u8],
+    certificate: bool,
+) -> Result<bool> {
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyServer(provider)));
+    let mut config = match certificate {
+        false => config.with_no_client_auth(),
+        true => {
+            let (cert, key) = (mesh.dir.join("stranger.pem"), mesh.dir.join("stranger.key"));
+            self_signed(&["n1", "orders.mesh.internal"], &cert, &key)?;
+            config.with_client_auth_cert(
+                vec![CertificateDer::from_pem_file(&cert)?],
+                PrivateKeyDer::from_pem_file(&key)?,
+            )?
+        }
+    };
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(config)?;
+    let runtime = quinn::default_runtime().context("no runtime")?;
+    let mut endpoint = quinn::Endpoint::new(Default::default(), None, from.udp()?, runtime)?;
+    endpoint.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+    let tried = async {
+        let connection = endpoint.connect(to, "stranger.mesh.internal")?.await?;
+        // With TLS 1.3 a server's refusal of a certificate comes after the client's handshake.
+        let (mut send, mut receive) = connection.open_bi().await?;
+        send.write_all(b"\x01\x00").await?;
+        let _ = receive.read(&mut [0; 16]).await?;
+        anyhow::Ok(())
+    };
+    match tokio::time::timeout(ATTEMPT_TIMEOUT, tried).await {
+        Ok(Ok(())) => Ok(false),
+        Ok(Err(_)) | Err(_) => Ok(true),
+    }
+}
+
+/// Takes any certificate: whoever knocks here does not ask who answers.
+#[derive(Debug)]
+struct AnyServer(Arc<rustls::crypto::CryptoProvider>);
+
+impl rustls::client::danger::ServerCertVerifier for AnyServer {
+    fn verify_server_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: &rustls::pki_types::ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &rustls::pki_types::CertificateDer<'_>,
+        dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &rustls::pki_types::CertificateDer<'_>,
+        dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A key that is good, and then is revoked.
+async fn revoke(mesh: &mut Mesh, edge: usize) -> Result<Probing> {
+    let key = mesh.key(edge, "revoked").await?;
+    let (addr, _) = mesh.nodes[edge].public.clone().context("no edge")?;
+    let clients = mesh.stage.place(mesh.nodes.len());
+    let door = mesh.public_door(DoorKind::EdgeHttp2, &mesh.nodes[edge].name, addr, &key, &clients)?;
+    let service = mesh.nodes.iter().flat_map(|n| &n.services).next().context("no service")?.service.clone();
+    let request = Request::builder().uri("/call/1").body(Bytes::new())?;
+    let answer = tokio::time::timeout(ATTEMPT_TIMEOUT, door.call(&service, request, &mut |_| {})).await??;
+    let good_before = answer.status == 200;
+    let admin = format!("http://{}", mesh.nodes[edge].admin);
+    let keys = mesh.command_at(edge, &["keys", "list", "--admin", &admin, "-o", "json"]).await?;
+    let keys: Vec<Key> = serde_json::from_str(&keys)?;
+    let id = keys.into_iter().find(|key| key.consumer == "revoked").context("the key is not listed")?.id;
+    mesh.command_at(edge, &["keys", "revoke", &id, "--admin", &admin]).await?;
+    let now = Instant::now();
+    Ok(Probing::Revoked { door: Box::new(door), good_before, revoked: now, last: now, refused: 0 })
+}
+
+/// Writes the edges' certificate and file anew, and has them loaded.
+pub(super) async fn reload(mesh: &mut Mesh, edges: &[String], round: usize) -> Result<String> {
+    mesh.write_public_certificate()?;
+    for name in edges {
+        let at = mesh.at(name)?;
+        let file = mesh.nodes[at].state.with_extension("toml");
+        let text = std::fs::read_to_string(&file)?;
+        let text = text.split("\n# round").next().unwrap_or_default().to_string();
+        std::fs::write(&file, format!("{text}\n# round {round}\n"))?;
+        let process = mesh.nodes[at].process.as_ref().context("the edge does not run")?;
+        process.signal("HUP").await?;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for name in edges {
+        let at = mesh.at(name)?;
+        let metrics = String::from_utf8_lossy(&mesh.admin(at, "/metrics").await?).into_owned();
+        let success = metrics.lines().find(|line| line.starts_with("starling_config_reload_success"));
+        if success.is_none_or(|line| !line.trim_end().ends_with(" 1")) {
+            bail!("{name} did not take its file: {success:?}");
+        }
+    }
+    Ok("the edges say that they took it".into())
+}

@@ -1,0 +1,256 @@
+//! The service behind the nodes of a run: answers what the load asks, keeps a ledger of what it has done, and misbehaves when
+//! told to on its stdin.
+//!
+//! `GET /call/N` and `POST /call/N` answer `N`; `GET /bytes/N/SIZE` sends SIZE bytes that follow from N; `GET /drip/N/SIZE` the
+//! same over some seconds; `POST /bytes/N` answers length and digest of what came. Every answer names its node.
+
+use std::{
+    convert::Infallible,
+    fs::File,
+    io::Write,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use bytes::{Bytes, BytesMut};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use sha2::{Digest, Sha256};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
+
+/// Who answered.
+pub(crate) const SERVED_BY: &str = "x-served-by";
+const CHUNK_BYTES: usize = 16 << 10;
+/// Pause between the chunks of a drip.
+const DRIP_PAUSE: Duration = Duration::from_millis(250);
+const SLOW: Duration = Duration::from_millis(50);
+/// One in so many calls fails when stumbling.
+const STUMBLE_ONE_IN: u64 = 100;
+
+/// What the service does with calls, as it is told by a word a line on stdin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    Good,
+    Hang,
+    Stumble,
+    CloseIdle,
+    AnswerEarly,
+    Slow,
+    Work(Duration),
+}
+
+impl Manner {
+    fn named(word: &str) -> Option<Self> {
+        Some(match word {
+            "good" => Self::Good,
+            "hang" => Self::Hang,
+            "stumble" => Self::Stumble,
+            "close-idle" => Self::CloseIdle,
+            "answer-early" => Self::AnswerEarly,
+            "slow" => Self::Slow,
+            _ => Self::Work(Duration::from_millis(word.strip_prefix("work ")?.parse().ok()?)),
+        })
+    }
+}
+
+struct Service {
+    name: HeaderValue,
+    ledger: Mutex<File>,
+    manner: watch::Receiver<Manner>,
+    calls: AtomicU64,
+}
+
+/// Serves until the process is ended. Says `ready` on stdout when it listens, and repeats each manner that it takes on.
+///
+/// # Errors
+/// If it cannot listen, or write its ledger.
+pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
+    let file = File::options().create(true).append(true).open(ledger);
+    let file = file.with_context(|| format!("cannot write {}", ledger.display()))?;
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+    let (told, manner) = watch::channel(Manner::Good);
+    let (name, ledger) = (HeaderValue::from_str(name)?, Mutex::new(file));
+    let service = Arc::new(Service { name, ledger, manner, calls: AtomicU64::new(0) });
+    println!("ready");
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            if let Some(manner) = Manner::named(&line) {
+                told.send_replace(manner);
+                println!("{line}");
+            }
+        }
+        // Nobody tells any more; what was told last stays.
+        loop {
+            std::thread::park();
+        }
+    });
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let _ = stream.set_nodelay(true);
+        let service = service.clone();
+        tokio::spawn(async move {
+            let answering = service.clone();
+            let answer = service_fn(move |request| answer(answering.clone(), request));
+            let keep = *service.manner.borrow() != Manner::CloseIdle;
+            let mut server = http1::Builder::new();
+            server.timer(TokioTimer::new()).keep_alive(true);
+            let connection = server.serve_connection(TokioIo::new(stream), answer);
+            if keep {
+                let _ = connection.await;
+            } else {
+                // Without a word: the peer may just be sending the next call.
+                let _ = tokio::time::timeout(Duration::from_millis(500), connection).await;
+            }
+        });
+    }
+}
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+impl Service {
+    /// Writes down that a call is done, before it is answered.
+    fn done(&self, nonce: u64) {
+        let line = format!("{nonce}\n");
+        let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
+        if let Err(error) = ledger.write_all(line.as_bytes()) {
+            // A ledger with holes proves nothing.
+            eprintln!("cannot write the ledger: {error}");
+            std::process::abort();
+        }
+    }
+
+    fn answer(&self, status: StatusCode, body: Body) -> Response<Body> {
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        response.headers_mut().insert(SERVED_BY, self.name.clone());
+        response
+    }
+
+    fn text(&self, status: StatusCode, text: String) -> Response<Body> {
+        self.answer(status, Full::new(Bytes::from(text)).boxed_unsync())
+    }
+}
+
+async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
+    let manner = *service.manner.borrow();
+    let path = request.uri().path().trim_matches('/').to_string();
+    let parts: Vec<&str> = path.split('/').collect();
+    let number = |at: usize| parts.get(at).and_then(|part| part.parse::<u64>().ok());
+    let count = service.calls.fetch_add(1, Relaxed);
+    match manner {
+        Manner::Hang => std::future::pending::<()>().await,
+        Manner::Slow => tokio::time::sleep(SLOW).await,
+        Manner::Work(long) => tokio::time::sleep(long).await,
+        Manner::Stumble if count % STUMBLE_ONE_IN == 7 => {
+            return Ok(service.text(StatusCode::INTERNAL_SERVER_ERROR, "stumbled".into()));
+        }
+        _ => {}
+    }
+    let Some(nonce) = number(1) else {
+        return Ok(service.text(StatusCode::NOT_FOUND, "no number".into()));
+    };
+    let early = manner == Manner::AnswerEarly;
+    match (request.method().clone(), parts[0]) {
+        (Method::GET, "call") => {
+            service.done(nonce);
+            Ok(service.text(StatusCode::OK, nonce.to_string()))
+        }
+        (Method::POST, "call") if early => {
+            service.done(nonce);
+            Ok(service.text(StatusCode::OK, nonce.to_string()))
+        }
+        (Method::POST, "call") => {
+            request.into_body().collect().await?;
+            service.done(nonce);
+            Ok(service.text(StatusCode::OK, nonce.to_string()))
+        }
+        (Method::POST, "bytes") if early => Ok(service.text(StatusCode::PAYLOAD_TOO_LARGE, "too much".into())),
+        (Method::POST, "bytes") => {
+            let mut digest = Sha256::new();
+            let mut length = 0;
+            let mut body = request.into_body();
+            while let Some(frame) = body.frame().await {
+                if let Ok(data) = frame?.into_data() {
+                    length += data.len();
+                    digest.update(&data);
+                }
+            }
+            service.done(nonce);
+            Ok(service.text(StatusCode::OK, format!("{length} {}", hex(&digest.finalize()))))
+        }
+        (Method::GET, kind @ ("bytes" | "drip")) => {
+            let size = number(2).unwrap_or(0) as usize;
+            service.done(nonce);
+            let pause = if kind == "drip" { DRIP_PAUSE } else { Duration::ZERO };
+            let mut response = service.answer(StatusCode::OK, content(nonce, size, pause));
+            response.headers_mut().insert(http::header::CONTENT_LENGTH, size.into());
+            Ok(response)
+        }
+        _ => Ok(service.text(StatusCode::NOT_FOUND, "nothing here".into())),
+    }
+}
+
+/// The content of a download: each chunk begins with what it is and where, so that none can be missing or elsewhere.
+fn content(nonce: u64, size: usize, pause: Duration) -> Body {
+    let (send, receive) = mpsc::channel(2);
+    tokio::spawn(async move {
+        for chunk in chunks(nonce, size) {
+            if send.send(chunk).await.is_err() {
+                return;
+            }
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
+        }
+    });
+    Chunks(receive).boxed_unsync()
+}
+
+/// The bytes that follow from a nonce, chunk by chunk.
+pub(crate) fn chunks(nonce: u64, size: usize) -> impl Iterator<Item = Bytes> {
+    (0..size).step_by(CHUNK_BYTES).map(move |at| {
+        let mut chunk = BytesMut::zeroed(CHUNK_BYTES.min(size - at));
+        let seed = nonce.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ at as u64;
+        for (word, place) in chunk.chunks_mut(8).enumerate() {
+            let bytes = (seed.wrapping_add(word as u64)).rotate_left(21).to_le_bytes();
+            place.copy_from_slice(&bytes[..place.len()]);
+        }
+        chunk.freeze()
+    })
+}
+
+/// SHA-256 of those bytes, hex.
+pub(crate) fn digest(nonce: u64, size: usize) -> String {
+    let mut digest = Sha256::new();
+    chunks(nonce, size).for_each(|chunk| digest.update(&chunk));
+    hex(&digest.finalize())
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+struct Chunks(mpsc::Receiver<Bytes>);
+
+impl http_body::Body for Chunks {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(context).map(|chunk| chunk.map(|data| Ok(http_body::Frame::data(data))))
+    }
+}

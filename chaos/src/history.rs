@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use starling_protocol::admin::MemberStatus;
 
 use crate::{
-    plan::{Backend, DoorKind, Excuse, Plan},
+    plan::{Backend, DoorKind, Excuse, Fault, Misbehaviour, Plan},
     stage::Count,
 };
 
@@ -149,6 +149,18 @@ pub enum Event {
         /// Whether it went as it must.
         good: bool,
     },
+    /// What a simulation found out by itself, at each of its steps.
+    Simulated {
+        /// Digest of all that happened: the same for the same plan and seed.
+        digest: String,
+        /// Events that happened.
+        events: u64,
+        /// Healthy nodes that were shown as down: who, whom, when.
+        false_downs: Vec<String>,
+        /// An invariant that did not hold.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        broken: Option<String>,
+    },
     /// The run is over.
     End {
         /// Whether all of the plan was done.
@@ -182,6 +194,8 @@ pub struct Begin {
     pub replay: String,
     /// All nodes and edges.
     pub nodes: Vec<String>,
+    /// Those whose views are noted: all of them, or some in a very large simulation.
+    pub observers: Vec<String>,
     /// Which node serves what.
     pub serving: Vec<(String, String)>,
 }
@@ -407,6 +421,78 @@ impl History {
 }
 
 impl Begin {
-    /// Of the form that is written today.
-    pub(crate) const FORM: u32 = FORM;
+    /// A run of that plan, here and now.
+    pub fn new(name: String, plan: &Plan, backend: Backend, replay: String) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let nodes: Vec<String> = plan.node_names().chain(plan.edge_names()).collect();
+        Self {
+            form: FORM,
+            name,
+            plan: plan.clone(),
+            backend,
+            skipped: plan.cannot(backend),
+            version: env!("CARGO_PKG_VERSION").into(),
+            host: format!("{} {}, {cores} cores", std::env::consts::OS, kernel.trim()),
+            started: started.as_secs_f64(),
+            replay,
+            observers: nodes.clone(),
+            nodes,
+            serving: plan.serving(),
+        }
+    }
+}
+
+impl Injected {
+    /// A fault that hits those victims, of all these nodes.
+    pub fn new(id: usize, step: usize, fault: &Fault, victims: &[String], nodes: &[String]) -> Self {
+        let is_victim = |name: &String| victims.contains(name);
+        let is_cut = |from: &String, to: &String| match fault {
+            Fault::Partition { .. } => is_victim(from) != is_victim(to),
+            Fault::Cut { .. } => is_victim(from) && is_victim(to),
+            Fault::Mute { .. } => is_victim(from),
+            Fault::Deaf { .. } => is_victim(to),
+            Fault::UdpBlocked { .. } | Fault::HoldBack { .. } | Fault::NatForgets { .. } => {
+                is_victim(from) || is_victim(to)
+            }
+            _ => false,
+        };
+        // A simulation of thousands has no calls, for which alone it matters what is cut.
+        let pairs = nodes.iter().take(MOST_CUT).flat_map(|from| nodes.iter().take(MOST_CUT).map(move |to| (from, to)));
+        let cut = pairs.filter(|(from, to)| from != to && is_cut(from, to)).map(|(f, t)| (f.clone(), t.clone()));
+        let odd = matches!(fault, Fault::Service { does, .. } if *does != Misbehaviour::Slow);
+        Self {
+            fault: id,
+            step,
+            kind: fault.kind().into(),
+            text: fault.describe(),
+            victims: victims.to_vec(),
+            excuse: fault.excuse(),
+            disables: fault.disables(),
+            cut: cut.collect(),
+            mute_services: if odd { victims.to_vec() } else { Vec::new() },
+            for_good: matches!(fault, Fault::Kill { for_good: true, .. }),
+            overload: matches!(fault, Fault::Burst { .. }),
+        }
+    }
+}
+
+/// Nodes between which cuts are written down one by one.
+const MOST_CUT: usize = 256;
+
+impl History {
+    /// Writes it into a report's directory.
+    ///
+    /// # Errors
+    /// If that is not possible.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir)?;
+        let mut file = BufWriter::new(File::create(dir.join(FILE))?);
+        for entry in &self.entries {
+            serde_json::to_writer(&mut file, entry)?;
+            file.write_all(b"\n")?;
+        }
+        file.flush().context("the history cannot be written whole")
+    }
 }

@@ -15,7 +15,10 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::calls::by_second;
 use self::times::Times;
-use crate::history::{Event, History, Side};
+use crate::{
+    history::{Event, History, Side},
+    plan::Backend,
+};
 
 /// How a check, or a whole run, came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -133,9 +136,15 @@ pub fn judge(history: &History) -> Result<Verdict> {
     let times = Times::of(history);
     let mut checks = Vec::new();
     whole(history, &times, &mut checks);
-    let tally = calls::checks(history, begin, &times, &mut checks);
+    let tally = calls::Tally::of(history, begin, &times);
     let watched = membership::checks(history, begin, &times, &mut checks);
-    machines(history, begin, &times, &mut checks);
+    match begin.backend {
+        Backend::Sim => simulated(history, &mut checks),
+        Backend::Lab | Backend::Relay => {
+            tally.checks(history, begin, &mut checks);
+            machines(history, begin, &times, &mut checks);
+        }
+    }
     let faults = times.faults.iter().map(|fault| {
         let id = fault.injected.fault;
         let mut row = FaultRow {
@@ -162,7 +171,7 @@ pub fn judge(history: &History) -> Result<Verdict> {
     let faults: Vec<FaultRow> = faults.collect();
     let outcome = checks.iter().map(|check| check.outcome).max().unwrap_or(Outcome::Unknown);
     let calls = history.calls().count();
-    let mut verdict = Verdict { outcome, line: String::new(), checks, faults, calls, twice: tally.twice };
+    let mut verdict = Verdict { outcome, line: String::new(), checks, faults, calls, twice: calls::twice(history).len() };
     verdict.line = words::line(&verdict);
     Ok(verdict)
 }
@@ -221,6 +230,29 @@ fn whole(history: &History, times: &Times, checks: &mut Vec<Check>) {
             checks.push(ended);
         }
     }
+}
+
+/// What a simulation checked at each of its steps.
+fn simulated(history: &History, checks: &mut Vec<Check>) {
+    let said = history.entries.iter().find_map(|entry| match &entry.event {
+        Event::Simulated { digest, events, false_downs, broken } => Some((digest, events, false_downs, broken)),
+        _ => None,
+    });
+    let Some((digest, events, false_downs, broken)) = said else {
+        checks.push(Check::of("no invariant was broken", Outcome::Unknown, "the simulation did not say"));
+        return;
+    };
+    checks.push(match broken {
+        Some(broken) => Check::of("no invariant was broken", Outcome::Violated, broken),
+        None => Check::of("no invariant was broken", Outcome::Held, format!("{events} events, digest {digest}")),
+    });
+    checks.push(match false_downs.first() {
+        Some(first) => {
+            let detail = format!("{first}{}", words::and_more(false_downs.len()));
+            Check::of("no healthy node is shown as down anywhere", Outcome::Violated, detail)
+        }
+        None => Check::of("no healthy node is shown as down anywhere", Outcome::Held, ""),
+    });
 }
 
 /// What the nodes took of the machine, whether they lived, and what a fault's own calls came to.

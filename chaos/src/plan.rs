@@ -2,6 +2,7 @@
 //! by line.
 
 mod fault;
+mod pick;
 mod problems;
 mod shipped;
 mod victims;

@@ -5,7 +5,6 @@ mod litter;
 mod mesh;
 mod observer;
 mod probes;
-mod victims;
 
 use std::{
     collections::BTreeSet,
@@ -28,7 +27,7 @@ use self::{
 use crate::{
     history::{Begin, Event, History, Injected, Phase, Recorder, Side},
     load::Calls,
-    plan::{Backend, Excuse, Fault, Misbehaviour, Plan, Step},
+    plan::{Backend, Fault, Plan, Step},
     stage::{Lab, Stage},
 };
 
@@ -109,7 +108,7 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     let recorder = Arc::new(Recorder::new(&options.report)?);
     let plan = &options.plan;
     let nodes = plan.mesh.nodes + plan.mesh.edges;
-    recorder.note(Event::Begin(Box::new(begin(options))));
+    recorder.note(Event::Begin(Box::new(Begin::new(options.name.clone(), plan, options.backend, options.replay.clone()))));
     for why in plan.cannot(options.backend) {
         progress.say(&format!("skipped: {why}"));
     }
@@ -143,26 +142,6 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     recorder.note(Event::End { whole, why });
     drop(run);
     recorder.finish()
-}
-
-fn begin(options: &Options) -> Begin {
-    let plan = &options.plan;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Begin {
-        form: Begin::FORM,
-        name: options.name.clone(),
-        plan: plan.clone(),
-        backend: options.backend,
-        skipped: plan.cannot(options.backend),
-        version: env!("CARGO_PKG_VERSION").into(),
-        host: format!("{} {}, {cores} cores", std::env::consts::OS, kernel.trim()),
-        started: started.as_secs_f64(),
-        replay: options.replay.clone(),
-        nodes: plan.node_names().chain(plan.edge_names()).collect(),
-        serving: plan.serving(),
-    }
 }
 
 struct Run<'a> {
@@ -220,7 +199,7 @@ impl Run<'_> {
                 continue;
             }
             let victims = match fault.victims() {
-                Some(victims) => victims::pick(victims, &self.options.plan, &self.gone, &taken, rng)?,
+                Some(victims) => victims.pick(&self.options.plan, &self.gone, &taken, rng)?,
                 None => Vec::new(),
             };
             taken.extend(victims.iter().cloned());
@@ -263,38 +242,9 @@ impl Run<'_> {
         let id = self.faults;
         self.faults += 1;
         let nodes: Vec<String> = self.mesh.nodes.iter().map(|node| node.name.clone()).collect();
-        let is_victim = |name: &String| victims.contains(name);
-        let cut: Vec<(String, String)> = nodes
-            .iter()
-            .flat_map(|from| nodes.iter().map(move |to| (from.clone(), to.clone())))
-            .filter(|(from, to)| from != to)
-            .filter(|(from, to)| match fault {
-                Fault::Partition { .. } => is_victim(from) != is_victim(to),
-                Fault::Cut { .. } => is_victim(from) && is_victim(to),
-                Fault::Mute { .. } => is_victim(from),
-                Fault::Deaf { .. } => is_victim(to),
-                Fault::UdpBlocked { .. } | Fault::HoldBack { .. } | Fault::NatForgets { .. } => {
-                    is_victim(from) || is_victim(to)
-                }
-                _ => false,
-            })
-            .collect();
-        let odd = matches!(fault, Fault::Service { does, .. } if *does != Misbehaviour::Slow);
-        let for_good = matches!(fault, Fault::Kill { for_good: true, .. });
-        let everybody = matches!(fault, Fault::ShortCertificates { .. });
-        self.recorder.note(Event::Inject(Box::new(Injected {
-            fault: id,
-            step,
-            kind: fault.kind().into(),
-            text: fault.describe(),
-            victims: victims.clone(),
-            excuse: if everybody { Excuse::Nobody } else { fault.excuse() },
-            disables: fault.disables(),
-            cut,
-            mute_services: if odd { victims.clone() } else { Vec::new() },
-            for_good,
-            overload: matches!(fault, Fault::Burst { .. }),
-        })));
+        let injected = Injected::new(id, step, fault, &victims, &nodes);
+        let for_good = injected.for_good;
+        self.recorder.note(Event::Inject(Box::new(injected)));
         if for_good {
             self.gone.extend(victims.iter().cloned());
         }

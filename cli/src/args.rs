@@ -108,6 +108,16 @@ pub(crate) enum ChaosCommand {
     },
     /// Sabotage the runner itself, in every way it knows, and see that every verdict turns
     SelfTest(ChaosSelfTestArgs),
+    /// Look for a plan that breaks the gossip, on the simulated clock: many seeds, what fails made small
+    Search(ChaosSearchArgs),
+    /// Keep a plan that a search has found, so that it is tried on every change
+    Promote {
+        /// The plan's file, as `search` has written it
+        file: PathBuf,
+        /// Where such plans are kept
+        #[arg(long, value_name = "DIR", default_value = "chaos/plans/found")]
+        to: PathBuf,
+    },
     /// The service behind the nodes of a run
     #[command(hide = true)]
     Service {
@@ -165,6 +175,19 @@ pub(crate) struct ChaosSelfTestArgs {
     /// Where
     #[arg(long, value_name = "B")]
     pub(crate) backend: Option<BackendArg>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChaosSearchArgs {
+    /// How many seeds
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub(crate) seeds: u64,
+    /// The first of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) from: u64,
+    /// Where plans that fail are written
+    #[arg(long, value_name = "DIR", default_value = "chaos-report/search")]
+    pub(crate) report: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -37,8 +37,10 @@ pub use self::{
 const DEFAULT_HEAD: Duration = Duration::from_secs(15);
 /// Silence of a call that ends it, if nobody sets it.
 const DEFAULT_IDLE: Duration = Duration::from_secs(3600);
-/// Attempts per call, the first one included.
+/// Attempts per call, the first one included; those that found nobody at the other end are not counted.
 const MAX_ATTEMPTS: u32 = 3;
+/// Nodes per call that cannot be reached until it is given up.
+const MAX_UNREACHED: usize = 8;
 /// Attempts over all hops: a chain of proxies must not multiply them.
 const MAX_TOTAL_ATTEMPTS: u32 = 6;
 /// How often one call may pass through the same node before it is a loop.
@@ -173,7 +175,7 @@ impl MeshClient {
                 // What the last one said tells more than that there is no other.
                 Err(none_left) => return Err(failed.unwrap_or(none_left)),
             };
-            let attempt = tried.len() as u32 + 1;
+            let attempt = (tried.len() - dead.len()) as u32 + 1;
             tried.push(candidate.instance.node);
             parts.headers.insert(headers::ATTEMPT, HeaderValue::from(earlier + attempt));
             let outcome = self.attempt(&candidate, &mut parts, terms).await;
@@ -191,13 +193,16 @@ impl MeshClient {
                     Some(sent) if may_repeat(sent) => {}
                     _ => return Ok(answer.into_response()),
                 },
-                Err(error) if error.fault == Fault::Caller || !may_repeat(error.sent) => return Err(error),
-                Err(error) => {
-                    if error.fault == Fault::Mesh {
-                        dead.push(candidate.instance.node);
-                    }
+                // Nobody had any work with it, so that it costs no retry, only time.
+                Err(error) if error.fault == Fault::Mesh && !due.is_over() && dead.len() < MAX_UNREACHED => {
+                    self.0.retries.fetch_add(1, Relaxed);
+                    dead.push(candidate.instance.node);
                     failed = Some(error);
+                    continue;
                 }
+                Err(error) if matches!(error.fault, Fault::Caller | Fault::Mesh) => return Err(error),
+                Err(error) if !may_repeat(error.sent) => return Err(error),
+                Err(error) => failed = Some(error),
             }
             self.0.retries.fetch_add(1, Relaxed);
             if attempt > 1 {

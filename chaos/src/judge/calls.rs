@@ -27,7 +27,6 @@ const GOODPUT_FROM: f64 = 2.0 / 3.0;
 pub(super) struct Tally<'a> {
     times: &'a Times,
     judged: Vec<(&'a Call, Owed)>,
-    pub(super) twice: usize,
 }
 
 /// Whether an answer was owed.
@@ -40,29 +39,29 @@ enum Owed {
     MayBreak,
 }
 
-pub(super) fn checks<'a>(
-    history: &'a History,
-    begin: &'a Begin,
-    times: &'a Times,
-    checks: &mut Vec<Check>,
-) -> Tally<'a> {
-    let judged: Vec<(&Call, Owed)> = history.calls().map(|call| (call, owed(call, begin, times))).collect();
-    enough(history, begin, times, &judged, checks);
-    wrong(&judged, checks);
-    let twice = ledgers(history, begin, checks);
-    let tally = Tally { times, judged, twice };
-    for step in &times.steps {
-        let Some(expect) = expect(begin, step.step) else { continue };
-        tally.lost(step, expect, checks);
-        if expect.others_fast {
-            tally.others(step, begin, checks);
-        }
-        if let Some(share) = expect.goodput {
-            tally.goodput(step, share, checks);
-        }
+impl<'a> Tally<'a> {
+    /// Says of every call whether it was owed.
+    pub(super) fn of(history: &'a History, begin: &Begin, times: &'a Times) -> Self {
+        Self { times, judged: history.calls().map(|call| (call, owed(call, begin, times))).collect() }
     }
-    tally.calm(checks);
-    tally
+
+    /// All that is promised of calls.
+    pub(super) fn checks(&self, history: &History, begin: &Begin, checks: &mut Vec<Check>) {
+        enough(history, begin, self.times, &self.judged, checks);
+        wrong(&self.judged, checks);
+        ledgers(history, begin, checks);
+        for step in &self.times.steps {
+            let Some(expect) = expect(begin, step.step) else { continue };
+            self.lost(step, expect, checks);
+            if expect.others_fast {
+                self.others(step, begin, checks);
+            }
+            if let Some(share) = expect.goodput {
+                self.goodput(step, share, checks);
+            }
+        }
+        self.calm(checks);
+    }
 }
 
 fn expect(begin: &Begin, step: usize) -> Option<&Expect> {
@@ -144,34 +143,50 @@ fn wrong(judged: &[(&Call, Owed)], checks: &mut Vec<Check>) {
     checks.push(right);
 }
 
-/// For each call: acknowledged at most if done, done at most once where once is all that is allowed.
-fn ledgers(history: &History, begin: &Begin, checks: &mut Vec<Check>) -> usize {
-    let read: BTreeSet<&str> = history.entries.iter().filter_map(|e| match &e.event {
-        Event::Ledger { of, .. } => Some(of.as_str()),
-        _ => None,
-    }).collect();
-    let missing: Vec<String> = begin.serving.iter().map(|(node, service)| format!("{service} of {node}"))
-        .filter(|of| !read.contains(of.as_str())).collect();
-    let outcome = if missing.is_empty() { Outcome::Held } else { Outcome::Unknown };
-    checks.push(Check::of("every service's ledger is whole", outcome, missing.join(", ")));
-
+/// How often each call was done.
+fn times_done(history: &History) -> HashMap<u64, usize> {
     let mut done: HashMap<u64, usize> = HashMap::new();
     for entry in &history.entries {
         if let Event::Done { nonce, .. } = entry.event {
             *done.entry(nonce).or_default() += 1;
         }
     }
-    let times_done = |call: &Call| done.get(&call.nonce).copied().unwrap_or(0);
-    let twice: Vec<&Call> =
-        history.calls().filter(|call| !call.kind.is_idempotent() && times_done(call) > 1).collect();
+    done
+}
+
+/// Calls that were done twice and must not be, and how often.
+pub(super) fn twice(history: &History) -> Vec<(&Call, usize)> {
+    let done = times_done(history);
+    let once = history.calls().filter(|call| !call.kind.is_idempotent());
+    once.filter_map(|call| done.get(&call.nonce).filter(|times| **times > 1).map(|times| (call, *times))).collect()
+}
+
+/// For each call: acknowledged at most if done, done at most once where once is all that is allowed.
+fn ledgers(history: &History, begin: &Begin, checks: &mut Vec<Check>) {
+    let read: BTreeSet<&str> = history
+        .entries
+        .iter()
+        .filter_map(|entry| match &entry.event {
+            Event::Ledger { of, .. } => Some(of.as_str()),
+            _ => None,
+        })
+        .collect();
+    let wanted = begin.serving.iter().map(|(node, service)| format!("{service} of {node}"));
+    let missing: Vec<String> = wanted.filter(|of| !read.contains(of.as_str())).collect();
+    let outcome = if missing.is_empty() { Outcome::Held } else { Outcome::Unknown };
+    checks.push(Check::of("every service's ledger is whole", outcome, missing.join(", ")));
+
+    let twice = twice(history);
     let mut once = Check::of("no call that must not be was done twice", Outcome::Held, "");
-    if let Some(first) = twice.first() {
+    if let Some((first, times)) = twice.first() {
         once.outcome = Outcome::Violated;
-        once.detail = format!("{}, done {} times{}", told(first), times_done(first), and_more(twice.len()));
+        once.detail = format!("{}, done {times} times{}", told(first), and_more(twice.len()));
         once.at = Some(first.over());
     }
     checks.push(once);
-    let never: Vec<&Call> = history.calls().filter(|call| call.good() && times_done(call) == 0).collect();
+
+    let done = times_done(history);
+    let never: Vec<&Call> = history.calls().filter(|call| call.good() && !done.contains_key(&call.nonce)).collect();
     let mut acknowledged = Check::of("every call that was acknowledged was done", Outcome::Held, "");
     if let Some(first) = never.first() {
         acknowledged.outcome = if missing.is_empty() { Outcome::Violated } else { Outcome::Unknown };
@@ -179,7 +194,6 @@ fn ledgers(history: &History, begin: &Begin, checks: &mut Vec<Check>) -> usize {
         acknowledged.at = Some(first.over());
     }
     checks.push(acknowledged);
-    twice.len()
 }
 
 impl Tally<'_> {

@@ -106,7 +106,7 @@ impl Watched {
     fn times_to_see(&mut self, views: &[View<'_>], begin: &Begin, times: &Times) {
         for fault in &times.faults {
             let others: BTreeSet<&str> =
-                begin.nodes.iter().map(String::as_str).filter(|node| !fault.is_victim(node)).collect();
+                begin.observers.iter().map(String::as_str).filter(|node| !fault.is_victim(node)).collect();
             let about = views.iter().filter(|view| {
                 view.at >= fault.from && view.at <= fault.ended && fault.is_victim(view.subject) && others.contains(view.observer)
             });
@@ -127,18 +127,19 @@ impl Watched {
     }
 
     fn bounds(&self, step: usize, expect: &Expect, times: &Times, checks: &mut Vec<Check>) {
+        let Some(time) = times.steps.iter().find(|time| time.step == step) else { return };
         let mut bound = |name: String, limit: f64, seen: Option<f64>, from: f64| {
             let mut check = Check::of(&name, Outcome::Held, "");
             check.step = Some(step);
             match seen {
                 Some(seen) if seen <= limit => check.detail = format!("{seen:.2} s"),
                 Some(seen) => (check.outcome, check.detail) = (Outcome::Violated, format!("{seen:.2} s")),
+                None if !time.whole => (check.outcome, check.detail) = (Outcome::Unknown, "the step was not done".into()),
                 None => (check.outcome, check.detail) = (Outcome::Violated, "never".into()),
             }
             check.at = (check.outcome == Outcome::Violated).then_some(from + limit);
             checks.push(check);
         };
-        let Some(time) = times.steps.iter().find(|time| time.step == step) else { return };
         let heal = expect.heal.as_secs_f64();
         bound(format!("all is mended within {heal:.0} s"), heal, times.healed(step), time.healing);
         for fault in times.faults.iter().filter(|fault| fault.injected.step == step) {

@@ -23,6 +23,8 @@ pub(super) struct StepTime {
     pub(super) healing: f64,
     pub(super) calm: f64,
     pub(super) end: f64,
+    /// Whether it came to its calm.
+    pub(super) whole: bool,
     /// When all saw all as they are.
     pub(super) recovered: Option<f64>,
 }
@@ -48,14 +50,15 @@ impl Times {
                         before.end = entry.at;
                     }
                     let (fault, late) = (entry.at, last);
-                    let times = StepTime { step: *step, fault, healing: late, calm: late, end: late, recovered: None };
+                    let (whole, recovered) = (false, None);
+                    let times = StepTime { step: *step, fault, healing: late, calm: late, end: late, whole, recovered };
                     steps.push(times);
                 }
                 Event::Phase { phase, .. } => {
                     let Some(now) = steps.last_mut() else { continue };
                     match phase {
                         Phase::Healing => now.healing = entry.at,
-                        Phase::Calm => now.calm = entry.at,
+                        Phase::Calm => (now.calm, now.whole) = (entry.at, true),
                         Phase::Baseline | Phase::Fault => {}
                     }
                 }

@@ -17,7 +17,24 @@ macro_rules! plans {
     };
 }
 
-plans!["smoke", "self-test"];
+plans![
+    "smoke",
+    "kill",
+    "partition",
+    "flaky-network",
+    "rolling-restart",
+    "slow-neighbours",
+    "overload",
+    "certificates",
+    "hostile-member",
+    "addresses",
+    "edges",
+    "disk",
+    "thundering-herd",
+    "versions",
+    "soak",
+    "self-test",
+];
 
 impl Plan {
     /// A shipped plan.

@@ -35,7 +35,7 @@ fn a_bad_plan_is_told_by_line() {
         ("", "no [[step]]"),
         ("[mesh]\nnodes = 2", "line 3: nodes: 2"),
         (&step("{ kil = { victims = \"any 1\" } }"), "line 5: unknown variant `kil`"),
-        (&step("{ kill = { victims = \"any 1\", bakc = \"1s\" } }"), "unknown field `bakc`"),
+        (&step("{ kill = { victims = \"any 1\", bakc = \"1s\" } }"), "unexpected keys in table: bakc"),
         (&step("{ kill = { victims = \"any 9\" } }"), "line 2: kill: any 9: the mesh has only 5"),
         (&step("{ kill = { victims = \"all\" } }"), "leave at least one out"),
         (&step("{ kill = { victims = \"any 1\", back = \"6s\" } }"), "shorter than the step's hold"),

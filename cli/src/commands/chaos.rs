@@ -1,6 +1,7 @@
 //! `starling chaos`
 
 mod inside;
+mod search;
 
 use std::{
     io::IsTerminal,
@@ -62,6 +63,8 @@ pub(crate) async fn run(command: ChaosCommand) -> Result<(), Failure> {
             Ok(())
         }
         ChaosCommand::SelfTest(args) => self_test(&args).await,
+        ChaosCommand::Search(args) => search::search(&args),
+        ChaosCommand::Promote { file, to } => search::promote(&file, &to),
         ChaosCommand::Service { listen, name, ledger } => {
             super::node::follow_parent();
             starling_chaos::serve(listen, &name, &ledger).await.map_err(failed)
@@ -146,7 +149,7 @@ async fn backend(asked: Option<BackendArg>, plan: &Plan) -> Result<(Backend, Opt
             continue;
         }
         match backend {
-            Backend::Sim => notes.push("sim: not in this version".into()),
+            Backend::Sim => return Ok((backend, None)),
             Backend::Lab => match inside::check().await {
                 Ok(()) => return Ok((backend, None)),
                 Err(why) => notes.push(format!("lab: {why}")),
@@ -215,7 +218,17 @@ async fn carry_out(args: &ChaosRunArgs) -> Result<(), Failure> {
 
 /// Runs, judges, reports.
 async fn once(options: &Options, stop: &CancellationToken) -> Result<Verdict, Failure> {
-    let history = starling_chaos::run(options, &Terminal, stop).await.map_err(unknown)?;
+    let history = match options.backend {
+        Backend::Sim => {
+            let history = starling_simulation::run(&options.name, &options.plan, options.replay.clone());
+            let history = history.map_err(unknown)?;
+            history.write(&options.report).map_err(failed)?;
+            history
+        }
+        Backend::Lab | Backend::Relay => {
+            starling_chaos::run(options, &Terminal, stop).await.map_err(unknown)?
+        }
+    };
     let verdict = starling_chaos::judge(&history).map_err(unknown)?;
     starling_chaos::report::write(&options.report, &history, &verdict).map_err(failed)?;
     tell(history.begin().map_err(unknown)?, &verdict, &options.report);

@@ -98,6 +98,11 @@ impl Reach {
         lock(&self.ejection).out(Instant::now());
     }
 
+    /// Somebody dials it. After a failure that is a trial: until it is decided, the others do not wait with it.
+    pub(crate) fn dialled(&self) {
+        lock(&self.ejection).begin(Instant::now());
+    }
+
     /// A connection came about.
     pub(crate) fn reached(&self) {
         lock(&self.ejection).back();
@@ -280,6 +285,19 @@ mod tests {
         assert!(ejection.is_out(later + EJECT_MIN), "longer each time");
         ejection.back();
         assert!(!ejection.is_out(later));
+    }
+
+    #[test]
+    fn a_peer_that_is_dialled_again_is_out_until_it_answers() {
+        let peer = Reach::default();
+        peer.dialled();
+        assert!(!peer.is_out(), "the first dial is everybody's");
+        *lock(&peer.ejection) = Ejection { times: 1, until: Some(Instant::now()), trial: None };
+        assert!(!peer.is_out());
+        peer.dialled();
+        assert!(peer.is_out());
+        peer.reached();
+        assert!(!peer.is_out());
     }
 
     #[test]

@@ -26,14 +26,12 @@ impl Candidate {
         self.experience.begin(&self.peer)
     }
 
-    fn is_out(&self) -> bool {
-        self.peer.is_out() || self.experience.is_ejected()
-    }
 }
 
 /// Picks among `candidates`, which are callable by the mesh's word; `tried` ones only if nothing else is left, and `dead`
-/// ones, which could not be reached a moment ago, not at all. Never lets more than half be ejected: then our own view is the
-/// suspect. Same zone first.
+/// ones, which could not be reached a moment ago, not at all. One whose peer is out of reach is left until nobody else is
+/// there: it would not answer, and the call would only wait for it. Of those within reach, never more than half are ejected
+/// for their answers: then our own view is the suspect. Same zone first.
 pub(crate) fn pick<'a>(
     candidates: &'a [Candidate],
     zone: &str,
@@ -41,13 +39,15 @@ pub(crate) fn pick<'a>(
     dead: &[NodeId],
     rng: &mut impl Rng,
 ) -> Option<&'a Candidate> {
-    let out: Vec<bool> = candidates.iter().map(Candidate::is_out).collect();
-    let panic = out.iter().filter(|out| **out).count() * 2 > candidates.len();
-    let live: Vec<(&Candidate, bool)> = candidates
-        .iter()
-        .zip(out)
-        .filter(|(candidate, _)| !dead.contains(&candidate.instance.node))
+    let (lost, near_enough): (Vec<&Candidate>, Vec<&Candidate>) = candidates.iter().partition(|c| c.peer.is_out());
+    let ejected: Vec<bool> = near_enough.iter().map(|c| c.experience.is_ejected()).collect();
+    let panic = ejected.iter().filter(|out| **out).count() * 2 > near_enough.len();
+    let live: Vec<(&Candidate, bool)> = near_enough
+        .into_iter()
+        .zip(ejected)
         .map(|(candidate, out)| (candidate, panic || !out))
+        .chain(lost.into_iter().map(|candidate| (candidate, false)))
+        .filter(|(candidate, _)| !dead.contains(&candidate.instance.node))
         .collect();
     let fresh = |c: &Candidate| !tried.contains(&c.instance.node);
     let near = |c: &Candidate| !zone.is_empty() && c.instance.zone == zone;
@@ -156,17 +156,31 @@ mod tests {
     }
 
     #[test]
-    fn the_unreachable_is_out_at_once_but_never_more_than_half() {
+    fn the_unreachable_is_out_at_once_until_nobody_else_is_there() {
         let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
         all[0].peer.unreachable();
         assert_eq!(shares(&all, "", &[])[0], 0);
         all[1].peer.unreachable();
+        assert_eq!(shares(&all, "", &[]), [0, 0, 3000]);
+        all[2].peer.unreachable();
         let counts = shares(&all, "", &[]);
         assert!(counts.iter().all(|n| *n > 0), "{counts:?}");
         let (last, rng) = (all[2].instance.node, &mut rand::rng());
         assert!(pick(&all, "", &[last], &[], rng).is_some(), "better one that was tried than none");
         let nobody: Vec<NodeId> = all.iter().map(|c| c.instance.node).collect();
         assert!(pick(&all, "", &[], &nobody, rng).is_none(), "a dead address is not dialled twice");
+    }
+
+    #[test]
+    fn never_more_than_half_are_out_for_their_answers() {
+        let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
+        let fail = |c: &Candidate| (0..5).for_each(|_| c.experience.answered(Duration::from_millis(1), true));
+        fail(&all[0]);
+        assert_eq!(shares(&all, "", &[])[0], 0);
+        fail(&all[1]);
+        all[2].peer.unreachable();
+        let counts = shares(&all, "", &[]);
+        assert!(counts[0] > 0 && counts[1] > 0 && counts[2] == 0, "{counts:?}: both within reach");
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl Pool {
                     Slot::Idle | Slot::Ready(_) => {
                         let (done, dialled) = watch::channel(None);
                         *slot = Slot::Dialling(dialled.clone());
+                        peer.reach.dialled();
                         tokio::spawn(self.clone().fill(peer.clone(), instance.clone(), done));
                         dialled
                     }

@@ -21,6 +21,10 @@ pub(crate) enum Fault {
     Split(usize),
     /// Two nodes do not reach each other; all others reach both.
     Cut(usize, usize),
+    /// These and all others do not reach each other.
+    Apart(Vec<usize>),
+    /// Packets from and to that node take so much longer, and up to so much more.
+    Slow(usize, Duration, Duration),
 }
 
 #[derive(Debug)]
@@ -50,14 +54,16 @@ impl Network {
     /// Whether the fault makes a packet of that way get lost, or arrive twice.
     fn touches(fault: &Fault, from: usize, to: usize, rng: &mut StdRng) -> (bool, bool) {
         let chance = |p: f64, rng: &mut StdRng| p > 0.0 && rng.random_bool(p);
-        match *fault {
-            Fault::Loss(p) => (chance(p, rng), false),
-            Fault::Duplication(p) => (false, chance(p, rng)),
-            Fault::Lossy(node, p) => ((from == node || to == node) && chance(p, rng), false),
-            Fault::Mute(node) => (from == node, false),
-            Fault::Deaf(node) => (to == node, false),
-            Fault::Split(first) => ((from < first) != (to < first), false),
-            Fault::Cut(a, b) => ((from, to) == (a, b) || (from, to) == (b, a), false),
+        match fault {
+            &Fault::Loss(p) => (chance(p, rng), false),
+            &Fault::Duplication(p) => (false, chance(p, rng)),
+            &Fault::Lossy(node, p) => ((from == node || to == node) && chance(p, rng), false),
+            &Fault::Mute(node) => (from == node, false),
+            &Fault::Deaf(node) => (to == node, false),
+            &Fault::Split(first) => ((from < first) != (to < first), false),
+            &Fault::Cut(a, b) => ((from, to) == (a, b) || (from, to) == (b, a), false),
+            Fault::Apart(side) => (side.contains(&from) != side.contains(&to), false),
+            Fault::Slow(..) => (false, false),
         }
     }
 
@@ -68,7 +74,8 @@ impl Network {
 
     /// Delays after which a packet arrives: none if it is lost, several if it is duplicated.
     pub(crate) fn datagram(&mut self, from: usize, to: usize, rng: &mut StdRng) -> Vec<Duration> {
-        let mut arrivals = vec![self.delay(rng)];
+        let later = self.later(from, to, rng);
+        let mut arrivals = vec![self.delay(rng) + later];
         for at in 0..self.faults.len() {
             let (lost, twice) = Self::touches(&self.faults[at], from, to, rng);
             if lost || twice {
@@ -78,7 +85,7 @@ impl Network {
                 return Vec::new();
             }
             if twice {
-                arrivals.push(self.delay(rng));
+                arrivals.push(self.delay(rng) + later);
             }
         }
         arrivals
@@ -95,6 +102,20 @@ impl Network {
             waited += Duration::from_millis(50) * 2u32.pow(attempt);
         }
         None
+    }
+
+    /// How much longer a packet of that way takes.
+    fn later(&mut self, from: usize, to: usize, rng: &mut StdRng) -> Duration {
+        let mut later = Duration::ZERO;
+        for fault in &self.faults {
+            if let Fault::Slow(node, by, jitter) = fault
+                && (*node == from || *node == to)
+            {
+                later += *by + jitter.mul_f64(rng.random_range(0.0..1.0));
+                *self.fired.entry(format!("{fault:?}")).or_default() += 1;
+            }
+        }
+        later
     }
 
     fn delay(&self, rng: &mut StdRng) -> Duration {

@@ -42,6 +42,8 @@ pub(crate) enum Action {
     /// Somebody with no key of the mesh, or with another node's id, sends records and documents to a node.
     Forge(usize),
     Leave(usize),
+    /// From the node's next start on, its clock is so many seconds ahead.
+    Clock(usize, u64),
     /// A member with a valid key sends whatever might hurt others.
     Lie(usize),
 }
@@ -108,6 +110,7 @@ impl World {
                 self.with(by, |gossip, _| gossip.publish(signed, now).expect("the admin key signed it"));
             }
             Action::Forge(node) => self.forge(node),
+            Action::Clock(node, ahead) => self.nodes[node].ahead = ahead,
             Action::Lie(liar) => {
                 let liars = self.truth.liars.clone();
                 self.lie(liar, &liars);
@@ -117,17 +120,19 @@ impl World {
 
     /// Nodes that may rightly be given up because of the fault.
     fn victims(&self, fault: &Fault) -> Vec<usize> {
-        match *fault {
-            Fault::Loss(p) if p > 0.1 => (0..self.nodes.len()).collect(),
-            Fault::Loss(_) | Fault::Duplication(_) | Fault::Cut(..) => Vec::new(),
-            Fault::Lossy(node, _) | Fault::Mute(node) | Fault::Deaf(node) => vec![node],
+        match fault {
+            Fault::Loss(p) if *p > 0.1 => (0..self.nodes.len()).collect(),
+            Fault::Loss(_) | Fault::Duplication(_) | Fault::Cut(..) | Fault::Slow(..) => Vec::new(),
+            Fault::Lossy(_, p) if *p <= 0.1 => Vec::new(),
+            Fault::Lossy(node, _) | Fault::Mute(node) | Fault::Deaf(node) => vec![*node],
             Fault::Split(_) => (0..self.nodes.len()).collect(),
+            Fault::Apart(side) => side.clone(),
         }
     }
 
     fn start(&mut self, node: usize) {
         let id = self.id_of(node);
-        let unix = EPOCH + self.now.as_secs();
+        let unix = EPOCH + self.now.as_secs() + self.nodes[node].ahead;
         let generation = (self.nodes[node].generation + 1).max(unix);
         let config = Config { seed: self.rng.random(), ..Config::new(self.profile) };
         let known = &self.nodes[node];
@@ -141,7 +146,7 @@ impl World {
         let serves = self.nodes.len() < VERY_LARGE || node < FEW_SERVING;
         let mut gossip =
             Gossip::new(me, announcement(node, serves), credentials, memory, &config, (self.instant(), unix));
-        gossip.set_seeds((0..3.min(self.nodes.len())).map(addr).collect());
+        gossip.set_seeds((0..self.seeds.min(self.nodes.len())).map(addr).collect());
         self.links.die(node);
         let place = &mut self.nodes[node];
         place.generation = generation;

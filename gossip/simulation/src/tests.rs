@@ -1,25 +1,19 @@
-//! Whole meshes of the shipped state machine on simulated time.
+//! Whole meshes, asked one question each; and seeds of mixed faults.
 //!
 //! `STARLING_SIM_SEED=n` replays one seed and prints what is done to it, `STARLING_SIM_SEEDS=n` runs more of them.
 
-mod credentials;
-mod invariants;
 mod liars;
-mod links;
-mod network;
-mod questions;
 mod scenarios;
-mod view;
-mod world;
 
 use std::time::Duration;
 
-use network::Fault;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use world::{Action, World};
 
-const S: Duration = Duration::from_secs(1);
-const MS: Duration = Duration::from_millis(1);
+use crate::{
+    MS, S,
+    network::Fault,
+    world::{Action, World},
+};
 
 /// A mesh of that size, started within a second, all seeing all.
 fn mesh(nodes: usize, seed: u64) -> World {

@@ -1,14 +1,14 @@
-//! One question each, with a number for an answer. `cargo test --release -p starling-gossip --test simulation -- --ignored
+//! One question each, with a number for an answer. `cargo test --release -p starling-simulation -- --ignored
 //! --nocapture table` prints them all.
 
 use std::time::Duration;
 
 use starling_protocol::MemberHealth;
 
+use super::{assert_all_fired, mesh, settles};
 use crate::{
-    MS, S, assert_all_fired, mesh,
+    MS, S,
     network::Fault,
-    settles,
     world::{Action, World},
 };
 

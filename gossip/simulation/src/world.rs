@@ -123,6 +123,8 @@ pub(crate) struct Node {
     /// Counts lives of the process, so that timers of a dead one do nothing.
     life: u64,
     pub(crate) paused: bool,
+    /// Seconds that its clock is ahead.
+    ahead: u64,
     waiting: Vec<(usize, Message)>,
     tick_at: Option<Duration>,
     generation: u64,
@@ -147,6 +149,8 @@ pub(crate) struct World {
     pub(crate) rng: StdRng,
     pub(crate) interned: Interned,
     profile: Profile,
+    /// How many of the first nodes all start from.
+    pub(crate) seeds: usize,
     check: u64,
     pub(crate) forged: u64,
     pub(crate) lies: u64,
@@ -159,7 +163,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// `nodes` nodes that do not run yet. Each has the first three as seeds.
+    /// `nodes` nodes that do not run yet. Each has the first three as seeds, if nobody says otherwise.
     pub(crate) fn new(nodes: usize, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut ids = Vec::new();
@@ -175,6 +179,7 @@ impl World {
             gossip: None,
             life: 0,
             paused: false,
+            ahead: 0,
             waiting: Vec::new(),
             tick_at: None,
             generation: 0,
@@ -198,6 +203,7 @@ impl World {
             rng,
             interned: Interned::default(),
             profile: Profile::Lan,
+            seeds: 3,
             check: 0,
             forged: 0,
             lies: 0,

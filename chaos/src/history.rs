@@ -112,6 +112,13 @@ pub enum Event {
         /// Whether the runner wanted it.
         wanted: bool,
     },
+    /// A node was asked to end, and is ready again: in between, calls at its own doors are nobody's fault.
+    Away {
+        /// Which.
+        node: String,
+        /// Whether it is away.
+        away: bool,
+    },
     /// What a process takes of the machine.
     Sample {
         /// Node.
@@ -352,6 +359,10 @@ impl Recorder {
         // A disk that is full is seen at the end: the file is read back.
         let _ = serde_json::to_writer(&mut state.file, &entry);
         let _ = state.file.write_all(b"\n");
+        // What makes sense of the rest must not be lost with a runner that is killed.
+        if matches!(entry.event, Event::Begin(_) | Event::Phase { .. } | Event::Inject(_) | Event::Heal { .. }) {
+            let _ = state.file.flush();
+        }
         state.entries.push(entry);
     }
 

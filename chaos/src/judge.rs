@@ -171,7 +171,8 @@ pub fn judge(history: &History) -> Result<Verdict> {
     let faults: Vec<FaultRow> = faults.collect();
     let outcome = checks.iter().map(|check| check.outcome).max().unwrap_or(Outcome::Unknown);
     let calls = history.calls().count();
-    let mut verdict = Verdict { outcome, line: String::new(), checks, faults, calls, twice: calls::twice(history).len() };
+    let mut verdict =
+        Verdict { outcome, line: String::new(), checks, faults, calls, twice: calls::twice(history).len() };
     verdict.line = words::line(&verdict);
     Ok(verdict)
 }
@@ -281,7 +282,8 @@ fn machines(history: &History, begin: &crate::history::Begin, times: &Times, che
         _ => None,
     });
     let most = most.max_by_key(|(mib, ..)| *mib);
-    let mut memory = Check::of(&format!("no node takes more than {limit} MiB"), Outcome::Unknown, "nothing was measured");
+    let mut memory =
+        Check::of(&format!("no node takes more than {limit} MiB"), Outcome::Unknown, "nothing was measured");
     if let Some((mib, node, at)) = most {
         memory.outcome = if mib <= limit { Outcome::Held } else { Outcome::Violated };
         memory.detail = format!("at most {mib} MiB, {node}");
@@ -299,7 +301,8 @@ fn machines(history: &History, begin: &crate::history::Begin, times: &Times, che
             continue;
         }
         let bad: Vec<_> = probes.iter().filter(|(_, _, good)| !good).collect();
-        let mut refused = Check::of("what must be refused is refused", Outcome::Held, format!("{} attempts", probes.len()));
+        let mut refused =
+            Check::of("what must be refused is refused", Outcome::Held, format!("{} attempts", probes.len()));
         refused.step = Some(fault.injected.step);
         if let Some((at, what, _)) = bad.first() {
             refused.outcome = Outcome::Violated;

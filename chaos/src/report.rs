@@ -104,7 +104,8 @@ pub fn diff(one: &History, other: &History) -> Result<String> {
     let (a, b) = (judge(one)?, judge(other)?);
     let (begin_a, begin_b) = (one.begin()?, other.begin()?);
     let mut text = String::new();
-    let about = |begin: &Begin| format!("{} on {}, seed {}, {}", begin.name, begin.backend, begin.plan.seed, begin.version);
+    let about =
+        |begin: &Begin| format!("{} on {}, seed {}, {}", begin.name, begin.backend, begin.plan.seed, begin.version);
     let _ = writeln!(text, "one    {}: {}\nother  {}: {}\n", about(begin_a), a.line, about(begin_b), b.line);
     let figures = |row: Option<&FaultRow>| {
         let seconds = |s: Option<f64>| s.map_or("-".into(), |s| format!("{s:.2}"));
@@ -126,7 +127,13 @@ pub fn diff(one: &History, other: &History) -> Result<String> {
         .filter_map(|check| {
             let same = b.checks.iter().find(|c| c.name == check.name && c.step == check.step)?;
             (same.outcome != check.outcome).then(|| {
-                format!("{} [{}]: {:?} -> {:?}", check.name, step_name(begin_a, check.step), check.outcome, same.outcome)
+                format!(
+                    "{} [{}]: {:?} -> {:?}",
+                    check.name,
+                    step_name(begin_a, check.step),
+                    check.outcome,
+                    same.outcome
+                )
             })
         })
         .collect();

@@ -7,7 +7,7 @@ mod observer;
 mod probes;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -108,7 +108,12 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     let recorder = Arc::new(Recorder::new(&options.report)?);
     let plan = &options.plan;
     let nodes = plan.mesh.nodes + plan.mesh.edges;
-    recorder.note(Event::Begin(Box::new(Begin::new(options.name.clone(), plan, options.backend, options.replay.clone()))));
+    recorder.note(Event::Begin(Box::new(Begin::new(
+        options.name.clone(),
+        plan,
+        options.backend,
+        options.replay.clone(),
+    ))));
     for why in plan.cannot(options.backend) {
         progress.say(&format!("skipped: {why}"));
     }
@@ -123,7 +128,17 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     let mesh = mesh?;
     let doctored = (options.sabotage == Sabotage::Admin).then(|| "n2".to_string());
     let observers = Observers::start(&mesh, &recorder, doctored);
-    let mut run = Run { options, mesh, observers, recorder: recorder.clone(), active: Vec::new(), gone: BTreeSet::new(), faults: 0, sampled: Instant::now() };
+    let mut run = Run {
+        options,
+        mesh,
+        observers,
+        recorder: recorder.clone(),
+        active: Vec::new(),
+        gone: BTreeSet::new(),
+        hits: BTreeMap::new(),
+        faults: 0,
+        sampled: Instant::now(),
+    };
     run.converged().await?;
     progress.say(&format!("the mesh is up after {:.1} s", recorder.now()));
     let doors = run.mesh.doors(plan)?;
@@ -152,6 +167,8 @@ struct Run<'a> {
     active: Vec<Active>,
     /// Nodes that never come back.
     gone: BTreeSet<String>,
+    /// How often each node was hit.
+    hits: BTreeMap<String, usize>,
     faults: usize,
     sampled: Instant,
 }
@@ -199,7 +216,7 @@ impl Run<'_> {
                 continue;
             }
             let victims = match fault.victims() {
-                Some(victims) => victims.pick(&self.options.plan, &self.gone, &taken, rng)?,
+                Some(victims) => victims.pick(&self.options.plan, &self.gone, &taken, &mut self.hits, rng)?,
                 None => Vec::new(),
             };
             taken.extend(victims.iter().cloned());
@@ -248,12 +265,8 @@ impl Run<'_> {
         if for_good {
             self.gone.extend(victims.iter().cloned());
         }
-        let mut hands = Hands {
-            mesh: &mut self.mesh,
-            load,
-            recorder: &self.recorder,
-            other: self.options.other.as_deref(),
-        };
+        let mut hands =
+            Hands { mesh: &mut self.mesh, load, recorder: &self.recorder, other: self.options.other.as_deref() };
         let active = Active::begin(id, fault, victims, hold, &mut hands).await;
         self.active.push(active.with_context(|| format!("{} cannot be begun", fault.kind()))?);
         Ok(())
@@ -274,12 +287,8 @@ impl Run<'_> {
 
     async fn keep_up(&mut self, load: &Calls) -> Result<()> {
         for active in &mut self.active {
-            let mut hands = Hands {
-                mesh: &mut self.mesh,
-                load,
-                recorder: &self.recorder,
-                other: self.options.other.as_deref(),
-            };
+            let mut hands =
+                Hands { mesh: &mut self.mesh, load, recorder: &self.recorder, other: self.options.other.as_deref() };
             active.keep_up(&mut hands).await?;
         }
         Ok(())
@@ -317,12 +326,8 @@ impl Run<'_> {
         let mut ended = std::mem::take(&mut self.active);
         let mut outcome = Ok(());
         for active in &mut ended {
-            let mut hands = Hands {
-                mesh: &mut self.mesh,
-                load,
-                recorder: &self.recorder,
-                other: self.options.other.as_deref(),
-            };
+            let mut hands =
+                Hands { mesh: &mut self.mesh, load, recorder: &self.recorder, other: self.options.other.as_deref() };
             outcome = outcome.and(active.end(&mut hands).await);
         }
         for active in &ended {

@@ -74,7 +74,8 @@ fn owed(call: &Call, begin: &Begin, times: &Times) -> Owed {
     if around.is_empty() {
         return Owed::Yes;
     }
-    if around.iter().any(|fault| fault.injected.disables && fault.is_victim(&call.node)) {
+    let disabled = around.iter().any(|fault| fault.injected.disables && fault.is_victim(&call.node));
+    if disabled || times.is_away(&call.node, call.due, call.over()) {
         return Owed::Excused;
     }
     // A service's own bad answer is passed on.
@@ -94,9 +95,8 @@ fn owed(call: &Call, begin: &Begin, times: &Times) -> Owed {
     if !reachable || overload {
         return Owed::Excused;
     }
-    let touched = around.iter().any(|fault| {
-        fault.is_victim(&call.node) || instances.clone().any(|node| fault.is_victim(node))
-    });
+    let touched =
+        around.iter().any(|fault| fault.is_victim(&call.node) || instances.clone().any(|node| fault.is_victim(node)));
     // Once its head is there, a download cannot be tried again either.
     match touched && call.kind != CallKind::Get {
         true => Owed::MayBreak,
@@ -228,7 +228,9 @@ impl Tally<'_> {
         let failed: Vec<&Call> = self
             .judged
             .iter()
-            .filter(|(call, owed)| *owed == Owed::Yes && !call.good() && self.times.around(call.due, call.over()).next().is_none())
+            .filter(|(call, owed)| {
+                *owed == Owed::Yes && !call.good() && self.times.around(call.due, call.over()).next().is_none()
+            })
             .map(|(call, _)| *call)
             .collect();
         let mut none = Check::of("no call failed while nothing was wrong", Outcome::Held, "");
@@ -257,7 +259,9 @@ impl Tally<'_> {
             .collect();
         let of = |from: f64, to: f64| {
             let calls = self.during(from, to).filter(|(call, _)| {
-                call.kind == CallKind::Get && !victims.contains(call.node.as_str()) && !hit.contains(call.service.as_str())
+                call.kind == CallKind::Get
+                    && !victims.contains(call.node.as_str())
+                    && !hit.contains(call.service.as_str())
             });
             calls.map(|(call, _)| call.ms).collect::<Vec<f64>>()
         };
@@ -266,7 +270,8 @@ impl Tally<'_> {
         let mut fast = Check::of("calls that have nothing to do with it stay fast", Outcome::Unknown, "");
         fast.step = Some(step.step);
         if before.len() < FEWEST_FOR_P99 || during.len() < FEWEST_FOR_P99 {
-            fast.detail = format!("{} calls before and {} during; {FEWEST_FOR_P99} are needed", before.len(), during.len());
+            fast.detail =
+                format!("{} calls before and {} during; {FEWEST_FOR_P99} are needed", before.len(), during.len());
         } else {
             let (b, d) = (percentile(before, 0.99), percentile(during, 0.99));
             fast.outcome = if d <= (b * 1.5).max(b + 5.0) { Outcome::Held } else { Outcome::Violated };
@@ -306,7 +311,8 @@ impl Tally<'_> {
 /// A call in words.
 fn told(call: &Call) -> String {
     let what = call.error.as_deref().unwrap_or("answered");
-    format!("{:?} {} at {} of {} to {}: {what}", call.kind, call.nonce, call.door, call.node, call.service).to_lowercase()
+    format!("{:?} {} at {} of {} to {}: {what}", call.kind, call.nonce, call.door, call.node, call.service)
+        .to_lowercase()
 }
 
 fn percentile(mut values: Vec<f64>, share: f64) -> f64 {

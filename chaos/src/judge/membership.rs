@@ -90,7 +90,8 @@ fn flapping(views: &[View<'_>], step: usize, expect: &Expect, times: &Times, che
         }
     }
     let most = turns.iter().max_by_key(|(_, turns)| **turns);
-    let mut few = Check::of(&format!("at most {} turns between up and down", expect.transitions), Outcome::Held, "none");
+    let mut few =
+        Check::of(&format!("at most {} turns between up and down", expect.transitions), Outcome::Held, "none");
     few.step = Some(step);
     if let Some(((observer, subject), turns)) = most {
         few.detail = format!("{turns}, {subject} as {observer} shows it");
@@ -108,7 +109,10 @@ impl Watched {
             let others: BTreeSet<&str> =
                 begin.observers.iter().map(String::as_str).filter(|node| !fault.is_victim(node)).collect();
             let about = views.iter().filter(|view| {
-                view.at >= fault.from && view.at <= fault.ended && fault.is_victim(view.subject) && others.contains(view.observer)
+                view.at >= fault.from
+                    && view.at <= fault.ended
+                    && fault.is_victim(view.subject)
+                    && others.contains(view.observer)
             });
             let first = about.clone().find(|view| view.status != Some(MemberStatus::Alive));
             if let Some(first) = first {
@@ -134,7 +138,9 @@ impl Watched {
             match seen {
                 Some(seen) if seen <= limit => check.detail = format!("{seen:.2} s"),
                 Some(seen) => (check.outcome, check.detail) = (Outcome::Violated, format!("{seen:.2} s")),
-                None if !time.whole => (check.outcome, check.detail) = (Outcome::Unknown, "the step was not done".into()),
+                None if !time.whole => {
+                    (check.outcome, check.detail) = (Outcome::Unknown, "the step was not done".into())
+                }
                 None => (check.outcome, check.detail) = (Outcome::Violated, "never".into()),
             }
             check.at = (check.outcome == Outcome::Violated).then_some(from + limit);

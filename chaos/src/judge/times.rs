@@ -33,6 +33,8 @@ pub(super) struct StepTime {
 pub(super) struct Times {
     pub(super) faults: Vec<FaultTime>,
     pub(super) steps: Vec<StepTime>,
+    /// Nodes that were asked to end: who, from, until ready again.
+    away: Vec<(String, f64, f64)>,
     /// Start of the load.
     pub(super) baseline: f64,
 }
@@ -85,13 +87,30 @@ impl Times {
             FaultTime { from, ended: ended(injected.fault).unwrap_or(last), excuses_until, injected }
         });
         let faults = faults.collect();
-        Self { faults, steps, baseline }
+        let mut away: Vec<(String, f64, f64)> = Vec::new();
+        for entry in &history.entries {
+            match &entry.event {
+                Event::Away { node, away: true } => away.push((node.clone(), entry.at, last)),
+                Event::Away { node, away: false } => {
+                    if let Some(open) = away.iter_mut().rev().find(|(who, ..)| who == node) {
+                        open.2 = entry.at;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Self { faults, steps, away, baseline }
     }
 
     /// Seconds from the end of a step's faults until all was mended.
     pub(super) fn healed(&self, step: usize) -> Option<f64> {
         let step = self.steps.iter().find(|times| times.step == step)?;
         step.recovered.map(|at| at - step.healing)
+    }
+
+    /// Whether a node was away at any moment of that time.
+    pub(super) fn is_away(&self, node: &str, from: f64, to: f64) -> bool {
+        self.away.iter().any(|(who, since, until)| who == node && *since <= to && from <= *until)
     }
 
     /// Faults that are on, or from which the mesh still mends, at any moment of that time.

@@ -411,9 +411,13 @@ impl Fault {
     pub fn cannot(&self, backend: Backend) -> Option<&'static str> {
         match (self.needs(), backend) {
             (Needs::Clocks, Backend::Lab | Backend::Relay) => Some("all processes of a machine share its clock"),
-            (Needs::AllPackets, Backend::Relay) => Some("the relay sees no TCP, so it cannot show that TCP still works"),
+            (Needs::AllPackets, Backend::Relay) => {
+                Some("the relay sees no TCP, so it cannot show that TCP still works")
+            }
             (Needs::FileSystems, Backend::Relay) => Some("a file system of its own needs the right to mount one"),
-            (Needs::Processes | Needs::FileSystems, Backend::Sim) => Some("the simulation has no processes, services and files"),
+            (Needs::Processes | Needs::FileSystems, Backend::Sim) => {
+                Some("the simulation has no processes, services and files")
+            }
             (Needs::Network | Needs::AllPackets, Backend::Sim) => Some("the simulation has no bytes and ports"),
             _ => None,
         }
@@ -434,6 +438,7 @@ impl Fault {
             | Self::KeyRevoked { .. }
             | Self::Strangers { .. }
             | Self::DiskFull { .. }
+            | Self::Roll { .. }
             | Self::Rebind { .. }
             | Self::ShortCertificates { .. } => Excuse::Nobody,
             Self::Loss { share, .. } | Self::Corrupt { share, .. } if *share <= TOLERABLE_LOSS => Excuse::Nobody,
@@ -450,7 +455,6 @@ impl Fault {
                 | Self::Starve { .. }
                 | Self::Descriptors { .. }
                 | Self::TruncatedState { .. }
-                | Self::Roll { .. }
                 | Self::Herd { .. }
                 | Self::SwappedAddresses { .. }
                 | Self::RestoredState { .. }

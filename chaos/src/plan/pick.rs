@@ -1,6 +1,6 @@
 //! Fills a role with nodes, by the seed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
 use rand::{rngs::StdRng, seq::SliceRandom};
@@ -8,7 +8,8 @@ use rand::{rngs::StdRng, seq::SliceRandom};
 use super::{Plan, Role, Victims};
 
 impl Victims {
-    /// Who it is now: none that is gone for good, and, while there are others, none that another fault of the step has taken.
+    /// Who it is now: none that is gone for good; while there are others, none that another fault of the step has taken, and
+    /// those first that were hit least often, as `hits` says, which is counted up.
     ///
     /// # Errors
     /// If there are not so many left.
@@ -17,6 +18,7 @@ impl Victims {
         plan: &Plan,
         gone: &BTreeSet<String>,
         taken: &[String],
+        hits: &mut BTreeMap<String, usize>,
         rng: &mut StdRng,
     ) -> Result<Vec<String>> {
         let nodes: Vec<String> = plan.node_names().filter(|name| !gone.contains(name)).collect();
@@ -50,13 +52,14 @@ impl Victims {
         };
         candidates.shuffle(rng);
         // A stable sort: the order within each half stays the seed's.
-        candidates.sort_by_key(|name| taken.contains(name));
+        candidates.sort_by_key(|name| (taken.contains(name), hits.get(name).copied().unwrap_or(0)));
         let count = count.unwrap_or(candidates.len());
         if candidates.len() < count || count == 0 {
             bail!("{self}: only {} are left", candidates.len());
         }
         candidates.truncate(count);
         candidates.sort();
+        candidates.iter().for_each(|name| *hits.entry(name.clone()).or_default() += 1);
         Ok(candidates)
     }
 }
@@ -72,7 +75,7 @@ mod tests {
         let gone = gone.iter().map(ToString::to_string).collect();
         let taken: Vec<String> = taken.iter().map(ToString::to_string).collect();
         let victims: Victims = text.parse().unwrap();
-        victims.pick(&plan, &gone, &taken, &mut StdRng::seed_from_u64(seed)).unwrap_or_default()
+        victims.pick(&plan, &gone, &taken, &mut BTreeMap::new(), &mut StdRng::seed_from_u64(seed)).unwrap_or_default()
     }
 
     #[test]

@@ -33,6 +33,7 @@ plans![
     "thundering-herd",
     "versions",
     "soak",
+    "everything",
     "self-test",
 ];
 

@@ -12,7 +12,8 @@ fn shipped_plans_are_whole_and_survive_being_written() {
 
 #[test]
 fn victims_are_read_as_they_are_written() {
-    let rows = ["all", "any 2", "half", "all but 2", "an edge", "all issuers", "a seed", "an instance of orders", "node n3"];
+    let rows =
+        ["all", "any 2", "half", "all but 2", "an edge", "all issuers", "a seed", "an instance of orders", "node n3"];
     for row in rows {
         assert_eq!(row.parse::<Victims>().unwrap().to_string(), row);
     }
@@ -44,7 +45,10 @@ fn a_bad_plan_is_told_by_line() {
         (&step("{ loss = { victims = \"all\", share = 1.5 } }"), "above 0 and at most 1"),
         (&step("{ mtu = { victims = \"all\", bytes = 900 } }"), "QUIC needs 1200"),
         (&step("{ reload = { victims = \"all edges\", every = \"1s\" } }"), "write edges = 1"),
-        (&step("{ clock = { victims = \"any 1\", ahead = \"1h\" } }, { disk-full = { victims = \"any 1\" } }"), "split it"),
+        (
+            &step("{ clock = { victims = \"any 1\", ahead = \"1h\" } }, { disk-full = { victims = \"any 1\" } }"),
+            "split it",
+        ),
         ("[load]\ndoors = [\"edge-http3\"]", "line 3: doors: edge h3 needs an edge"),
     ];
     for (body, expected) in rows {

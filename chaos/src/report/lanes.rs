@@ -177,7 +177,8 @@ pub(super) fn lanes(history: &History, begin: &Begin, span: &Span) -> String {
         piece(since.0, history.length().as_secs_f64(), since.1, &say(&views, since.0));
         if lane > 12.0 || row % 2 == 0 {
             let (x, y) = (LEFT - 8.0, y + lane / 2.0 + 4.0);
-            let _ = write!(svg, "<text class=\"name\" x=\"{x}\" y=\"{y:.1}\" text-anchor=\"end\">{}</text>", escape(node));
+            let _ =
+                write!(svg, "<text class=\"name\" x=\"{x}\" y=\"{y:.1}\" text-anchor=\"end\">{}</text>", escape(node));
         }
     }
     draw_bands(&mut svg, history, span, height);
@@ -228,7 +229,10 @@ pub(super) fn doors(history: &History, span: &Span) -> String {
                 .map(|s| format!("{:.1},{:.1}", span.x(s.at + 0.5), y_of(if pick == 0 { s.p50 } else { s.p99 })))
                 .collect();
             let points = points.join(" ");
-            let _ = write!(svg, "<polyline points=\"{points}\" fill=\"none\" stroke=\"var({class})\" stroke-width=\"1.4\"/>");
+            let _ = write!(
+                svg,
+                "<polyline points=\"{points}\" fill=\"none\" stroke=\"var({class})\" stroke-width=\"1.4\"/>"
+            );
         }
         let _ = write!(
             svg,

@@ -75,8 +75,22 @@ fn faults(html: &mut String, verdict: &Verdict) {
          class=n>answered<th class=n>p99<th class=n>seen<th class=n>by all<th class=n>healed<th class=n>lost<th \
          class=n>excused<th class=n>false downs",
     );
-    for FaultRow { text, victims, acted, signs, detected, known, healed, owed, answered, p99_ms, lost, excused, false_downs, .. } in
-        &verdict.faults
+    for FaultRow {
+        text,
+        victims,
+        acted,
+        signs,
+        detected,
+        known,
+        healed,
+        owed,
+        answered,
+        p99_ms,
+        lost,
+        excused,
+        false_downs,
+        ..
+    } in &verdict.faults
     {
         let (acted, class) = match acted {
             Acted::Acted => ("acted", "held"),

@@ -318,9 +318,12 @@ impl Active {
                 let victims = self.indices(mesh);
                 let at = victims[self.rounds % victims.len()];
                 let begun = Instant::now();
+                let node = mesh.nodes[at].name.clone();
+                hands.recorder.note(Event::Away { node: node.clone(), away: true });
                 let how = terminate(mesh, at).await?;
                 mesh.spawn(at).await?;
                 mesh.ready(at).await?;
+                hands.recorder.note(Event::Away { node, away: false });
                 self.rounds += 1;
                 let took = begun.elapsed().as_secs_f64();
                 self.stage = Ok(format!("{} restarts; the last: {how}, ready again after {took:.1} s", self.rounds));
@@ -419,7 +422,7 @@ impl Active {
         };
         let new_life = || {
             let lives = since.clone().filter_map(|entry| match &entry.event {
-                Event::View { observer, subject, generation, .. } if victim(subject) && !victim(observer) => {
+                Event::View { observer, subject, generation, .. } if victim(subject) && observer != subject => {
                     Some((subject, *generation))
                 }
                 _ => None,
@@ -437,8 +440,10 @@ impl Active {
             if all { Ok("others show a new life of it".to_string()) } else { Err("no new life is shown".to_string()) }
         };
         let crossing = || {
-            let calls = since.clone().filter(|entry| matches!(&entry.event, Event::Call(call) if call.good()
-                && (victim(&call.node) || victim(&call.by))));
+            let calls = since.clone().filter(|entry| {
+                matches!(&entry.event, Event::Call(call) if call.good()
+                && (victim(&call.node) || victim(&call.by)))
+            });
             match calls.count() {
                 0 => Err("no call went over the touched links".to_string()),
                 count => Ok(format!("{count} calls were answered over the touched links")),
@@ -470,7 +475,9 @@ impl Active {
             Fault::Loss { .. } | Fault::Corrupt { .. } | Fault::Duplicate { .. } | Fault::Reorder { .. } => crossing(),
             Fault::Mtu { .. } | Fault::NatForgets { .. } | Fault::Rebind { .. } => crossing(),
             Fault::Delay { .. } | Fault::Rate { .. } => slower(entries, self.at, &self.victims).or_else(|_| crossing()),
-            Fault::Cut { .. } => Ok("the victims' links to the others carry on; what is cut is only between them".into()),
+            Fault::Cut { .. } => {
+                Ok("the victims' links to the others carry on; what is cut is only between them".into())
+            }
             Fault::Descriptors { .. } => descriptors_sign(entries, self.at, &self.victims, mesh),
             Fault::DiskFull { .. } => log_sign(mesh, &self.victims, &["No space left", "os error 28"]),
             Fault::Service { does: Misbehaviour::Crash | Misbehaviour::Hang, .. } => served_elsewhere(),

@@ -50,9 +50,10 @@ impl Dir {
 /// Removes the directories of runners that are no more. Returns them.
 pub fn sweep() -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else { return Vec::new() };
-    let ours = entries.flatten().map(|entry| entry.path()).filter(|path| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX))
-    });
+    let ours = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX)));
     ours.filter(|path| is_abandoned(path) && std::fs::remove_dir_all(path).is_ok()).collect()
 }
 

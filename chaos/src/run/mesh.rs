@@ -101,8 +101,7 @@ impl Mesh {
         binary: &Path,
         recorder: Arc<Recorder>,
     ) -> Result<Self> {
-        let mut mesh =
-            Self { nodes: Vec::new(), stage, dir: dir.into(), binary: binary.into(), recorder, tls: None };
+        let mut mesh = Self { nodes: Vec::new(), stage, dir: dir.into(), binary: binary.into(), recorder, tls: None };
         let lifetime = plan.certificate_lifetime();
         for (slot, name) in plan.node_names().chain(plan.edge_names()).enumerate() {
             let node = mesh.cast(plan, slot, name, lifetime).await?;

@@ -117,11 +117,14 @@ impl Probing {
             Self::Revoked { refused, .. } if *refused > 0 => Ok(format!("{refused} calls with it were refused")),
             Self::Revoked { .. } => Err("no call with it was refused".into()),
             Self::Reload => {
-                let calls = entries.iter().filter(|e| matches!(&e.event, Event::Call(c) if c.door.is_public() && c.good()));
+                let calls =
+                    entries.iter().filter(|e| matches!(&e.event, Event::Call(c) if c.door.is_public() && c.good()));
                 Ok(format!("{} public calls were answered so far", calls.count()))
             }
             Self::Strangers { .. } => {
-                let probes = entries.iter().filter(|e| matches!(e.event, Event::Probe { fault: f, good: true, .. } if f == fault));
+                let probes = entries
+                    .iter()
+                    .filter(|e| matches!(e.event, Event::Probe { fault: f, good: true, .. } if f == fault));
                 match probes.count() {
                     0 => Err("nothing was refused".into()),
                     count => Ok(format!("{count} attempts were refused")),
@@ -154,7 +157,9 @@ fn stuck(mesh: &Mesh, victims: &[usize], clients: usize) -> Result<Probing> {
         tasks.spawn(async move {
             let text = |host: &str, path: String, key: &str| match client % 4 {
                 0 => format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\nx-never"),
-                1 => format!("POST {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\ncontent-length: 1000\r\n\r\nonly so"),
+                1 => format!(
+                    "POST {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\ncontent-length: 1000\r\n\r\nonly so"
+                ),
                 _ => format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\n\r\n"),
             };
             let stands = async {

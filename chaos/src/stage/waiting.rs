@@ -1,11 +1,6 @@
 //! Packets that are on their way: those that are due later, in order, and those that are held until somebody lets go.
 
-use std::{
-    cmp::Reverse,
-    collections::BinaryHeap,
-    sync::Mutex,
-    time::Instant,
-};
+use std::{cmp::Reverse, collections::BinaryHeap, sync::Mutex, time::Instant};
 
 use tokio::sync::Notify;
 

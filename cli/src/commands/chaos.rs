@@ -225,9 +225,7 @@ async fn once(options: &Options, stop: &CancellationToken) -> Result<Verdict, Fa
             history.write(&options.report).map_err(failed)?;
             history
         }
-        Backend::Lab | Backend::Relay => {
-            starling_chaos::run(options, &Terminal, stop).await.map_err(unknown)?
-        }
+        Backend::Lab | Backend::Relay => starling_chaos::run(options, &Terminal, stop).await.map_err(unknown)?,
     };
     let verdict = starling_chaos::judge(&history).map_err(unknown)?;
     starling_chaos::report::write(&options.report, &history, &verdict).map_err(failed)?;
@@ -267,7 +265,8 @@ impl Progress for Terminal {
 fn tell(begin: &Begin, verdict: &Verdict, report: &Path) {
     let seconds = |s: Option<f64>| s.map_or("-".into(), |s| format!("{s:.2} s"));
     let rows = verdict.faults.iter().map(|fault| {
-        let victims = if fault.victims.len() > 3 { format!("{} nodes", fault.victims.len()) } else { fault.victims.join(",") };
+        let victims =
+            if fault.victims.len() > 3 { format!("{} nodes", fault.victims.len()) } else { fault.victims.join(",") };
         vec![
             format!("{}{}", fault.text, if victims.is_empty() { String::new() } else { format!(": {victims}") }),
             format!("{:?}", fault.acted).to_lowercase(),

@@ -44,7 +44,17 @@ pub fn run(name: &str, plan: &Plan, replay: String) -> Result<History> {
     let mut world = World::new(names.len(), plan.seed);
     world.seeds = plan.mesh.seeds.max(1);
     let entries = vec![Entry { at: 0.0, event: Event::Begin(Box::new(begin)) }];
-    let mut run = Run { plan, world, names, observers, seen: BTreeMap::new(), entries, gone: BTreeSet::new(), faults: 0 };
+    let mut run = Run {
+        plan,
+        world,
+        names,
+        observers,
+        seen: BTreeMap::new(),
+        entries,
+        gone: BTreeSet::new(),
+        hits: BTreeMap::new(),
+        faults: 0,
+    };
     // An invariant that does not hold is a panic of the world, with all it has to say.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
@@ -77,6 +87,7 @@ struct Run<'a> {
     seen: BTreeMap<(usize, usize), (MemberStatus, u64)>,
     entries: Vec<Entry>,
     gone: BTreeSet<String>,
+    hits: BTreeMap<String, usize>,
     faults: usize,
 }
 
@@ -133,7 +144,7 @@ impl Run<'_> {
         let mut active = Vec::new();
         for fault in step.faults.iter().filter(|fault| fault.cannot(Backend::Sim).is_none()) {
             let victims = match fault.victims() {
-                Some(victims) => victims.pick(self.plan, &self.gone, &taken, rng)?,
+                Some(victims) => victims.pick(self.plan, &self.gone, &taken, &mut self.hits, rng)?,
                 None => Vec::new(),
             };
             taken.extend(victims.iter().cloned());

@@ -25,7 +25,6 @@ impl Candidate {
     pub(crate) fn begin(&self) -> PendingCall {
         self.experience.begin(&self.peer)
     }
-
 }
 
 /// Picks among `candidates`, which are callable by the mesh's word; `tried` ones only if nothing else is left, and `dead`

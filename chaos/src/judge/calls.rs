@@ -86,9 +86,9 @@ fn owed(call: &Call, begin: &Begin, times: &Times) -> Owed {
     let instances = begin.serving.iter().filter(|(_, service)| *service == call.service).map(|(node, _)| node);
     let reachable = instances.clone().any(|node| {
         around.iter().all(|fault| {
-            !(fault.injected.disables && fault.is_victim(node))
-                && !fault.injected.mute_services.contains(node)
-                && (*node == call.node || !fault.cuts(&call.node, node) && !fault.cuts(node, &call.node))
+            let stopped = fault.injected.disables && fault.is_victim(node);
+            let odd = fault.injected.mute_services.contains(node);
+            !stopped && !odd && (*node == call.node || !fault.cuts(&call.node, node) && !fault.cuts(node, &call.node))
         })
     });
     let overload = around.iter().any(|fault| fault.injected.overload);

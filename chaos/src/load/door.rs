@@ -189,7 +189,7 @@ impl Door {
         let mut tls = tls.clone();
         tls.alpn_protocols = vec![protocol.to_vec()];
         let name = ServerName::try_from(host.split(':').next().unwrap_or_default().to_string())?;
-        Ok(tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await.context("TLS")?)
+        tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await.context("TLS")
     }
 
     async fn http3(&self, request: Request<Bytes>, read: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Answer> {

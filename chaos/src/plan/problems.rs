@@ -162,12 +162,10 @@ fn fault_problems(plan: &Plan, fault: &Fault, hold: Duration) -> Vec<String> {
         }
     };
     match fault {
-        Fault::Kill { back, for_good, .. } => {
-            if let Some(back) = back {
-                within(&mut found, "back", *back);
-                if *for_good {
-                    found.push("back and for_good exclude each other".into());
-                }
+        Fault::Kill { back: Some(back), for_good, .. } => {
+            within(&mut found, "back", *back);
+            if *for_good {
+                found.push("back and for_good exclude each other".into());
             }
         }
         Fault::Starve { share: s, .. } => {

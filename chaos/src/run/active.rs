@@ -1,37 +1,38 @@
-//! A fault that is on: how it is begun, kept up, ended, and what shows that it acted.
+//! A fault that is on: how it is begun, kept up, and ended.
+
+mod signs;
+mod system;
 
 use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
-use starling_protocol::admin::MemberStatus;
+use rustix::process::Rlimit;
+use starling_protocol::admin::Member;
 
+use self::system::{DeadMan, copy_dir, fill, largest_cache, limit_descriptors, set_descriptors, state_of};
 use super::{
     mesh::Mesh,
     probes::{self, Probing},
 };
 use crate::{
     Process,
-    history::{Entry, Event, Recorder, Side},
+    history::{Event, Recorder},
     load::Calls,
     plan::{Fault, Misbehaviour},
-    process::send,
     stage::{Effect, Links, Rule, RuleId},
 };
 
 /// A fault ends by itself so long after the step should have ended it.
 const DEAD_MAN: Duration = Duration::from_secs(60);
+/// A limit below which every number is taken: what is open stays open, nothing new can be.
+const NO_DESCRIPTORS: u64 = 3;
+const LOOK_AT_CERTIFICATES: Duration = Duration::from_secs(1);
 /// How long a node may take to end when it is asked to.
 const TERMINATES: Duration = Duration::from_secs(60);
-/// One round of a starved process.
-const STARVE_ROUND: Duration = Duration::from_millis(200);
 /// How long a sign is waited for after the fault's time, before it counts as not found.
 pub(super) const SIGN: Duration = Duration::from_secs(3);
 
@@ -52,6 +53,8 @@ pub(crate) struct Active {
     last: Instant,
     rounds: usize,
     probing: Option<Probing>,
+    /// Ends of the certificates that each node has shown.
+    certificates: BTreeMap<String, BTreeSet<String>>,
     /// What the runner found out by itself.
     stage: Result<String, String>,
 }
@@ -66,46 +69,6 @@ enum Undo {
     Continue(DeadMan),
     Descriptors { pid: u32, was: Rlimit },
     Ballast(std::path::PathBuf),
-}
-
-/// Lets a process go on: when told to, when dropped, or when its time is up.
-struct DeadMan {
-    stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl DeadMan {
-    /// Stops the process for that share of the time, until `limit` at the latest.
-    fn stop(pid: u32, share: f64, limit: Duration) -> Result<Self> {
-        send(pid, Signal::STOP)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, until) = (stop.clone(), Instant::now() + limit);
-        let thread = std::thread::Builder::new().name("dead-man".into()).spawn(move || {
-            while !stopped.load(Relaxed) && Instant::now() < until {
-                if share >= 1.0 {
-                    std::thread::sleep(Duration::from_millis(20));
-                    continue;
-                }
-                std::thread::sleep(STARVE_ROUND.mul_f64(share));
-                let _ = send(pid, Signal::CONT);
-                std::thread::sleep(STARVE_ROUND.mul_f64(1.0 - share));
-                if !stopped.load(Relaxed) {
-                    let _ = send(pid, Signal::STOP);
-                }
-            }
-            let _ = send(pid, Signal::CONT);
-        })?;
-        Ok(Self { stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for DeadMan {
-    fn drop(&mut self) {
-        self.stop.store(true, Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 /// What a fault may need besides the mesh.
@@ -141,6 +104,7 @@ impl Active {
             last: now,
             rounds: 0,
             probing: None,
+            certificates: BTreeMap::new(),
             stage: Err("nothing was looked at".into()),
         };
         for victim in &active.victims {
@@ -197,10 +161,9 @@ impl Active {
             Fault::Descriptors { .. } => {
                 for at in victims {
                     let pid = mesh.nodes[at].pid().context("it does not run")?;
-                    let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64;
-                    let was = limit_descriptors(pid, Some(open))?;
+                    let was = limit_descriptors(pid, Some(NO_DESCRIPTORS))?;
                     self.undo.push(Undo::Descriptors { pid, was });
-                    self.stage = Ok(format!("limit lowered from {:?} to the {open} in use", was.current));
+                    self.stage = Ok(format!("the limit went from {:?} to {NO_DESCRIPTORS}", was.current));
                 }
             }
             Fault::DiskFull { .. } => {
@@ -330,6 +293,19 @@ impl Active {
                 // The others should have noticed before the next one goes.
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
+            Fault::ShortCertificates { .. } if self.last.elapsed() >= LOOK_AT_CERTIFICATES => {
+                self.last = Instant::now();
+                let members: Vec<Member> = serde_json::from_slice(&mesh.admin(0, "/v1/members").await?)?;
+                for member in members {
+                    let ends = member.cert_expires.unwrap_or_default();
+                    self.certificates.entry(member.name).or_default().insert(ends);
+                }
+                let fewest = self.certificates.values().map(BTreeSet::len).min().unwrap_or(0);
+                self.stage = match fewest {
+                    0 | 1 => Err("there are nodes that have shown only one certificate".into()),
+                    fewest => Ok(format!("every node has shown {fewest} certificates or more")),
+                };
+            }
             Fault::Reload { every, .. } if self.last.elapsed() >= every => {
                 self.last = Instant::now();
                 self.rounds += 1;
@@ -344,176 +320,6 @@ impl Active {
             probing.go_on(id, mesh, hands.recorder).await?;
         }
         Ok(())
-    }
-
-    /// Notes what the stage knows: counts, states of processes. To be called while it is still on.
-    pub(crate) fn note_stage(&mut self, hands: &mut Hands<'_>) {
-        let (found, what) = match self.stage_sign(hands.mesh) {
-            Ok(what) => (true, what),
-            Err(what) => (false, what),
-        };
-        hands.recorder.note(Event::Sign { fault: self.id, side: Side::Stage, found, what });
-    }
-
-    fn stage_sign(&self, mesh: &Mesh) -> Result<String, String> {
-        let state = |victim: &String| {
-            let pid = self.before.get(victim).and_then(|before| before.pid)?;
-            Some(state_of(pid))
-        };
-        match &self.fault {
-            _ if !self.rules.is_empty() => {
-                let table = mesh.stage.table();
-                let counts: Vec<_> = self.rules.iter().map(|rule| table.count(*rule)).collect();
-                let links: usize = self.rules.iter().map(|rule| table.count_by_link(*rule).len()).sum();
-                let (seen, touched) =
-                    counts.iter().fold((0, 0), |(seen, touched), c| (seen + c.seen, touched + c.touched));
-                let what = format!("{touched} of {seen} packets on {links} directed links");
-                if touched > 0 { Ok(what) } else { Err(format!("the switch touched nothing: {what}")) }
-            }
-            Fault::Kill { .. } | Fault::Herd { .. } => {
-                let gone = self.victims.iter().all(|victim| {
-                    // Another process may have the number by now.
-                    let now = mesh.at(victim).ok().and_then(|at| mesh.nodes[at].pid());
-                    now != self.before.get(victim).and_then(|before| before.pid)
-                });
-                if gone { Ok("the processes were killed by signal 9".into()) } else { Err("they still run".into()) }
-            }
-            Fault::Pause { .. } => match self.victims.iter().all(|v| state(v) == Some('T')) {
-                true => Ok("the kernel shows the processes as stopped".into()),
-                false => Err("the kernel does not show them as stopped".into()),
-            },
-            Fault::Starve { .. } => {
-                let stopped = self.victims.iter().filter_map(|v| self.before.get(v)?.pid).all(|pid| {
-                    let looks = (0..40).map(|_| {
-                        std::thread::sleep(Duration::from_millis(13));
-                        state_of(pid) == 'T'
-                    });
-                    looks.filter(|stopped| *stopped).count() > 4
-                });
-                if stopped { Ok("stopped in most looks at its state".into()) } else { Err("it always ran".into()) }
-            }
-            Fault::Burst { times, .. } => Ok(format!("{times} times as many calls are due")),
-            _ => match &self.probing {
-                Some(probing) => match (probing.stage(), &self.stage) {
-                    (_, Ok(what)) => Ok(what.clone()),
-                    (other, _) => other,
-                },
-                None => self.stage.clone(),
-            },
-        }
-    }
-
-    /// What the product shows of it, if it does yet.
-    pub(crate) fn product_sign(&self, entries: &[Entry], mesh: &Mesh) -> Result<String, String> {
-        let since = entries.iter().filter(|entry| entry.at >= self.at);
-        let victim = |name: &String| self.victims.contains(name);
-        let views = since.clone().filter_map(|entry| match &entry.event {
-            Event::View { observer, subject, status, .. } => Some((entry.at, observer, subject, *status)),
-            _ => None,
-        });
-        let alive = Some(MemberStatus::Alive);
-        let told = |at: f64, o: &String, s: &String, status: Option<MemberStatus>| {
-            let status = status.map_or("not at all".into(), |status| status.to_string());
-            format!("{o} shows {s} as {status} after {:.2} s", at - self.at)
-        };
-        let seen_gone = || {
-            let mut gone = views.clone().filter(|(_, o, s, status)| victim(s) && !victim(o) && *status != alive);
-            gone.next().map(|(at, o, s, status)| told(at, o, s, status)).ok_or("no node shows a victim as gone".into())
-        };
-        let new_life = || {
-            let lives = since.clone().filter_map(|entry| match &entry.event {
-                Event::View { observer, subject, generation, .. } if victim(subject) && observer != subject => {
-                    Some((subject, *generation))
-                }
-                _ => None,
-            });
-            let before = |subject: &String| {
-                let all = entries.iter().filter(|entry| entry.at < self.at);
-                let seen = all.filter_map(|entry| match &entry.event {
-                    Event::View { subject: s, generation, .. } if s == subject => Some(*generation),
-                    _ => None,
-                });
-                seen.max().unwrap_or(0)
-            };
-            let newer: Vec<&String> = lives.filter(|(s, life)| *life > before(s)).map(|(s, _)| s).collect();
-            let all = self.victims.iter().all(|v| newer.contains(&v));
-            if all { Ok("others show a new life of it".to_string()) } else { Err("no new life is shown".to_string()) }
-        };
-        let crossing = || {
-            let calls = since.clone().filter(|entry| {
-                matches!(&entry.event, Event::Call(call) if call.good()
-                && (victim(&call.node) || victim(&call.by)))
-            });
-            match calls.count() {
-                0 => Err("no call went over the touched links".to_string()),
-                count => Ok(format!("{count} calls were answered over the touched links")),
-            }
-        };
-        let served_elsewhere = || {
-            let by_victims = |from: f64, to: f64| {
-                let calls = entries.iter().filter(|entry| entry.at >= from && entry.at < to);
-                calls.filter(|e| matches!(&e.event, Event::Call(c) if victim(&c.by) && c.good())).count()
-            };
-            let now = entries.last().map_or(self.at, |entry| entry.at);
-            let (before, after) = (by_victims(self.at - 3.0, self.at), by_victims(self.at + 0.5, now));
-            match before > 0 && after * 10 < before {
-                true => Ok(format!("victims answered {before} calls in the 3 s before, {after} since")),
-                false => Err(format!("victims answered {before} calls in the 3 s before, and {after} since")),
-            }
-        };
-        match &self.fault {
-            Fault::Kill { back: Some(_), .. } => new_life(),
-            Fault::Kill { .. } | Fault::Partition { .. } | Fault::Pause { .. } | Fault::UdpBlocked { .. } => {
-                seen_gone().or_else(|_| served_elsewhere())
-            }
-            Fault::Herd { .. } => new_life().or_else(|_| seen_gone()),
-            Fault::Starve { .. } | Fault::Mute { .. } | Fault::Deaf { .. } | Fault::HoldBack { .. } => {
-                seen_gone().or_else(|_| served_elsewhere()).or_else(|_| slower(entries, self.at, &self.victims))
-            }
-            Fault::Roll { .. } | Fault::TruncatedState { .. } | Fault::RestoredState { .. } => new_life(),
-            Fault::SwappedAddresses { .. } | Fault::OtherVersion { .. } => new_life(),
-            Fault::Loss { .. } | Fault::Corrupt { .. } | Fault::Duplicate { .. } | Fault::Reorder { .. } => crossing(),
-            Fault::Mtu { .. } | Fault::NatForgets { .. } | Fault::Rebind { .. } => crossing(),
-            Fault::Delay { .. } | Fault::Rate { .. } => slower(entries, self.at, &self.victims).or_else(|_| crossing()),
-            Fault::Cut { .. } => {
-                Ok("the victims' links to the others carry on; what is cut is only between them".into())
-            }
-            Fault::Descriptors { .. } => descriptors_sign(entries, self.at, &self.victims, mesh),
-            Fault::DiskFull { .. } => log_sign(mesh, &self.victims, &["No space left", "os error 28"]),
-            Fault::Service { does: Misbehaviour::Crash | Misbehaviour::Hang, .. } => served_elsewhere(),
-            Fault::Service { does: Misbehaviour::Stumble, .. } => {
-                let stumbled = since.clone().filter(|e| matches!(&e.event, Event::Call(c) if c.status == 500));
-                match stumbled.count() {
-                    0 => Err("no call was answered 500".into()),
-                    count => Ok(format!("{count} calls were answered 500")),
-                }
-            }
-            Fault::Service { does: Misbehaviour::Slow, .. } => slower(entries, self.at, &self.victims),
-            Fault::Service { .. } => crossing(),
-            Fault::Burst { times, .. } => {
-                let rate = |from: f64, to: f64| {
-                    let calls = entries.iter().filter_map(|e| match &e.event {
-                        Event::Call(call) => Some(call.due),
-                        _ => None,
-                    });
-                    calls.filter(|due| *due >= from && *due < to).count() as f64 / (to - from).max(0.1)
-                };
-                let now = entries.last().map_or(self.at, |entry| entry.at);
-                let (before, after) = (rate(self.at - 3.0, self.at), rate(self.at, now));
-                let what = format!("{after:.0} calls a second came to an end, {before:.0} before");
-                if after > before * f64::from(*times) * 0.3 { Ok(what) } else { Err(what) }
-            }
-            Fault::Clone { .. }
-            | Fault::Stuck { .. }
-            | Fault::Strangers { .. }
-            | Fault::KeyRevoked { .. }
-            | Fault::Reload { .. } => match &self.probing {
-                Some(probing) => probing.product(self.id, entries, mesh),
-                None => Err("it never began".into()),
-            },
-            Fault::ShortCertificates { .. } => log_sign(mesh, &[], &["certificate renewed", "renewed"]),
-            Fault::Clock { .. } => Err("not here".into()),
-        }
     }
 
     /// Ends it.
@@ -607,48 +413,6 @@ impl Active {
     }
 }
 
-/// Calls over the victims' links take longer than before.
-fn slower(entries: &[Entry], at: f64, victims: &[String]) -> Result<String, String> {
-    let median = |from: f64, to: f64| {
-        let calls = entries.iter().filter_map(|entry| match &entry.event {
-            Event::Call(call) if call.due >= from && call.due < to && call.good() => Some(call),
-            _ => None,
-        });
-        let mut ms: Vec<f64> =
-            calls.filter(|c| victims.contains(&c.node) || victims.contains(&c.by)).map(|call| call.ms).collect();
-        ms.sort_by(f64::total_cmp);
-        (ms.len() >= 5).then(|| ms[ms.len() / 2])
-    };
-    match (median(at - 5.0, at), median(at, f64::MAX)) {
-        (Some(before), Some(after)) if after > before * 1.5 => {
-            Ok(format!("median over the touched links {after:.1} ms, {before:.1} before"))
-        }
-        (before, after) => Err(format!("calls over the touched links are not slower: {after:?} ms, {before:?} before")),
-    }
-}
-
-fn descriptors_sign(entries: &[Entry], at: f64, victims: &[String], mesh: &Mesh) -> Result<String, String> {
-    let silent = entries.iter().filter(|e| e.at >= at).find_map(|e| match &e.event {
-        Event::Admin { node, answers: false } if victims.contains(node) => Some(node.clone()),
-        _ => None,
-    });
-    match silent {
-        Some(node) => Ok(format!("{node} takes no new connection")),
-        None => log_sign(mesh, victims, &["Too many open files", "os error 24"]),
-    }
-}
-
-/// A victim's log, or anybody's, has one of these words.
-fn log_sign(mesh: &Mesh, victims: &[String], words: &[&str]) -> Result<String, String> {
-    let nodes = mesh.nodes.iter().filter(|node| victims.is_empty() || victims.contains(&node.name));
-    for node in nodes {
-        if let Some(word) = words.iter().find(|word| node.log().contains(**word)) {
-            return Ok(format!("{}'s log says {word:?}", node.name));
-        }
-    }
-    Err(format!("no log says {}", words.join(" or ")))
-}
-
 /// Tells services how to behave, and waits until they have said that they do.
 async fn tell(mesh: &mut Mesh, nodes: &[usize], word: &str) -> Result<String, String> {
     let mut told = 0;
@@ -685,62 +449,6 @@ async fn restart_with(mesh: &mut Mesh, at: usize, binary: &std::path::Path) -> R
     mesh.nodes[at].binary = binary.into();
     mesh.spawn(at).await?;
     mesh.ready(at).await
-}
-
-/// State of a process as in /proc: `R`, `S`, `T`, …; a space if there is none.
-fn state_of(pid: u32) -> char {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()).unwrap_or(' ')
-}
-
-fn limit_descriptors(pid: u32, current: Option<u64>) -> Result<Rlimit> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).context("no process id")?;
-    let was = prlimit(Some(pid), Resource::Nofile, Rlimit { current, maximum: Some(1 << 20) });
-    // Without the right to raise the hard limit, it stays.
-    match was {
-        Ok(was) => Ok(was),
-        Err(_) => Ok(prlimit(Some(pid), Resource::Nofile, Rlimit { current, maximum: current })?),
-    }
-}
-
-fn set_descriptors(pid: u32, limit: Rlimit) -> Result<Rlimit> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).context("no process id")?;
-    Ok(prlimit(Some(pid), Resource::Nofile, limit)?)
-}
-
-/// Writes until no more fits.
-fn fill(path: &std::path::Path) -> std::io::Result<()> {
-    use std::io::Write;
-    let mut file = std::fs::File::create(path)?;
-    let block = [0x5a; 64 << 10];
-    for _ in 0..(64 << 20) / block.len() {
-        file.write_all(&block)?;
-    }
-    Ok(())
-}
-
-/// The largest file of a state directory that is only a memory of the mesh, not an identity.
-fn largest_cache(state: &std::path::Path) -> Result<std::path::PathBuf> {
-    let files = std::fs::read_dir(state)?.flatten().filter(|entry| entry.path().is_file());
-    let caches = files.filter(|entry| entry.metadata().is_ok_and(|m| m.len() > 2));
-    let largest = caches.max_by_key(|entry| entry.metadata().map_or(0, |m| m.len()));
-    Ok(largest.context("there is no state file")?.path())
-}
-
-fn copy_dir(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from)? {
-        let entry = entry?;
-        let target = to.join(entry.file_name());
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            copy_dir(&entry.path(), &target)?;
-        } else if kind.is_file() {
-            std::fs::copy(entry.path(), &target)?;
-        }
-    }
-    let mode = std::fs::metadata(from)?.permissions();
-    Ok(std::fs::set_permissions(to, mode)?)
 }
 
 /// The process that a clone of a node runs in.

@@ -31,6 +31,8 @@ use crate::{
 /// How long a revoked key may still be taken.
 const REVOKED_WITHIN: Duration = Duration::from_secs(2);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Numbers of calls that are not the load's.
+const NONCES: u64 = 1 << 48;
 /// Calls with the key, strangers' attempts: so often.
 const PERIOD: Duration = Duration::from_millis(250);
 
@@ -76,7 +78,7 @@ impl Probing {
             Self::Revoked { door, revoked, last, refused, .. } if last.elapsed() >= PERIOD => {
                 *last = Instant::now();
                 let service = mesh.nodes.iter().flat_map(|n| &n.services).next().context("no service")?.service.clone();
-                let request = Request::builder().uri("/call/1").body(Bytes::new())?;
+                let request = Request::builder().uri(format!("/call/{NONCES}")).body(Bytes::new())?;
                 let answer = tokio::time::timeout(ATTEMPT_TIMEOUT, door.call(&service, request, &mut |_| {})).await;
                 let status = answer.ok().and_then(Result::ok).map_or(0, |answer| answer.status);
                 let is_refused = status == 401 || status == 403;
@@ -109,7 +111,7 @@ impl Probing {
     pub(super) fn product(&self, fault: usize, entries: &[Entry], mesh: &Mesh) -> Result<String, String> {
         match self {
             Self::Clone { of, .. } => {
-                let mut nodes = mesh.nodes.iter().filter(|node| node.log().contains("same key"));
+                let mut nodes = mesh.nodes.iter().filter(|node| node.log().contains("run with one key"));
                 let log = nodes.next().map(|node| format!("{} logs that two have the key of {of}", node.name));
                 log.ok_or_else(|| "no node says that two have one key".into())
             }
@@ -166,7 +168,7 @@ fn stuck(mesh: &Mesh, victims: &[usize], clients: usize) -> Result<Probing> {
                 match tls {
                     None => {
                         let mut stream = from.connect(addr).await?;
-                        let path = format!("/bytes/{client}/33554432");
+                        let path = format!("/bytes/{}/33554432", NONCES + client as u64);
                         stream.write_all(text(&format!("{service}.mesh.internal"), path, "").as_bytes()).await?;
                         open.fetch_add(1, Relaxed);
                         if client % 4 != 3 {
@@ -178,7 +180,7 @@ fn stuck(mesh: &Mesh, victims: &[usize], clients: usize) -> Result<Probing> {
                     }
                     Some((door, _, key)) => {
                         let (mut stream, host) = door.connect_raw().await?;
-                        let path = format!("/{service}/bytes/{client}/33554432");
+                        let path = format!("/{service}/bytes/{}/33554432", NONCES + client as u64);
                         stream.write_all(text(&host, path, &key).as_bytes()).await?;
                         open.fetch_add(1, Relaxed);
                         std::future::pending::<()>().await;
@@ -344,7 +346,7 @@ async fn revoke(mesh: &mut Mesh, edge: usize) -> Result<Probing> {
     let clients = mesh.stage.place(mesh.nodes.len());
     let door = mesh.public_door(DoorKind::EdgeHttp2, &mesh.nodes[edge].name, addr, &key, &clients)?;
     let service = mesh.nodes.iter().flat_map(|n| &n.services).next().context("no service")?.service.clone();
-    let request = Request::builder().uri("/call/1").body(Bytes::new())?;
+    let request = Request::builder().uri(format!("/call/{NONCES}")).body(Bytes::new())?;
     let answer = tokio::time::timeout(ATTEMPT_TIMEOUT, door.call(&service, request, &mut |_| {})).await??;
     let good_before = answer.status == 200;
     let admin = format!("http://{}", mesh.nodes[edge].admin);

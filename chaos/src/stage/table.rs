@@ -82,6 +82,9 @@ pub struct Count {
     pub touched: u64,
 }
 
+/// Counts by directed link: from, to.
+type ByLink = BTreeMap<(Slot, Slot), Count>;
+
 /// A thing that is wrong, for a time.
 #[derive(Debug)]
 pub(crate) struct Rule {
@@ -97,7 +100,7 @@ struct InForce {
     rule: Rule,
     since: Instant,
     count: Count,
-    by_link: BTreeMap<(Slot, Slot), Count>,
+    by_link: ByLink,
     /// Links that are in a burst of losses.
     bad: HashMap<(Slot, Slot), bool>,
     /// When the last packet of a link will have gone.
@@ -109,7 +112,7 @@ struct InForce {
 impl InForce {
     fn applies(&self, from: Slot, to: Slot, now: Instant) -> bool {
         let on = match self.rule.flip {
-            Some(flip) => (now - self.since).as_millis() / flip.as_millis().max(1) % 2 == 0,
+            Some(flip) => ((now - self.since).as_millis() / flip.as_millis().max(1)).is_multiple_of(2),
             None => true,
         };
         on && now < self.rule.until && self.rule.links.contains(from, to)
@@ -139,7 +142,7 @@ pub(crate) struct Passage {
 /// Rules in force, and their counts after their end.
 pub(crate) struct Table {
     rules: BTreeMap<RuleId, InForce>,
-    ended: BTreeMap<RuleId, (Count, BTreeMap<(Slot, Slot), Count>)>,
+    ended: BTreeMap<RuleId, (Count, ByLink)>,
     next: RuleId,
     rng: StdRng,
     slots: usize,
@@ -180,7 +183,7 @@ impl Table {
     }
 
     /// What a rule has done, by directed link.
-    pub(crate) fn count_by_link(&self, id: RuleId) -> BTreeMap<(Slot, Slot), Count> {
+    pub(crate) fn count_by_link(&self, id: RuleId) -> ByLink {
         let live = self.rules.get(&id).map(|rule| &rule.by_link);
         live.or_else(|| self.ended.get(&id).map(|(_, links)| links)).cloned().unwrap_or_default()
     }

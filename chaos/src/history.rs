@@ -142,6 +142,13 @@ pub enum Event {
         /// From, to, and how many packets.
         links: Vec<(String, String, Count)>,
     },
+    /// Calls that are still open at a service when no client waits any more.
+    Open {
+        /// Of which service process.
+        of: String,
+        /// How many.
+        calls: u64,
+    },
     /// How far the load was behind its schedule, at most, in a second.
     Behind {
         /// Milliseconds.

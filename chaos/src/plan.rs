@@ -309,6 +309,11 @@ impl Plan {
         })
     }
 
+    /// Whether state directories need file systems of their own.
+    pub fn fills_disks(&self) -> bool {
+        self.steps.iter().flat_map(|step| &step.faults).any(|fault| matches!(fault, Fault::DiskFull { .. }))
+    }
+
     /// Why that backend cannot run it, fault by fault; empty if it can.
     pub fn cannot(&self, backend: Backend) -> Vec<String> {
         let faults = self.steps.iter().flat_map(|step| &step.faults);

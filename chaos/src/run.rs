@@ -37,6 +37,8 @@ const TICK: Duration = Duration::from_millis(40);
 const SAMPLE: Duration = Duration::from_secs(1);
 /// Longer than a step may need to mend: then the run goes on, and the step has failed.
 const HEAL_BEYOND: Duration = Duration::from_secs(20);
+/// How long the word that a client has gone may take to its service.
+const GONE: Duration = Duration::from_secs(5);
 /// Until all nodes see all others after the start.
 const CONVERGED: Duration = Duration::from_secs(120);
 
@@ -421,8 +423,31 @@ impl Run<'_> {
         }
     }
 
+    /// Asks every service what is still open. The last client has gone; word of that may be under way for a moment.
+    async fn open_calls(&mut self) {
+        for node in &self.mesh.nodes {
+            for served in &node.services {
+                let of = format!("{} of {}", served.service, node.name);
+                let deadline = Instant::now() + GONE;
+                let calls = loop {
+                    let answer = mesh::get(&node.place, served.addr, "/open").await;
+                    let text = answer.map(|(_, body)| String::from_utf8_lossy(&body).into_owned());
+                    match text.ok().and_then(|text| text.parse::<u64>().ok()) {
+                        Some(open) if open == 0 || Instant::now() > deadline => break Some(open),
+                        None if Instant::now() > deadline => break None,
+                        _ => tokio::time::sleep(TICK).await,
+                    }
+                };
+                if let Some(calls) = calls {
+                    self.recorder.note(Event::Open { of, calls });
+                }
+            }
+        }
+    }
+
     /// Reads ledgers and logs.
     async fn finish(&mut self, sabotage: Sabotage) {
+        self.open_calls().await;
         for node in &self.mesh.nodes {
             for served in &node.services {
                 let of = format!("{} of {}", served.service, node.name);

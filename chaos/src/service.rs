@@ -2,7 +2,8 @@
 //! told to on its stdin.
 //!
 //! `GET /call/N` and `POST /call/N` answer `N`; `GET /bytes/N/SIZE` sends SIZE bytes that follow from N; `GET /drip/N/SIZE` the
-//! same over some seconds; `POST /bytes/N` answers length and digest of what came. Every answer names its node.
+//! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `GET /open` says
+//! how many calls are open. Every answer names its node.
 
 use std::{
     convert::Infallible,
@@ -69,6 +70,17 @@ struct Service {
     ledger: Mutex<File>,
     manner: watch::Receiver<Manner>,
     calls: AtomicU64,
+    /// Calls that have begun and whose answer has not; one whose client has gone is not among them.
+    open: AtomicU64,
+}
+
+/// A call that is open.
+struct Open(Arc<Service>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Relaxed);
+    }
 }
 
 /// Serves until the process is ended. Says `ready` on stdout when it listens, and repeats each manner that it takes on.
@@ -81,7 +93,7 @@ pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
     let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
     let (told, manner) = watch::channel(Manner::Good);
     let (name, ledger) = (HeaderValue::from_str(name)?, Mutex::new(file));
-    let service = Arc::new(Service { name, ledger, manner, calls: AtomicU64::new(0) });
+    let service = Arc::new(Service { name, ledger, manner, calls: AtomicU64::new(0), open: AtomicU64::new(0) });
     println!("ready");
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {
@@ -143,6 +155,11 @@ impl Service {
 }
 
 async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
+    if request.uri().path() == "/open" {
+        return Ok(service.text(StatusCode::OK, service.open.load(Relaxed).to_string()));
+    }
+    service.open.fetch_add(1, Relaxed);
+    let _open = Open(service.clone());
     let manner = *service.manner.borrow();
     let path = request.uri().path().trim_matches('/').to_string();
     let parts: Vec<&str> = path.split('/').collect();
@@ -194,7 +211,10 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
             service.done(nonce);
             let pause = if kind == "drip" { DRIP_PAUSE } else { Duration::ZERO };
             let mut response = service.answer(StatusCode::OK, content(nonce, size, pause));
-            response.headers_mut().insert(http::header::CONTENT_LENGTH, size.into());
+            // One that tells its length shows by itself when it is cut short; of the others only the content can tell.
+            if kind == "bytes" {
+                response.headers_mut().insert(http::header::CONTENT_LENGTH, size.into());
+            }
             Ok(response)
         }
         _ => Ok(service.text(StatusCode::NOT_FOUND, "nothing here".into())),

@@ -50,6 +50,8 @@ impl<'a> Tally<'a> {
         enough(history, begin, self.times, &self.judged, checks);
         wrong(&self.judged, checks);
         ledgers(history, begin, checks);
+        left_open(history, checks);
+        self.fair(begin, checks);
         for step in &self.times.steps {
             let Some(expect) = expect(begin, step.step) else { continue };
             self.lost(step, expect, checks);
@@ -196,7 +198,46 @@ fn ledgers(history: &History, begin: &Begin, checks: &mut Vec<Check>) {
     checks.push(acknowledged);
 }
 
+/// A service must learn that its caller has gone: what nobody waits for any more is not worked on.
+fn left_open(history: &History, checks: &mut Vec<Check>) {
+    let open = history.entries.iter().filter_map(|entry| match &entry.event {
+        Event::Open { of, calls } if *calls > 0 => Some((of, *calls, entry.at)),
+        _ => None,
+    });
+    let mut none = Check::of("no service works on a call whose client has gone", Outcome::Held, "");
+    if let Some((of, calls, at)) = open.max_by_key(|(_, calls, _)| *calls) {
+        none.outcome = Outcome::Violated;
+        none.detail = format!("{calls} calls are open at {of} when the last client has gone");
+        none.at = Some(at);
+    }
+    checks.push(none);
+}
+
 impl Tally<'_> {
+    /// After the last step everybody serves again: no penalty may outlive its reason.
+    fn fair(&self, begin: &Begin, checks: &mut Vec<Check>) {
+        let Some(last) = self.times.steps.last().filter(|step| step.whole && step.recovered.is_some()) else { return };
+        let gone = |node: &str| self.times.faults.iter().any(|f| f.injected.for_good && f.is_victim(node));
+        let calls: Vec<&Call> = self.during(last.calm, last.end).map(|(call, _)| *call).filter(|c| c.good()).collect();
+        let mut idle = Vec::new();
+        for (node, service) in begin.serving.iter().filter(|(node, _)| !gone(node)) {
+            // A node may well find itself where nobody else does.
+            let to: Vec<&&Call> = calls.iter().filter(|c| c.service == *service && c.node != *node).collect();
+            let instances = begin.serving.iter().filter(|(n, s)| s == service && !gone(n)).count();
+            // By chance alone each has a share; that it has none of so many is no chance.
+            if to.len() >= FEWEST * instances * 2 && to.iter().all(|call| call.by != *node) {
+                idle.push(format!("{node} answers none of {} calls of others to {service}", to.len()));
+            }
+        }
+        let mut fair = Check::of("after the last fault every instance serves again", Outcome::Held, "");
+        if let Some(first) = idle.first() {
+            fair.outcome = Outcome::Violated;
+            fair.detail = format!("{first}{}", and_more(idle.len()));
+            fair.at = Some(last.calm);
+        }
+        checks.push(fair);
+    }
+
     fn during(&self, from: f64, to: f64) -> impl Iterator<Item = &(&Call, Owed)> {
         self.judged.iter().filter(move |(call, _)| call.due >= from && call.due < to)
     }
@@ -286,7 +327,11 @@ impl Tally<'_> {
         let calls: Vec<_> = self.during(from, step.healing).collect();
         let good = calls.iter().filter(|(call, _)| call.good()).count();
         let got = good as f64 / calls.len().max(1) as f64;
-        let outcome = if got >= share { Outcome::Held } else { Outcome::Violated };
+        let outcome = match got >= share {
+            _ if calls.len() < FEWEST => Outcome::Unknown,
+            true => Outcome::Held,
+            false => Outcome::Violated,
+        };
         let name = format!("at least {:.0} % of the calls are answered in the end", share * 100.0);
         let mut goodput = Check::of(&name, outcome, format!("{:.1} % of {}", got * 100.0, calls.len()));
         goodput.step = Some(step.step);

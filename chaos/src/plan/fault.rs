@@ -222,7 +222,8 @@ pub enum Fault {
         /// Which edges.
         victims: Victims,
     },
-    /// Strangers at the victims' mesh ports: without a certificate, with one of another mesh, and with noise.
+    /// Strangers at the victims' mesh ports: without a certificate, with one of another mesh, and with noise. In the simulation:
+    /// records and documents that nobody of the mesh has signed.
     Strangers {
         /// Whose ports.
         victims: Victims,
@@ -392,6 +393,7 @@ impl Fault {
             | Self::Loss { .. }
             | Self::Delay { .. }
             | Self::Duplicate { .. }
+            | Self::Strangers { .. }
             | Self::Herd { .. } => Needs::Gossip,
             Self::Reorder { .. }
             | Self::Corrupt { .. }

@@ -45,7 +45,7 @@ fn head(html: &mut String, history: &History, begin: &Begin, verdict: &Verdict) 
     let _ = write!(
         html,
         "<h1>Chaos: {}</h1><p>{}</p><div class=\"verdict {}\">{}</div><p class=\"dim\">{} nodes on <b>{}</b>, seed {}, {:.0} s, \
-         starling {}, {}, started {} (unix). The faults and their times replay; what the system's scheduler does in between \
+         starling {}, {}, {}. The faults and their times replay; what the system's scheduler does in between \
          does not.</p><p>again: <code>{}</code></p>",
         escape(&begin.name),
         escape(&begin.plan.about),
@@ -57,7 +57,7 @@ fn head(html: &mut String, history: &History, begin: &Begin, verdict: &Verdict) 
         seconds,
         escape(&begin.version),
         escape(&begin.host),
-        begin.started,
+        humantime::format_rfc3339_seconds(std::time::UNIX_EPOCH + std::time::Duration::from_secs_f64(begin.started)),
         escape(&begin.replay)
     );
     for skipped in &begin.skipped {

@@ -140,6 +140,9 @@ impl Mesh {
         let mesh = self.stage.mesh(slot);
         let (outbound, admin) = (self.stage.local(7401), self.stage.local(7402));
         let state = self.dir.join(&name);
+        if plan.fills_disks() && slot > 0 && matches!(place, Place::Namespace(_)) {
+            mount_small(&state).await?;
+        }
         let mut args: Vec<String> = Vec::new();
         let mut flag = |flag: &str, value: String| args.extend([flag.to_string(), value]);
         flag("--name", name.clone());
@@ -428,6 +431,18 @@ impl Mesh {
     pub(crate) fn at(&self, name: &str) -> Result<usize> {
         self.nodes.iter().position(|node| node.name == name).with_context(|| format!("no node {name}"))
     }
+}
+
+/// A file system of its own for a state directory. It goes with the lab's mount namespace.
+async fn mount_small(state: &Path) -> Result<()> {
+    std::fs::create_dir_all(state)?;
+    let mut mount = tokio::process::Command::new("mount");
+    mount.args(["-t", "tmpfs", "-o", "size=4m,mode=700", "starling-chaos"]).arg(state);
+    let output = mount.output().await.context("cannot run `mount`")?;
+    if !output.status.success() {
+        bail!("cannot mount a file system for a state directory: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
 }
 
 /// The last lines of a log.

@@ -26,6 +26,8 @@ use crate::{
 const MOST_OBSERVERS: usize = 40;
 /// How often views are looked at.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often a stranger forges something.
+const FORGES: Duration = Duration::from_millis(500);
 /// Longer than a mesh of any size takes to find itself.
 const CONVERGED: Duration = Duration::from_secs(120);
 /// Beyond the plan's own bound: then it has failed.
@@ -196,6 +198,13 @@ impl Run<'_> {
                     self.world.plan(now, Action::Clock(node, ahead.as_secs()));
                     self.world.plan(now + 200 * MS, Action::Start(node));
                 }
+                Planned::Strangers { .. } => {
+                    let mut at = now;
+                    while at < end {
+                        self.world.plan(at, Action::Forge(node));
+                        at += FORGES;
+                    }
+                }
                 Planned::Mute { .. } => network.push(Fault::Mute(node)),
                 Planned::Deaf { .. } => network.push(Fault::Deaf(node)),
                 Planned::Loss { share, .. } if !everybody => network.push(Fault::Lossy(node, *share)),
@@ -270,6 +279,9 @@ impl Run<'_> {
         let touched = self.touched() - active.touched_before;
         let (found, what) = match is_of_network {
             true => (touched > 0, format!("{touched} packets were touched meanwhile")),
+            false if matches!(active.fault, Planned::Strangers { .. }) => {
+                (self.world.forged > 0, format!("{} bundles were forged", self.world.forged))
+            }
             false => (true, "the nodes do not run, or run anew".into()),
         };
         self.note(Event::Sign { fault: active.id, side: Side::Stage, found, what });
@@ -281,6 +293,11 @@ impl Run<'_> {
             }
             _ => None,
         });
+        let refused = self.world.records_refused();
+        let sign = match active.fault {
+            Planned::Strangers { .. } => (refused > 0).then(|| format!("{refused} records were refused")),
+            _ => sign,
+        };
         let shown = sign.is_some();
         let quiet = matches!(
             active.fault,

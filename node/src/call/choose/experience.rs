@@ -98,9 +98,9 @@ impl Reach {
         lock(&self.ejection).out(Instant::now());
     }
 
-    /// Somebody dials it. After a failure that is a trial: until it is decided, the others do not wait with it.
-    pub(crate) fn dialled(&self) {
-        lock(&self.ejection).begin(Instant::now());
+    /// Whether it is time to dial it again; whoever is told so has to. No call waits for that dial while others are there.
+    pub(crate) fn take_trial(&self) -> bool {
+        lock(&self.ejection).begin(Instant::now())
     }
 
     /// A connection came about.
@@ -108,8 +108,13 @@ impl Reach {
         lock(&self.ejection).back();
     }
 
+    /// Out of reach, until a connection comes about; or so long ago that it says nothing any more.
     pub(crate) fn is_out(&self) -> bool {
-        lock(&self.ejection).is_out(Instant::now())
+        self.is_out_at(Instant::now())
+    }
+
+    fn is_out_at(&self, now: Instant) -> bool {
+        lock(&self.ejection).until.is_some_and(|until| now < until + FORGOTTEN)
     }
 }
 
@@ -288,14 +293,15 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_dialled_again_is_out_until_it_answers() {
+    fn a_peer_out_of_reach_is_tried_by_one_and_back_when_it_answers() {
         let peer = Reach::default();
-        peer.dialled();
-        assert!(!peer.is_out(), "the first dial is everybody's");
+        assert!(!peer.is_out() && !peer.take_trial(), "nothing is known against it");
+        peer.unreachable();
+        assert!(peer.is_out() && !peer.take_trial(), "not at once");
         *lock(&peer.ejection) = Ejection { times: 1, until: Some(Instant::now()), trial: None };
-        assert!(!peer.is_out());
-        peer.dialled();
-        assert!(peer.is_out());
+        assert!(peer.take_trial() && !peer.take_trial(), "one at a time");
+        assert!(peer.is_out(), "until it answers");
+        assert!(!peer.is_out_at(Instant::now() + FORGOTTEN), "time alone lifts it, too");
         peer.reached();
         assert!(!peer.is_out());
     }

@@ -62,12 +62,17 @@ impl Pool {
         Self { identity, endpoint, peers: Mutex::default() }
     }
 
-    /// Pairs instances with what is known of them and their peers.
-    pub(crate) fn candidates(&self, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
+    /// Pairs instances with what is known of them and their peers. Those that were out of reach for a while are dialled
+    /// again, beside the call: it has others to go to.
+    pub(crate) fn candidates(self: &Arc<Self>, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
         let mut peers = lock(&self.peers);
         instances
             .map(|instance| {
                 let peer = peers.entry(instance.node).or_default();
+                if peer.reach.take_trial() {
+                    let (pool, instance) = (self.clone(), instance.clone());
+                    tokio::spawn(async move { drop(pool.connection(&instance).await) });
+                }
                 Candidate { peer: peer.reach.clone(), experience: peer.experience(&instance.service), instance }
             })
             .collect()
@@ -103,7 +108,6 @@ impl Pool {
                     Slot::Idle | Slot::Ready(_) => {
                         let (done, dialled) = watch::channel(None);
                         *slot = Slot::Dialling(dialled.clone());
-                        peer.reach.dialled();
                         tokio::spawn(self.clone().fill(peer.clone(), instance.clone(), done));
                         dialled
                     }

@@ -247,7 +247,7 @@ fn every_rule_can_be_turned() {
         (
             "every instance serves again",
             Violated,
-            Box::new(|e| calls(e).filter(|call| call.due > 16.0).for_each(|call| call.by = "n2".into())),
+            Box::new(|e| calls(e).filter(|call| call.due >= 16.0).for_each(|call| call.by = "n2".into())),
         ),
         (
             "are answered in the end",

@@ -146,8 +146,8 @@ pub enum Event {
     Open {
         /// Of which service process.
         of: String,
-        /// How many.
-        calls: u64,
+        /// Method and path of each.
+        calls: Vec<String>,
     },
     /// How far the load was behind its schedule, at most, in a second.
     Behind {

@@ -37,6 +37,8 @@ const TICK: Duration = Duration::from_millis(40);
 const SAMPLE: Duration = Duration::from_secs(1);
 /// Longer than a step may need to mend: then the run goes on, and the step has failed.
 const HEAL_BEYOND: Duration = Duration::from_secs(20);
+/// How long it takes until everybody has noticed that somebody is gone, generously.
+const NOTICED: Duration = Duration::from_secs(10);
 /// How long the word that a client has gone may take to its service.
 const GONE: Duration = Duration::from_secs(5);
 /// Until all nodes see all others after the start.
@@ -87,8 +89,10 @@ pub enum Sabotage {
 
 /// Says what is going on, while it is.
 pub trait Progress: Send + Sync {
-    /// A line.
+    /// A line that stays.
     fn say(&self, line: &str);
+    /// How far it is, once a second.
+    fn now(&self, line: &str);
 }
 
 /// Whether a lab can be set up here, by whoever asks.
@@ -132,6 +136,8 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     let observers = Observers::start(&mesh, &recorder, doctored);
     let mut run = Run {
         options,
+        progress,
+        doing: "baseline".into(),
         mesh,
         observers,
         recorder: recorder.clone(),
@@ -147,7 +153,7 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     let services = plan.mesh.services.iter().map(|s| s.name.clone()).collect();
     let skew = if options.sabotage == Sabotage::Clock { -3.0 } else { 0.0 };
     let load = Calls::start(&plan.load, doors, services, plan.seed, recorder.clone(), skew);
-    let done = run.steps(&load, progress, stop).await;
+    let done = run.steps(&load, stop).await;
     // Whatever happened: nothing stays broken.
     run.mend(&load).await;
     load.stop().await;
@@ -163,6 +169,9 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
 
 struct Run<'a> {
     options: &'a Options,
+    progress: &'a dyn Progress,
+    /// What is being done.
+    doing: String,
     mesh: Mesh,
     observers: Observers,
     recorder: Arc<Recorder>,
@@ -176,7 +185,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    async fn steps(&mut self, load: &Calls, progress: &dyn Progress, stop: &CancellationToken) -> Result<()> {
+    async fn steps(&mut self, load: &Calls, stop: &CancellationToken) -> Result<()> {
         let plan = &self.options.plan;
         let mut rng = StdRng::seed_from_u64(plan.seed);
         let begun = Instant::now();
@@ -190,7 +199,7 @@ impl Run<'_> {
                 }
                 let line = self.step(number, step, load, &mut rng, stop).await?;
                 let at = self.recorder.now();
-                progress.say(&format!("{at:6.1} s  {}: {line}", step.name));
+                self.progress.say(&format!("{at:6.1} s  {}: {line}", step.name));
                 number += 1;
                 if plan.duration.is_some_and(|limit| begun.elapsed() >= limit) {
                     return Ok(());
@@ -246,7 +255,11 @@ impl Run<'_> {
         Ok(format!("{}; {how}", said.join(" + ")))
     }
 
-    fn phase(&self, step: usize, phase: Phase) {
+    fn phase(&mut self, step: usize, phase: Phase) {
+        let steps = &self.options.plan.steps;
+        let name = steps.get(step % steps.len().max(1)).map_or("", |step| &step.name);
+        let what = format!("{phase:?}").to_lowercase();
+        self.doing = format!("step {} of {}, {name}: {what}", step + 1, steps.len());
         self.recorder.note(Event::Phase { step, phase });
     }
 
@@ -339,6 +352,10 @@ impl Run<'_> {
             };
             self.recorder.note(Event::Sign { fault: active.id, side: Side::Healed, found, what });
         }
+        if ended.iter().any(|active| matches!(active.fault, Fault::Clone { .. })) {
+            // Whom the others have last seen is gone with its key: that is still to be noticed.
+            tokio::time::sleep(NOTICED).await;
+        }
         outcome
     }
 
@@ -405,6 +422,15 @@ impl Run<'_> {
             return;
         }
         self.sampled = Instant::now();
+        let (calls, failed) = self.recorder.with(|entries| {
+            let calls = entries.iter().filter_map(|entry| match &entry.event {
+                Event::Call(call) => Some(call.good()),
+                _ => None,
+            });
+            calls.fold((0, 0), |(calls, failed), good| (calls + 1, failed + usize::from(!good)))
+        });
+        let at = self.recorder.now();
+        self.progress.now(&format!("{at:6.1} s  {}  {calls} calls, {failed} not answered", self.doing));
         let killed: Vec<&String> =
             self.active.iter().filter(|a| a.fault.disables()).flat_map(|a| &a.victims).chain(&self.gone).collect();
         for node in &mut self.mesh.nodes {
@@ -432,9 +458,10 @@ impl Run<'_> {
                 let calls = loop {
                     let answer = mesh::get(&node.place, served.addr, "/open").await;
                     let text = answer.map(|(_, body)| String::from_utf8_lossy(&body).into_owned());
-                    match text.ok().and_then(|text| text.parse::<u64>().ok()) {
-                        Some(open) if open == 0 || Instant::now() > deadline => break Some(open),
-                        None if Instant::now() > deadline => break None,
+                    let open = text.map(|text| text.lines().map(String::from).collect::<Vec<_>>());
+                    match open {
+                        Ok(open) if open.is_empty() || Instant::now() > deadline => break Some(open),
+                        Err(_) if Instant::now() > deadline => break None,
                         _ => tokio::time::sleep(TICK).await,
                     }
                 };

@@ -2,10 +2,11 @@
 //! told to on its stdin.
 //!
 //! `GET /call/N` and `POST /call/N` answer `N`; `GET /bytes/N/SIZE` sends SIZE bytes that follow from N; `GET /drip/N/SIZE` the
-//! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `GET /open` says
-//! how many calls are open. Every answer names its node.
+//! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `GET /open` lists
+//! the calls that are open. Every answer names its node.
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     fs::File,
     io::Write,
@@ -70,16 +71,16 @@ struct Service {
     ledger: Mutex<File>,
     manner: watch::Receiver<Manner>,
     calls: AtomicU64,
-    /// Calls that have begun and whose answer has not; one whose client has gone is not among them.
-    open: AtomicU64,
+    /// Calls that have begun and whose answer has not, by number; one whose client has gone is not among them.
+    open: Mutex<BTreeMap<u64, String>>,
 }
 
 /// A call that is open.
-struct Open(Arc<Service>);
+struct Open(Arc<Service>, u64);
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Relaxed);
+        self.0.open().remove(&self.1);
     }
 }
 
@@ -93,7 +94,7 @@ pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
     let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
     let (told, manner) = watch::channel(Manner::Good);
     let (name, ledger) = (HeaderValue::from_str(name)?, Mutex::new(file));
-    let service = Arc::new(Service { name, ledger, manner, calls: AtomicU64::new(0), open: AtomicU64::new(0) });
+    let service = Arc::new(Service { name, ledger, manner, calls: AtomicU64::new(0), open: Mutex::default() });
     println!("ready");
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {
@@ -131,6 +132,10 @@ pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 impl Service {
+    fn open(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, String>> {
+        self.open.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Writes down that a call is done, before it is answered.
     fn done(&self, nonce: u64) {
         let line = format!("{nonce}\n");
@@ -156,17 +161,23 @@ impl Service {
 
 async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
     if request.uri().path() == "/open" {
-        return Ok(service.text(StatusCode::OK, service.open.load(Relaxed).to_string()));
+        let open: Vec<String> = service.open().values().cloned().collect();
+        return Ok(service.text(StatusCode::OK, open.join("\n")));
     }
-    service.open.fetch_add(1, Relaxed);
-    let _open = Open(service.clone());
+    let count = service.calls.fetch_add(1, Relaxed);
+    service.open().insert(count, format!("{} {}", request.method(), request.uri().path()));
+    let _open = Open(service.clone(), count);
     let manner = *service.manner.borrow();
     let path = request.uri().path().trim_matches('/').to_string();
     let parts: Vec<&str> = path.split('/').collect();
     let number = |at: usize| parts.get(at).and_then(|part| part.parse::<u64>().ok());
-    let count = service.calls.fetch_add(1, Relaxed);
     match manner {
-        Manner::Hang => std::future::pending::<()>().await,
+        Manner::Hang => {
+            // What came is read: who does not read does not see that his caller hangs up.
+            let _ = request.into_body().collect().await;
+            std::future::pending::<()>().await;
+            unreachable!("nothing comes after for ever");
+        }
         Manner::Slow => tokio::time::sleep(SLOW).await,
         Manner::Work(long) => tokio::time::sleep(long).await,
         Manner::Stumble if count % STUMBLE_ONE_IN == 7 => {

@@ -92,6 +92,8 @@ pub struct Gossip {
     to_pass_on: Items,
     /// Whether it has the record of a node that is new here.
     introducing: bool,
+    /// Whether somebody has told all that it has, so that what is not known is most likely not there.
+    introduced: bool,
     next_pass_on: Instant,
     next_housekeeping: Instant,
     next_exchange: Instant,
@@ -157,6 +159,7 @@ impl Gossip {
             others_turn: None,
             to_pass_on: Items::default(),
             introducing: false,
+            introduced: false,
             next_pass_on: now,
             next_housekeeping: now,
             next_exchange: now + EXCHANGE,
@@ -231,6 +234,8 @@ impl Gossip {
             self.futile.remove(&from);
         }
         if via == Via::Exchange {
+            self.changed |= !self.introduced;
+            self.introduced = true;
             if news.records.len() > MAX_RETOLD {
                 // There may be more where that came from.
                 self.next_compare = now;
@@ -604,7 +609,9 @@ impl Gossip {
             self.remembered.clone_from(&live);
             self.outgoing.push(Outgoing::Peers(live));
         }
-        self.photographer.snapshot(members, &self.records, me.id, &self.announcement.zone, now)
+        let mut snapshot = self.photographer.snapshot(members, &self.records, me.id, &self.announcement.zone, now);
+        snapshot.introduced = self.introduced;
+        snapshot
     }
 
     fn unix(&self, now: Instant) -> u64 {

@@ -26,6 +26,8 @@ pub struct Snapshot {
     /// Services most of whose instances vanished at once: the last known ones are still called, because the fault may be
     /// on this side.
     pub panicking: Vec<Name>,
+    /// Whether a member has told this node all that it knows. Until then, what is missing here says nothing.
+    pub introduced: bool,
     services: HashMap<Name, Vec<Arc<Instance>>>,
 }
 
@@ -227,7 +229,7 @@ impl Photographer {
             *instances = subset(std::mem::take(instances), me, zone);
         }
         panicking.sort();
-        Snapshot { members, panicking, services }
+        Snapshot { members, panicking, introduced: false, services }
     }
 }
 

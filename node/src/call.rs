@@ -3,6 +3,7 @@
 mod attempt;
 mod budget;
 mod error;
+mod introduction;
 
 pub(crate) mod choose;
 pub(crate) mod connect;
@@ -22,7 +23,6 @@ use starling_http::{Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grp
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
-pub(crate) use self::budget::RetryBudget;
 use self::{
     attempt::Terms,
     choose::{Candidate, pick},
@@ -32,6 +32,7 @@ pub use self::{
     attempt::{Carried, MadeByNode},
     error::{CallError, Fault, Sent},
 };
+pub(crate) use self::{budget::RetryBudget, introduction::Introduction};
 
 /// Time to the head of an answer, if nobody sets it.
 const DEFAULT_HEAD: Duration = Duration::from_secs(15);
@@ -45,6 +46,8 @@ const MAX_UNREACHED: usize = 8;
 const MAX_TOTAL_ATTEMPTS: u32 = 6;
 /// How often one call may pass through the same node before it is a loop.
 const MAX_VISITS: usize = 4;
+/// How often a call that came too early looks whether its service is known by now.
+const INTRODUCED: Duration = Duration::from_millis(20);
 /// Pause before a third attempt, at most; a first retry elsewhere needs none.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
@@ -109,6 +112,7 @@ struct ClientState {
     pseudonym: String,
     via: HeaderValue,
     budget: RetryBudget,
+    introduction: Introduction,
     retries: AtomicU64,
 }
 
@@ -118,10 +122,12 @@ impl MeshClient {
         pool: Arc<Pool>,
         zone: String,
         pseudonym: String,
+        introduction: Introduction,
     ) -> Self {
         let via = HeaderValue::from_str(&format!("2 {pseudonym}")).expect("a pseudonym is ASCII");
         let budget = RetryBudget::default();
-        Self(Arc::new(ClientState { snapshot, pool, zone, pseudonym, via, budget, retries: AtomicU64::new(0) }))
+        let retries = AtomicU64::new(0);
+        Self(Arc::new(ClientState { snapshot, pool, zone, pseudonym, via, budget, introduction, retries }))
     }
 
     /// How this node calls itself in `Via` and `Proxy-Status`.
@@ -172,6 +178,11 @@ impl MeshClient {
         loop {
             let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead) {
                 Ok(candidate) => candidate,
+                // Just started, a node does not know yet what there is.
+                Err(_) if failed.is_none() && !self.0.introduction.is_over(&self.snapshot()) && !due.is_over() => {
+                    tokio::time::sleep(INTRODUCED).await;
+                    continue;
+                }
                 // What the last one said tells more than that there is no other.
                 Err(none_left) => return Err(failed.unwrap_or(none_left)),
             };

@@ -13,7 +13,7 @@ mod worker;
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, atomic::AtomicBool},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Documents, MeshClient, Metrics,
     admin::{self, ExtraRoutes, Subject},
-    call::connect::Pool,
+    call::{Introduction, connect::Pool},
     config::Config,
     identity::{
         Identity, RecordCredentials,
@@ -88,7 +88,7 @@ struct Running {
     advertise: SocketAddr,
     outbound: Option<SocketAddr>,
     started: Instant,
-    met_somebody: AtomicBool,
+    introduction: Introduction,
     /// Where to look for the mesh, `host:port`; a reload may change it.
     seeds: watch::Sender<Vec<String>>,
     /// What this node was started with, to tell what a reload cannot change.
@@ -141,6 +141,7 @@ impl Node {
         let me = Ident { id: identity.id(), addr: advertise, generation };
         let mut remembered = remembered_peers(&state);
         remembered.extend(peers_told);
+        let knows_peers = !remembered.is_empty();
         let (documents, kept) = Documents::open(&state)?;
         let (contacts, known_contacts) = watch::channel(remembered.clone());
         let gossip = Gossip::new(
@@ -159,7 +160,8 @@ impl Node {
         let metrics = Metrics::new();
         let own = pseudonym(identity.name());
         let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
-        let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone());
+        let introduction = Introduction::new(!config.node.seeds.is_empty() || knows_peers);
+        let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone(), introduction);
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
         let condition = Condition::new(&config.service, gossip.clone());
         let drain = Drain::default();
@@ -183,7 +185,7 @@ impl Node {
             advertise,
             outbound: doors.iter().find(|door| door.service.is_none()).and_then(|door| door.listener.local_addr().ok()),
             started: Instant::now(),
-            met_somebody: AtomicBool::new(false),
+            introduction,
             seeds: watch::Sender::new(config.node.seeds.clone()),
             config: config.clone(),
             extra: Mutex::default(),

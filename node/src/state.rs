@@ -176,7 +176,8 @@ impl StateDir {
     /// from memory.
     pub fn keep(&self, name: &str, bytes: &[u8]) {
         if let Err(error) = self.write(name, bytes) {
-            tracing::error!(%error, "cannot store {name}");
+            let why = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            tracing::error!(%error, why, "cannot store {name}");
         }
     }
 

@@ -201,13 +201,13 @@ fn ledgers(history: &History, begin: &Begin, checks: &mut Vec<Check>) {
 /// A service must learn that its caller has gone: what nobody waits for any more is not worked on.
 fn left_open(history: &History, checks: &mut Vec<Check>) {
     let open = history.entries.iter().filter_map(|entry| match &entry.event {
-        Event::Open { of, calls } if *calls > 0 => Some((of, *calls, entry.at)),
+        Event::Open { of, calls } if !calls.is_empty() => Some((of, calls, entry.at)),
         _ => None,
     });
     let mut none = Check::of("no service works on a call whose client has gone", Outcome::Held, "");
-    if let Some((of, calls, at)) = open.max_by_key(|(_, calls, _)| *calls) {
+    if let Some((of, calls, at)) = open.max_by_key(|(_, calls, _)| calls.len()) {
         none.outcome = Outcome::Violated;
-        none.detail = format!("{calls} calls are open at {of} when the last client has gone");
+        none.detail = format!("{} at {of}{}", calls[0], and_more(calls.len()));
         none.at = Some(at);
     }
     checks.push(none);

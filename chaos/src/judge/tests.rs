@@ -26,7 +26,7 @@ expect = { detect = "2s", known = "5s", heal = "3s", goodput = 0.9, transitions 
 fn call(nonce: u64, due: f64, node: &str, by: &str) -> Call {
     Call {
         nonce,
-        kind: if nonce % 4 == 0 { CallKind::Post } else { CallKind::Get },
+        kind: if nonce.is_multiple_of(4) { CallKind::Post } else { CallKind::Get },
         door: DoorKind::OutboundHttp1,
         node: node.into(),
         service: "orders".into(),
@@ -70,7 +70,7 @@ fn good() -> History {
         (16.0, view("n2", "n3", MemberStatus::Alive)),
         (16.0, Event::Recovered { step: 0 }),
         (16.0, Event::Phase { step: 0, phase: Phase::Calm }),
-        (21.2, Event::Open { of: "orders of n2".into(), calls: 0 }),
+        (21.2, Event::Open { of: "orders of n2".into(), calls: Vec::new() }),
         (21.2, Event::Ledger { of: "orders of n2".into(), lines: 1 }),
         (21.2, Event::Ledger { of: "orders of n3".into(), lines: 1 }),
         (21.3, Event::End { whole: true, why: None }),
@@ -242,7 +242,7 @@ fn every_rule_can_be_turned() {
         (
             "whose client has gone",
             Violated,
-            Box::new(|e| add(e, 21.2, Event::Open { of: "orders of n3".into(), calls: 4 })),
+            Box::new(|e| add(e, 21.2, Event::Open { of: "orders of n3".into(), calls: vec!["GET /call/7".into()] })),
         ),
         (
             "every instance serves again",

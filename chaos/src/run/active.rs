@@ -140,6 +140,7 @@ impl Active {
             Fault::Mtu { bytes, .. } => of(Effect::Mtu { bytes: *bytes }),
             Fault::HoldBack { .. } => of(Effect::HoldBack),
             Fault::UdpBlocked { .. } => of(Effect::UdpBlocked),
+            Fault::Rebind { every, .. } => of(Effect::Rebind { every: *every }),
             Fault::NatForgets { idle, .. } => of(Effect::NatForgets { idle: *idle }),
             _ => return,
         };

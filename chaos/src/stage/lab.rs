@@ -4,6 +4,7 @@
 //! way between two namespaces.
 
 use std::{
+    collections::HashMap,
     net::Ipv4Addr,
     sync::{Arc, Mutex, RwLock},
     time::Instant,
@@ -126,16 +127,22 @@ async fn switch(
         Err(error) => return drop(ready.send(Err(error.into()))),
     };
     let _ = ready.send(Ok(()));
+    let bindings = Arc::new(Bindings::default());
     let mut tasks = tokio::task::JoinSet::new();
     for (from, device) in devices.iter().cloned().enumerate() {
         let (devices, table, numbers, waiting) = (devices.clone(), table.clone(), numbers.clone(), waiting.clone());
+        let bindings = bindings.clone();
         tasks.spawn(async move {
             let mut buffer = vec![0; usize::from(MTU) + 64];
             while let Ok(length) = device.recv(&mut buffer).await {
-                let bytes = &buffer[..length];
+                let bytes = &mut buffer[..length];
                 let Some((_, to)) = packet::addresses(bytes) else { continue };
                 let Some(to) = slot_of(to, &numbers) else { continue };
                 let now = Instant::now();
+                if !bindings.translate(bytes, from, to, &table, now) {
+                    continue;
+                }
+                let bytes = &buffer[..length];
                 let packet = Packet { from, to, bytes: length, udp: packet::udp_payload(bytes) };
                 let passages = table.lock().unwrap_or_else(|e| e.into_inner()).pass(packet, now);
                 for passage in passages {
@@ -162,6 +169,62 @@ async fn switch(
         }
     });
     while tasks.join_next().await.is_some() {}
+}
+
+/// Source ports that a NAT gives to what its nodes have dialled. It keeps no other ports: those that are listened on are
+/// forwarded.
+#[derive(Default)]
+struct Bindings(Mutex<BindingTable>);
+
+#[derive(Default)]
+struct BindingTable {
+    next: u16,
+    /// By slot, own port, and how often it changed.
+    given: HashMap<(Slot, u16, u64), u16>,
+    /// By slot and given port.
+    own: HashMap<(Slot, u16), (u16, u64)>,
+}
+
+/// Where systems take ports for what is dialled (ip_local_port_range).
+const FIRST_EPHEMERAL: u16 = 32_768;
+/// What the NAT gives, from here on down to the former.
+const GIVEN: u16 = 20_000;
+
+impl Bindings {
+    /// Gives a packet the ports that the NATs on its way give it. Whether it gets through.
+    fn translate(&self, bytes: &mut [u8], from: Slot, to: Slot, table: &Mutex<Table>, now: Instant) -> bool {
+        let Some((source, target)) = packet::udp_ports(bytes) else { return true };
+        let (out, back) = {
+            let table = table.lock().unwrap_or_else(|e| e.into_inner());
+            (table.binding(from, now), table.binding(to, now))
+        };
+        if out == 0 && back == 0 {
+            return true;
+        }
+        let mut bindings = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        let (mut new_source, mut new_target) = (source, target);
+        if out > 0 && source >= FIRST_EPHEMERAL {
+            let BindingTable { next, given, own } = &mut *bindings;
+            new_source = *given.entry((from, source, out)).or_insert_with(|| {
+                *next = (*next + 1) % (FIRST_EPHEMERAL - GIVEN);
+                own.insert((from, GIVEN + *next), (source, out));
+                GIVEN + *next
+            });
+        }
+        if back > 0 && target != starling_protocol::MESH_PORT {
+            match bindings.own.get(&(to, target)) {
+                Some((port, binding)) if *binding == back => new_target = *port,
+                // A port that was given before, or the node's own: the NAT does not know it.
+                Some(_) => return false,
+                None if target >= FIRST_EPHEMERAL => return false,
+                None => {}
+            }
+        }
+        if (new_source, new_target) != (source, target) {
+            packet::set_udp_ports(bytes, new_source, new_target);
+        }
+        true
+    }
 }
 
 fn slot_of(address: Ipv4Addr, numbers: &RwLock<Vec<usize>>) -> Option<Slot> {

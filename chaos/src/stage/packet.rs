@@ -26,6 +26,21 @@ pub(super) fn udp_payload(packet: &[u8]) -> Option<usize> {
     Some(packet.len() - udp_at(packet)? - UDP_HEADER)
 }
 
+/// The ports of a UDP packet: from, to.
+pub(super) fn udp_ports(packet: &[u8]) -> Option<(u16, u16)> {
+    let udp = udp_at(packet)?;
+    let at = |at: usize| u16::from_be_bytes([packet[udp + at], packet[udp + at + 1]]);
+    Some((at(0), at(2)))
+}
+
+/// Gives a UDP packet other ports, and takes its checksum off.
+pub(super) fn set_udp_ports(packet: &mut [u8], from: u16, to: u16) {
+    let Some(udp) = udp_at(packet) else { return };
+    packet[udp..udp + 2].copy_from_slice(&from.to_be_bytes());
+    packet[udp + 2..udp + 4].copy_from_slice(&to.to_be_bytes());
+    packet[udp + CHECKSUM_AT..udp + CHECKSUM_AT + 2].fill(0);
+}
+
 /// Flips a bit in the middle of the content. A UDP checksum is taken off (RFC 768 allows to send without), so that not the
 /// kernel but the application has to notice.
 pub(super) fn corrupt(packet: &mut [u8]) {
@@ -63,6 +78,9 @@ mod tests {
         let mut packet = udp(b"hello");
         assert_eq!(addresses(&packet), Some(([10, 77, 0, 1].into(), [10, 77, 0, 2].into())));
         assert_eq!(udp_payload(&packet), Some(5));
+        assert_eq!(udp_ports(&packet), Some((0x0102, 0x0304)));
+        set_udp_ports(&mut packet, 7, 8);
+        assert_eq!(udp_ports(&packet), Some((7, 8)));
         corrupt(&mut packet);
         assert_eq!(&packet[26..28], &[0, 0]);
         assert_ne!(&packet[28..], b"hello");

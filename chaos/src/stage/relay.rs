@@ -122,6 +122,8 @@ struct Way {
     /// Whose it is; none of the nodes' if `None`, such as one of a node that is about to join and has no process yet.
     owner: Option<Slot>,
     socket: Arc<UdpSocket>,
+    /// How often its port has changed: those of before lead nowhere any more.
+    binding: u64,
 }
 
 /// More sources than that are nobody's.
@@ -150,6 +152,11 @@ impl Carrier {
         self.ports.read().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn binding(&self, owner: Option<Slot>) -> u64 {
+        let table = self.table.lock().unwrap_or_else(|e| e.into_inner());
+        owner.map_or(0, |owner| table.binding(owner, Instant::now()))
+    }
+
     /// Carries what comes to the front socket of that number.
     async fn front(self: Arc<Self>, at: usize) {
         let mut buffer = vec![0; LARGEST_BYTES];
@@ -176,13 +183,17 @@ impl Carrier {
     /// The way of a source to a node, made if it is a new one.
     async fn way(self: &Arc<Self>, source: SocketAddr, at: usize) -> Option<Way> {
         let ways = || self.ways.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(way) = ways().get(&(source, at)) {
-            return Some(way.clone());
+        let known = ways().get(&(source, at)).cloned();
+        if let Some(way) = &known
+            && self.binding(way.owner) == way.binding
+        {
+            return known;
         }
         let socket = Arc::new(UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.ok()?);
         let raw = socket2::SockRef::from(&*socket);
         let _ = raw.set_recv_buffer_size(BUFFER_BYTES);
-        let way = Way { owner: owner(source, &self.ports().pids), socket };
+        let owner = known.map_or_else(|| owner(source, &self.ports().pids), |way| way.owner);
+        let way = Way { owner, socket, binding: self.binding(owner) };
         if ways().len() >= MOST_WAYS {
             return None;
         }
@@ -196,6 +207,9 @@ impl Carrier {
         let mut buffer = vec![0; LARGEST_BYTES];
         loop {
             let Ok((length, _)) = way.socket.recv_from(&mut buffer).await else { continue };
+            if self.binding(way.owner) != way.binding {
+                continue;
+            }
             let from = {
                 let ports = self.ports();
                 ports.slots.get(&ports.order[at]).copied()

@@ -66,6 +66,8 @@ pub(crate) enum Effect {
     Mtu { bytes: usize },
     /// It waits until the rule ends.
     HoldBack,
+    /// What the victims have dialled comes from another port each time.
+    Rebind { every: Duration },
     /// It is lost unless the victim, to which it goes, has sent there within that time.
     NatForgets { idle: Duration },
 }
@@ -188,6 +190,17 @@ impl Table {
         live.or_else(|| self.ended.get(&id).map(|(_, links)| links)).cloned().unwrap_or_default()
     }
 
+    /// How often the source ports of what a slot has dialled have changed by now; 0 if nobody changes them.
+    pub(crate) fn binding(&self, slot: Slot, now: Instant) -> u64 {
+        let rebinds = self.rules.values().filter_map(|force| match force.rule.effect {
+            Effect::Rebind { every } if now < force.rule.until && force.rule.links.contains(slot, slot) => {
+                Some(1 + ((now - force.since).as_millis() / every.as_millis().max(1)) as u64)
+            }
+            _ => None,
+        });
+        if self.disarmed { 0 } else { rebinds.sum() }
+    }
+
     /// What becomes of a packet: copies of it, none if it is lost.
     pub(crate) fn pass(&mut self, packet: Packet, now: Instant) -> Vec<Passage> {
         let mut copies = vec![Passage::default()];
@@ -232,6 +245,8 @@ impl InForce {
                 *bad ^= chance(turn);
                 *bad
             }
+            // Whoever passes packets on gives them other ports.
+            Effect::Rebind { .. } => return self.rule.links.contains(packet.from, packet.from) && packet.udp.is_some(),
             Effect::NatForgets { idle } => {
                 let remembered = self.used.get(&(packet.to, packet.from)).is_some_and(|at| now - *at < idle);
                 let is_victim = matches!(&self.rule.links, Links::Of(set) if set.get(packet.to) == Some(&true));

@@ -252,14 +252,28 @@ fn replay(args: &ChaosRunArgs, seed: u64, backend: Backend) -> String {
     command
 }
 
-/// Progress goes to stderr, as plain lines.
+/// Progress goes to stderr: lines, and on a terminal one more that says how far it is.
 struct Terminal;
+
+/// To the start of the line, and nothing behind.
+const AFRESH: &str = "\r\x1b[K";
 
 impl Progress for Terminal {
     fn say(&self, line: &str) {
-        eprintln!("{line}");
+        let afresh = if std::io::stderr().is_terminal() { AFRESH } else { "" };
+        eprintln!("{afresh}{line}");
+    }
+
+    fn now(&self, line: &str) {
+        if std::io::stderr().is_terminal() {
+            let line: String = line.chars().take(MOST_COLUMNS).collect();
+            eprint!("{AFRESH}{line}");
+        }
     }
 }
+
+/// A longer line would not go away.
+const MOST_COLUMNS: usize = 110;
 
 /// Prints what a run came to.
 fn tell(begin: &Begin, verdict: &Verdict, report: &Path) {

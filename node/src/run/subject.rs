@@ -19,8 +19,6 @@ use crate::{
     observe::metrics::GossipFigures,
 };
 
-/// A node that finds nobody is ready anyway after this long: what it serves itself can be called.
-const LONELY_READY: Duration = Duration::from_secs(5);
 /// What is said to who asks about names where none are given.
 const NO_ISSUER: &str = "this node is no issuer; ask one: `starling status` says which nodes are";
 /// How long a member may take to answer an operator's ping.
@@ -51,9 +49,7 @@ impl Subject for Running {
     }
 
     fn is_ready(&self) -> bool {
-        let settled =
-            self.seeds.borrow().is_empty() || self.met_somebody.load(Relaxed) || self.started.elapsed() > LONELY_READY;
-        settled && !self.drain_asked.is_cancelled()
+        self.introduction.is_over(&self.snapshot()) && !self.drain_asked.is_cancelled()
     }
 
     async fn status(&self) -> json::Status {

@@ -1,10 +1,6 @@
 //! What a node looks after while it runs: seeds, and what is known of members that are gone.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use starling_gossip::GossipHandle;
 use tokio::sync::watch;
@@ -42,9 +38,6 @@ pub(super) async fn take_stock(running: Arc<Running>) {
     let mut watch = running.gossip.watch();
     while watch.changed().await.is_ok() {
         let snapshot = watch.borrow_and_update().clone();
-        if snapshot.members.iter().any(|m| !m.is_self && m.is_live()) {
-            running.met_somebody.store(true, Relaxed);
-        }
         running.client.forget_strangers();
         running.links.forget_unreachable(&snapshot.members.iter().filter(|m| m.is_live()).map(|m| m.addr).collect());
     }

@@ -145,7 +145,7 @@ impl Active {
                 Ok("the victims' links to the others carry on; what is cut is only between them".into())
             }
             Fault::Descriptors { .. } => descriptors_sign(entries, self.at, &self.victims, mesh),
-            Fault::DiskFull { .. } => log_sign(mesh, &self.victims, &["No space left", "os error 28"]),
+            Fault::DiskFull { .. } => log_sign(mesh, &self.victims, &["No space left"]),
             Fault::Service { does: Misbehaviour::Crash | Misbehaviour::Hang, .. } => served_elsewhere(),
             Fault::Service { does: Misbehaviour::Stumble, .. } => {
                 let stumbled = since.clone().filter(|e| matches!(&e.event, Event::Call(c) if c.status == 500));

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 
 use crate::process::send;
 
@@ -64,13 +64,9 @@ pub(super) fn state_of(pid: u32) -> char {
 }
 
 pub(super) fn limit_descriptors(pid: u32, current: Option<u64>) -> Result<Rlimit> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).context("no process id")?;
-    let was = prlimit(Some(pid), Resource::Nofile, Rlimit { current, maximum: Some(1 << 20) });
-    // Without the right to raise the hard limit, it stays.
-    match was {
-        Ok(was) => Ok(was),
-        Err(_) => Ok(prlimit(Some(pid), Resource::Nofile, Rlimit { current, maximum: current })?),
-    }
+    // What is lowered for good cannot be raised again: the hard limit stays what it was, which is what this process has.
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    set_descriptors(pid, Rlimit { current, maximum })
 }
 
 pub(super) fn set_descriptors(pid: u32, limit: Rlimit) -> Result<Rlimit> {

@@ -26,3 +26,18 @@ impl Introduction {
         !self.expected || snapshot.introduced || self.started.elapsed() > ALONE
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_over_when_somebody_has_told_or_nobody_is_there() {
+        let (told, untold) = (Snapshot { introduced: true, ..Snapshot::default() }, Snapshot::default());
+        assert!(Introduction::new(false).is_over(&untold), "the first node of a mesh");
+        let introduction = Introduction::new(true);
+        assert!(!introduction.is_over(&untold) && introduction.is_over(&told));
+        let started = introduction.started.checked_sub(ALONE);
+        assert!(started.is_none_or(|started| Introduction { expected: true, started }.is_over(&untold)), "alone");
+    }
+}

@@ -172,7 +172,7 @@ async fn limited(demo: &Demo, client: &Client) -> Result<String> {
 
 async fn killed(demo: &mut Demo) -> Result<String> {
     let victim = demo.orders[0].clone();
-    let load = Load::start(demo.cluster.node("seed").outbound, "orders.mesh.internal", 16);
+    let load = Load::start(demo.cluster.node("seed").outbound, "orders", 500);
     enough(&load, 500).await?;
     demo.cluster.kill(&victim).await?;
     enough(&load, load.good() + 1500).await?;
@@ -213,7 +213,7 @@ async fn generation(demo: &Demo, name: &str) -> Result<u64> {
 
 async fn left(demo: &mut Demo) -> Result<String> {
     let leaver = demo.orders[1].clone();
-    let load = Load::start(demo.cluster.node("seed").outbound, "orders.mesh.internal", 8);
+    let load = Load::start(demo.cluster.node("seed").outbound, "orders", 300);
     enough(&load, 200).await?;
     let status = demo.cluster.terminate(&leaver).await?;
     enough(&load, load.good() + 200).await?;

@@ -126,12 +126,10 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
     progress.say(&format!("{} on {}: {nodes} nodes, seed {}", options.name, options.backend, plan.seed));
     let stage = Stage::new(options.backend, nodes, plan.seed)?;
     stage.table().disarmed = options.sabotage == Sabotage::Switch;
-    let mesh = Mesh::start(plan, stage, dir.path(), &options.binary, recorder.clone());
     let mesh = tokio::select! {
-        mesh = mesh => mesh,
+        mesh = Mesh::start(plan, stage, dir.path(), &options.binary, recorder.clone()) => mesh?,
         () = stop.cancelled() => bail!("stopped before the mesh was up"),
     };
-    let mesh = mesh?;
     let doctored = (options.sabotage == Sabotage::Admin).then(|| "n2".to_string());
     let observers = Observers::start(&mesh, &recorder, doctored);
     let mut run = Run {
@@ -190,7 +188,7 @@ impl Run<'_> {
         let mut rng = StdRng::seed_from_u64(plan.seed);
         let begun = Instant::now();
         self.phase(0, Phase::Baseline);
-        self.wait(plan.load.calm, load, stop).await?;
+        self.wait(plan.load.calm, stop).await?;
         let mut number = 0;
         loop {
             for step in &plan.steps {
@@ -250,7 +248,7 @@ impl Run<'_> {
         }
         let took = mended.elapsed().as_secs_f64();
         self.phase(number, Phase::Calm);
-        self.wait(self.options.plan.load.calm, load, stop).await?;
+        self.wait(self.options.plan.load.calm, stop).await?;
         let how = if healed { format!("healed in {took:.1} s") } else { format!("NOT healed after {took:.1} s") };
         Ok(format!("{}; {how}", said.join(" + ")))
     }
@@ -404,7 +402,7 @@ impl Run<'_> {
         bail!("the nodes do not all see each other {} s after the start", CONVERGED.as_secs());
     }
 
-    async fn wait(&mut self, long: Duration, _: &Calls, stop: &CancellationToken) -> Result<()> {
+    async fn wait(&mut self, long: Duration, stop: &CancellationToken) -> Result<()> {
         let until = Instant::now() + long;
         while Instant::now() < until {
             if stop.is_cancelled() {

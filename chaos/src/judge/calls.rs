@@ -48,6 +48,13 @@ impl<'a> Tally<'a> {
     /// All that is promised of calls.
     pub(super) fn checks(&self, history: &History, begin: &Begin, checks: &mut Vec<Check>) {
         enough(history, begin, self.times, &self.judged, checks);
+        let odd = self.judged.iter().filter(|(call, _)| call.ms < 0.0).count();
+        if odd > 0 {
+            // When clocks cannot be right, nothing that follows from times can be.
+            let detail = format!("{odd} calls ended before they were due");
+            checks.push(Check::of("the clients' clocks can be right", Outcome::Unknown, detail));
+            return;
+        }
         wrong(&self.judged, checks);
         ledgers(history, begin, checks);
         left_open(history, checks);
@@ -118,13 +125,8 @@ fn enough(history: &History, begin: &Begin, times: &Times, judged: &[(&Call, Owe
     let until = times.steps.last().map_or(times.baseline, |step| step.end);
     let due = (until - times.baseline) * f64::from(begin.plan.load.rate);
     let made = judged.iter().filter(|(call, _)| call.due >= times.baseline && call.due <= until).count();
-    let odd = judged.iter().filter(|(call, _)| call.ms < 0.0).count();
-    let name = "all calls that were due were made";
-    checks.push(match (made as f64) < due * LEAST_MADE {
-        true => Check::of(name, Outcome::Unknown, format!("{made} of {due:.0}")),
-        false if odd > 0 => Check::of(name, Outcome::Unknown, format!("{odd} calls ended before they were due")),
-        false => Check::of(name, Outcome::Held, format!("{made} of {due:.0}")),
-    });
+    let outcome = if (made as f64) < due * LEAST_MADE { Outcome::Unknown } else { Outcome::Held };
+    checks.push(Check::of("all calls that were due were made", outcome, format!("{made} of {due:.0}")));
     for step in &times.steps {
         let during = judged.iter().filter(|(call, _)| call.due >= step.fault && call.due < step.healing).count();
         let outcome = if during >= FEWEST { Outcome::Held } else { Outcome::Unknown };

@@ -21,6 +21,9 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// Questions a second over all nodes, at most: looking must not be the load.
 const MOST_PER_SECOND: f64 = 60.0;
 
+/// The look that a doctored observer falsifies: after the mesh has found itself, before the first fault.
+const DOCTORED_AT: usize = 10;
+
 /// What a node shows of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Seen {
@@ -90,7 +93,7 @@ impl Look {
             rounds += 1;
             match members {
                 Some(mut members) => {
-                    if rounds == 40 {
+                    if rounds == DOCTORED_AT {
                         self.doctor(&mut members);
                     }
                     self.note(&members);

@@ -84,7 +84,7 @@ pub struct FaultRow {
     pub owed: usize,
     /// See `owed`.
     pub answered: usize,
-    /// 99th percentile of those answers, in milliseconds.
+    /// 99th percentile of the small ones of those answers, in milliseconds.
     pub p99_ms: Option<f64>,
     /// Idempotent calls that were owed and failed.
     pub lost: usize,

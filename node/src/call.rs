@@ -40,6 +40,9 @@ const DEFAULT_HEAD: Duration = Duration::from_secs(15);
 const DEFAULT_IDLE: Duration = Duration::from_secs(3600);
 /// Attempts per call, the first one included; those that found nobody at the other end are not counted.
 const MAX_ATTEMPTS: u32 = 3;
+/// Attempts per call that are not counted either, because the connection fell silent or broke under them: after a cut, one
+/// after the other may do so, until one is left that answers. They do cost the retry budget.
+const MAX_BROKEN: u32 = 3;
 /// Nodes per call that cannot be reached until it is given up.
 const MAX_UNREACHED: usize = 8;
 /// Attempts over all hops: a chain of proxies must not multiply them.
@@ -174,6 +177,7 @@ impl MeshClient {
         let due = Due::new(limits.head, until, source.as_ref());
         let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle: limits.idle, until };
         let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
+        let mut broken = 0;
         let mut failed = None;
         loop {
             let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead) {
@@ -191,9 +195,9 @@ impl MeshClient {
             parts.headers.insert(headers::ATTEMPT, HeaderValue::from(earlier + attempt));
             let outcome = self.attempt(&candidate, &mut parts, terms).await;
 
-            let last = attempt >= MAX_ATTEMPTS || earlier + attempt >= MAX_TOTAL_ATTEMPTS;
-            let may_repeat = |sent: Sent| {
-                !last
+            let may_repeat = |sent: Sent, broken: u32| {
+                attempt - broken < MAX_ATTEMPTS
+                    && earlier + attempt < MAX_TOTAL_ATTEMPTS
                     && !due.is_over()
                     && (sent == Sent::No || parts.method.is_idempotent())
                     && source.as_ref().is_none_or(Source::can_replay)
@@ -201,7 +205,7 @@ impl MeshClient {
             };
             match outcome {
                 Ok(answer) => match answer.unanswered {
-                    Some(sent) if may_repeat(sent) => {}
+                    Some(sent) if may_repeat(sent, broken) => {}
                     _ => return Ok(answer.into_response()),
                 },
                 // Nobody had any work with it, so that it costs no retry, only time.
@@ -212,8 +216,15 @@ impl MeshClient {
                     continue;
                 }
                 Err(error) if matches!(error.fault, Fault::Caller | Fault::Mesh) => return Err(error),
-                Err(error) if !may_repeat(error.sent) => return Err(error),
-                Err(error) => failed = Some(error),
+                Err(error) => {
+                    if error.fault == Fault::Connection {
+                        broken = MAX_BROKEN.min(broken + 1);
+                    }
+                    if !may_repeat(error.sent, broken) {
+                        return Err(error);
+                    }
+                    failed = Some(error);
+                }
             }
             self.0.retries.fetch_add(1, Relaxed);
             if attempt > 1 {

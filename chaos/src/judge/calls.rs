@@ -350,7 +350,9 @@ impl Tally<'_> {
         row.answered = owed.clone().filter(|(call, _)| call.good()).count();
         row.lost = row.owed - row.answered;
         row.excused = calls.iter().filter(|(_, owed)| *owed == Owed::Excused).count();
-        let ms: Vec<f64> = owed.filter(|(call, _)| call.good()).map(|(call, _)| call.ms).collect();
+        // Of small calls: a download takes what it takes.
+        let small = owed.filter(|(call, _)| call.good() && matches!(call.kind, CallKind::Get | CallKind::Post));
+        let ms: Vec<f64> = small.map(|(call, _)| call.ms).collect();
         row.p99_ms = (!ms.is_empty()).then(|| percentile(ms, 0.99));
     }
 }
@@ -375,7 +377,7 @@ pub(crate) struct Second {
     pub(crate) at: f64,
     pub(crate) good: usize,
     pub(crate) bad: usize,
-    /// Milliseconds, of the good ones.
+    /// Milliseconds, of the small ones that were answered.
     pub(crate) p50: f64,
     pub(crate) p99: f64,
 }
@@ -388,8 +390,10 @@ pub(crate) fn by_second(history: &History) -> BTreeMap<DoorKind, Vec<Second>> {
     }
     let rows = doors.into_iter().map(|(door, seconds)| {
         let rows = seconds.into_iter().map(|(second, calls)| {
-            let ms: Vec<f64> = calls.iter().filter(|call| call.good()).map(|call| call.ms).collect();
-            let (good, bad) = (ms.len(), calls.len() - ms.len());
+            let good: Vec<&&Call> = calls.iter().filter(|call| call.good()).collect();
+            let small = good.iter().filter(|call| matches!(call.kind, CallKind::Get | CallKind::Post));
+            let ms: Vec<f64> = small.map(|call| call.ms).collect();
+            let (good, bad) = (good.len(), calls.len() - good.len());
             Second { at: second as f64, good, bad, p50: percentile(ms.clone(), 0.5), p99: percentile(ms, 0.99) }
         });
         (door, rows.collect())

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use rustix::process::Rlimit;
 use starling_protocol::admin::Member;
 
-use self::system::{DeadMan, copy_dir, fill, largest_cache, limit_descriptors, set_descriptors, state_of};
+use self::system::{DeadMan, clear_dir, copy_dir, fill, largest_cache, limit_descriptors, set_descriptors, state_of};
 use super::{
     mesh::Mesh,
     probes::{self, Probing},
@@ -196,8 +196,10 @@ impl Active {
                     mesh.spawn(at).await?;
                     mesh.ready(at).await?;
                     mesh.kill(at).await?;
-                    std::fs::remove_dir_all(&state)?;
-                    std::fs::rename(&copy, &state)?;
+                    // The directory itself stays: it may be the root of a file system.
+                    clear_dir(&state)?;
+                    copy_dir(&copy, &state)?;
+                    std::fs::remove_dir_all(&copy)?;
                     mesh.spawn(at).await?;
                     mesh.ready(at).await?;
                     self.stage = Ok("the state of one life before was put back".into());

@@ -33,7 +33,8 @@ mod tests {
 
     #[test]
     fn it_is_over_when_somebody_has_told_or_nobody_is_there() {
-        let (told, untold) = (Snapshot { introduced: true, ..Snapshot::default() }, Snapshot::default());
+        let (mut told, untold) = (Snapshot::default(), Snapshot::default());
+        told.introduced = true;
         assert!(Introduction::new(false).is_over(&untold), "the first node of a mesh");
         let introduction = Introduction::new(true);
         assert!(!introduction.is_over(&untold) && introduction.is_over(&told));

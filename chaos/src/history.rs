@@ -263,6 +263,8 @@ pub struct Injected {
     pub mute_services: Vec<String>,
     /// Whether the victims never come back.
     pub for_good: bool,
+    /// Whether the victims are asked, and have time to finish what they have begun.
+    pub graceful: bool,
     /// Whether a whole answer is no longer owed by calls at all: more is asked than there is room for.
     pub overload: bool,
 }
@@ -491,6 +493,7 @@ impl Injected {
             cut: cut.collect(),
             mute_services: if odd { victims.to_vec() } else { Vec::new() },
             for_good: matches!(fault, Fault::Kill { for_good: true, .. }),
+            graceful: matches!(fault, Fault::Roll { .. }),
             overload: matches!(fault, Fault::Burst { .. }),
         }
     }

@@ -1,7 +1,7 @@
 //! Chaos: real Starling processes under control, faults done to them, and what held.
 //!
 //! A black-box user: it knows the binary's path, the admin API's JSON and the public protocols, and nothing of the node's
-//! insides. A [`Plan`] is [run](run()) on a backend and becomes a [`History`]; [`judge`] makes a [`Verdict`] of it. The demo
+//! insides. A [`Plan`] is [run](run()) on a backend and becomes a [`History`]; [`judge()`] makes a [`Verdict`] of it. The demo
 //! and the end-to-end tests use the lower half: [`Cluster`], [`Client`], [`Load`].
 
 mod client;

@@ -104,8 +104,11 @@ fn owed(call: &Call, begin: &Begin, times: &Times) -> Owed {
     if !reachable || overload {
         return Owed::Excused;
     }
-    let touched =
-        around.iter().any(|fault| fault.is_victim(&call.node) || instances.clone().any(|node| fault.is_victim(node)));
+    // Who is asked to end finishes what he has begun: nothing may break with him.
+    let touched = around
+        .iter()
+        .filter(|fault| !fault.injected.graceful)
+        .any(|fault| fault.is_victim(&call.node) || instances.clone().any(|node| fault.is_victim(node)));
     // Once its head is there, a download cannot be tried again either.
     match touched && call.kind != CallKind::Get {
         true => Owed::MayBreak,

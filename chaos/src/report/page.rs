@@ -32,9 +32,9 @@ pub(super) fn page(history: &History, begin: &Begin, verdict: &Verdict) -> Strin
         include_str!("page.css")
     );
     head(&mut html, history, begin, verdict);
-    faults(&mut html, verdict);
     timeline(&mut html, history, begin);
     violation(&mut html, history, begin, verdict);
+    faults(&mut html, verdict);
     checks(&mut html, begin, verdict);
     calls(&mut html, history);
     html + "</main></html>\n"
@@ -67,6 +67,15 @@ fn head(html: &mut String, history: &History, begin: &Begin, verdict: &Verdict) 
 
 fn seconds(value: Option<f64>) -> String {
     value.map_or("–".into(), |s| format!("{s:.2} s"))
+}
+
+/// Victims by name, or how many.
+fn who(victims: &[String]) -> String {
+    let names = escape(&victims.join(", "));
+    match victims.len() {
+        many if many > 6 => format!("<span title=\"{names}\">{many} nodes</span>"),
+        _ => names,
+    }
 }
 
 fn faults(html: &mut String, verdict: &Verdict) {
@@ -109,7 +118,7 @@ fn faults(html: &mut String, verdict: &Verdict) {
              class=n>{false_downs}",
             escape(text),
             signs.join("<br>"),
-            escape(&victims.join(", ")),
+            who(victims),
             seconds(*detected),
             seconds(*known),
             seconds(*healed)

@@ -18,6 +18,8 @@ use crate::{
     stage::Count,
 };
 
+/// How long all must agree to have recovered.
+pub const STEADY: Duration = Duration::from_secs(2);
 /// Name of the file in a report's directory.
 pub const FILE: &str = "history.jsonl";
 /// Version of the file's form.
@@ -64,10 +66,13 @@ pub enum Event {
         /// What was seen.
         what: String,
     },
-    /// Every node saw every other as it is, after a step.
+    /// Every node sees every other as it is after a step, and has for a while: a suspicion that a fault has caused may still
+    /// run its course after a moment in which all agreed.
     Recovered {
         /// Which step.
         step: usize,
+        /// Since when, seconds since the run's start.
+        since: f64,
     },
     /// A node shows another differently from before.
     View {

@@ -25,7 +25,7 @@ use self::{
     observer::Observers,
 };
 use crate::{
-    history::{Begin, Event, History, Injected, Phase, Recorder, Side},
+    history::{Begin, Event, History, Injected, Phase, Recorder, STEADY, Side},
     load::Calls,
     plan::{Backend, Fault, Plan, Step},
     stage::{Lab, Stage},
@@ -243,13 +243,16 @@ impl Run<'_> {
         let mended = Instant::now();
         self.end_faults(load).await?;
         let healed = self.healed(step.expect.heal + HEAL_BEYOND, stop).await?;
-        if healed {
-            self.recorder.note(Event::Recovered { step: number });
+        let ended = self.recorder.now() - mended.elapsed().as_secs_f64();
+        if let Some(since) = healed {
+            self.recorder.note(Event::Recovered { step: number, since });
         }
-        let took = mended.elapsed().as_secs_f64();
         self.phase(number, Phase::Calm);
         self.wait(self.options.plan.load.calm, stop).await?;
-        let how = if healed { format!("healed in {took:.1} s") } else { format!("NOT healed after {took:.1} s") };
+        let how = match healed {
+            Some(since) => format!("healed in {:.1} s", (since - ended).max(0.0)),
+            None => "NOT healed".into(),
+        };
         Ok(format!("{}; {how}", said.join(" + ")))
     }
 
@@ -364,15 +367,18 @@ impl Run<'_> {
         }
     }
 
-    /// Whether every node comes to see every other as it is, within the limit.
-    async fn healed(&mut self, limit: Duration, stop: &CancellationToken) -> Result<bool> {
+    /// Since when every node sees every other as it is; `None` if it does not come to that within the limit.
+    async fn healed(&mut self, limit: Duration, stop: &CancellationToken) -> Result<Option<f64>> {
         let deadline = Instant::now() + limit;
+        let mut agreed = None;
         loop {
-            if self.agree() {
-                return Ok(true);
+            let now = self.recorder.now();
+            agreed = if self.agree() { agreed.or(Some(now)) } else { None };
+            if agreed.is_some_and(|since| now - since >= STEADY.as_secs_f64()) {
+                return Ok(agreed);
             }
             if Instant::now() > deadline {
-                return Ok(false);
+                return Ok(None);
             }
             if stop.is_cancelled() {
                 bail!("stopped");
@@ -396,7 +402,7 @@ impl Run<'_> {
 
     async fn converged(&mut self) -> Result<()> {
         let never = CancellationToken::new();
-        if self.healed(CONVERGED, &never).await? {
+        if self.healed(CONVERGED, &never).await?.is_some() {
             return Ok(());
         }
         bail!("the nodes do not all see each other {} s after the start", CONVERGED.as_secs());

@@ -68,7 +68,7 @@ fn good() -> History {
         (15.1, sign(Side::Healed, "runs")),
         (15.8, view("n1", "n3", MemberStatus::Alive)),
         (16.0, view("n2", "n3", MemberStatus::Alive)),
-        (16.0, Event::Recovered { step: 0 }),
+        (16.0, Event::Recovered { step: 0, since: 16.0 }),
         (16.0, Event::Phase { step: 0, phase: Phase::Calm }),
         (21.2, Event::Open { of: "orders of n2".into(), calls: Vec::new() }),
         (21.2, Event::Ledger { of: "orders of n2".into(), lines: 1 }),

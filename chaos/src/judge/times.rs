@@ -25,8 +25,10 @@ pub(super) struct StepTime {
     pub(super) end: f64,
     /// Whether it came to its calm.
     pub(super) whole: bool,
-    /// When all saw all as they are.
+    /// When it was certain that all saw all as they are.
     pub(super) recovered: Option<f64>,
+    /// Since when they did.
+    agreed: Option<f64>,
 }
 
 /// All of them.
@@ -52,8 +54,9 @@ impl Times {
                         before.end = entry.at;
                     }
                     let (fault, late) = (entry.at, last);
-                    let (whole, recovered) = (false, None);
-                    let times = StepTime { step: *step, fault, healing: late, calm: late, end: late, whole, recovered };
+                    let (whole, recovered, agreed) = (false, None, None);
+                    let times =
+                        StepTime { step: *step, fault, healing: late, calm: late, end: late, whole, recovered, agreed };
                     steps.push(times);
                 }
                 Event::Phase { phase, .. } => {
@@ -64,9 +67,9 @@ impl Times {
                         Phase::Baseline | Phase::Fault => {}
                     }
                 }
-                Event::Recovered { step } => {
+                Event::Recovered { step, since } => {
                     if let Some(times) = steps.iter_mut().find(|times| times.step == *step) {
-                        times.recovered = Some(entry.at);
+                        (times.recovered, times.agreed) = (Some(entry.at), Some(*since));
                     }
                 }
                 _ => {}
@@ -105,7 +108,7 @@ impl Times {
     /// Seconds from the end of a step's faults until all was mended.
     pub(super) fn healed(&self, step: usize) -> Option<f64> {
         let step = self.steps.iter().find(|times| times.step == step)?;
-        step.recovered.map(|at| at - step.healing)
+        step.agreed.map(|at| (at - step.healing).max(0.0))
     }
 
     /// Whether a node was away at any moment of that time.

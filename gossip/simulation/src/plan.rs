@@ -10,7 +10,7 @@ use anyhow::Result;
 use rand::{SeedableRng, rngs::StdRng};
 use starling_chaos::{
     History, Plan,
-    history::{Begin, Entry, Event, Injected, Phase, Side},
+    history::{Begin, Entry, Event, Injected, Phase, STEADY, Side},
     plan::{Backend, Fault as Planned, Step},
 };
 use starling_protocol::{MemberHealth, admin::MemberStatus};
@@ -159,10 +159,12 @@ impl Run<'_> {
             self.end(&active);
         }
         let limit = self.world.now + step.expect.heal + HEAL_BEYOND;
+        let mut agreed = None;
         while self.world.now < limit {
             self.until(self.world.now + LOOK);
-            if self.world.views_agree() {
-                self.note(Event::Recovered { step: number });
+            agreed = if self.world.views_agree() { agreed.or(Some(self.world.now)) } else { None };
+            if let Some(since) = agreed.filter(|since| self.world.now - *since >= STEADY) {
+                self.note(Event::Recovered { step: number, since: since.as_secs_f64() });
                 break;
             }
         }

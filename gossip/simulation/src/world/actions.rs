@@ -182,10 +182,13 @@ impl World {
         });
         let body = SignedDocument::encode_body(&document(1 << 30, b"forged".to_vec()));
         let forged = Arc::new(SignedDocument { body, signature: vec![7; 32].into(), certificate: Bytes::new() });
-        let items = Items { records: records.into(), documents: vec![forged], ..Items::default() };
         self.forged += 1;
         self.with(node, |gossip, _| {
-            gossip.receive(sender, items, Via::Push, now);
+            // One by one: of several records of a member only the newest is looked at.
+            for record in records {
+                gossip.receive(sender, Items { records: vec![record], ..Items::default() }, Via::Push, now);
+            }
+            gossip.receive(sender, Items { documents: vec![forged], ..Items::default() }, Via::Push, now);
             gossip.deliver(sender, b"garbage that is no packet", now);
         });
     }

@@ -98,9 +98,12 @@ impl Reach {
         lock(&self.ejection).out(Instant::now());
     }
 
-    /// Whether it is time to dial it again; whoever is told so has to. No call waits for that dial while others are there.
-    pub(crate) fn take_trial(&self) -> bool {
-        lock(&self.ejection).begin(Instant::now())
+    /// Whether it is out of reach at `now`, and whether it is time to dial it again: whoever is told so has to. Out it is until
+    /// a connection comes about, or so long that it says nothing any more.
+    pub(crate) fn look(&self, now: Instant) -> (bool, bool) {
+        let mut ejection = lock(&self.ejection);
+        let is_out = ejection.until.is_some_and(|until| now < until + FORGOTTEN);
+        (is_out, ejection.begin(now))
     }
 
     /// A connection came about.
@@ -108,12 +111,8 @@ impl Reach {
         lock(&self.ejection).back();
     }
 
-    /// Out of reach, until a connection comes about; or so long ago that it says nothing any more.
     pub(crate) fn is_out(&self) -> bool {
-        self.is_out_at(Instant::now())
-    }
-
-    fn is_out_at(&self, now: Instant) -> bool {
+        let now = Instant::now();
         lock(&self.ejection).until.is_some_and(|until| now < until + FORGOTTEN)
     }
 }
@@ -294,16 +293,16 @@ mod tests {
 
     #[test]
     fn a_peer_out_of_reach_is_tried_by_one_and_back_when_it_answers() {
-        let peer = Reach::default();
-        assert!(!peer.is_out() && !peer.take_trial(), "nothing is known against it");
+        let (peer, now) = (Reach::default(), Instant::now());
+        assert_eq!(peer.look(now), (false, false), "nothing is known against it");
         peer.unreachable();
-        assert!(peer.is_out() && !peer.take_trial(), "not at once");
-        *lock(&peer.ejection) = Ejection { times: 1, until: Some(Instant::now()), trial: None };
-        assert!(peer.take_trial() && !peer.take_trial(), "one at a time");
-        assert!(peer.is_out(), "until it answers");
-        assert!(!peer.is_out_at(Instant::now() + FORGOTTEN), "time alone lifts it, too");
+        assert_eq!(peer.look(now), (true, false), "not at once");
+        let later = Instant::now() + EJECT_MIN;
+        assert_eq!(peer.look(later), (true, true));
+        assert_eq!(peer.look(later), (true, false), "one at a time, and out until it answers");
+        assert!(!peer.look(later + FORGOTTEN).0, "time alone lifts it, too");
         peer.reached();
-        assert!(!peer.is_out());
+        assert_eq!(peer.look(later), (false, false));
     }
 
     #[test]

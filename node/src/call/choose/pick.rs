@@ -17,6 +17,8 @@ const COMPARED: usize = 8;
 pub(crate) struct Candidate {
     pub(crate) instance: Arc<Instance>,
     pub(crate) peer: Arc<Reach>,
+    /// Whether its peer is out of reach.
+    pub(crate) is_out: bool,
     pub(crate) experience: Arc<Experience>,
 }
 
@@ -38,7 +40,7 @@ pub(crate) fn pick<'a>(
     dead: &[NodeId],
     rng: &mut impl Rng,
 ) -> Option<&'a Candidate> {
-    let (lost, near_enough): (Vec<&Candidate>, Vec<&Candidate>) = candidates.iter().partition(|c| c.peer.is_out());
+    let (lost, near_enough): (Vec<&Candidate>, Vec<&Candidate>) = candidates.iter().partition(|c| c.is_out);
     let ejected: Vec<bool> = near_enough.iter().map(|c| c.experience.is_ejected()).collect();
     let panic = ejected.iter().filter(|out| **out).count() * 2 > near_enough.len();
     let live: Vec<(&Candidate, bool)> = near_enough
@@ -103,7 +105,12 @@ mod tests {
             protocol: Protocol::Http1,
             weight: 100,
         };
-        Candidate { instance: Arc::new(instance), peer: Arc::default(), experience: Arc::new(Experience::new()) }
+        Candidate {
+            instance: Arc::new(instance),
+            peer: Arc::default(),
+            is_out: false,
+            experience: Arc::new(Experience::new()),
+        }
     }
 
     fn shares(candidates: &[Candidate], zone: &str, tried: &[NodeId]) -> Vec<usize> {
@@ -156,12 +163,12 @@ mod tests {
 
     #[test]
     fn the_unreachable_is_out_at_once_until_nobody_else_is_there() {
-        let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
-        all[0].peer.unreachable();
+        let mut all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
+        all[0].is_out = true;
         assert_eq!(shares(&all, "", &[])[0], 0);
-        all[1].peer.unreachable();
+        all[1].is_out = true;
         assert_eq!(shares(&all, "", &[]), [0, 0, 3000]);
-        all[2].peer.unreachable();
+        all[2].is_out = true;
         let counts = shares(&all, "", &[]);
         assert!(counts.iter().all(|n| *n > 0), "{counts:?}");
         let (last, rng) = (all[2].instance.node, &mut rand::rng());
@@ -172,12 +179,12 @@ mod tests {
 
     #[test]
     fn never_more_than_half_are_out_for_their_answers() {
-        let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
+        let mut all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
         let fail = |c: &Candidate| (0..5).for_each(|_| c.experience.answered(Duration::from_millis(1), true));
         fail(&all[0]);
         assert_eq!(shares(&all, "", &[])[0], 0);
         fail(&all[1]);
-        all[2].peer.unreachable();
+        all[2].is_out = true;
         let counts = shares(&all, "", &[]);
         assert!(counts[0] > 0 && counts[1] > 0 && counts[2] == 0, "{counts:?}: both within reach");
     }

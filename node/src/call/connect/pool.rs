@@ -65,15 +65,22 @@ impl Pool {
     /// Pairs instances with what is known of them and their peers. Those that were out of reach for a while are dialled
     /// again, beside the call: it has others to go to.
     pub(crate) fn candidates(self: &Arc<Self>, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
-        let mut peers = lock(&self.peers);
+        let (mut peers, now) = (lock(&self.peers), Instant::now());
         instances
             .map(|instance| {
                 let peer = peers.entry(instance.node).or_default();
-                if peer.reach.take_trial() {
-                    let (pool, instance) = (self.clone(), instance.clone());
-                    tokio::spawn(async move { drop(pool.connection(&instance).await) });
+                let (is_out, is_due) = peer.reach.look(now);
+                if is_due {
+                    let (pool, reach, instance) = (self.clone(), peer.reach.clone(), instance.clone());
+                    tokio::spawn(async move {
+                        // It may be there already: what fell silent was an older one, of a former life.
+                        if pool.connection(&instance).await.is_ok() {
+                            reach.reached();
+                        }
+                    });
                 }
-                Candidate { peer: peer.reach.clone(), experience: peer.experience(&instance.service), instance }
+                let experience = peer.experience(&instance.service);
+                Candidate { peer: peer.reach.clone(), is_out, experience, instance }
             })
             .collect()
     }

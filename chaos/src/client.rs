@@ -100,7 +100,8 @@ impl Client {
         tokio::time::timeout(TIMEOUT, sent).await.context("no answer in time")?
     }
 
-    fn tls(&self, protocol: &[u8]) -> Result<rustls::ClientConfig> {
+    /// For connections of that protocol.
+    pub(crate) fn tls(&self, protocol: &[u8]) -> Result<rustls::ClientConfig> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut config = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?

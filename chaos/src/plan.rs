@@ -245,8 +245,6 @@ pub struct Expect {
     pub goodput: Option<f64>,
     /// Resident memory that a node may grow to, in MiB. Default 256.
     pub memory_mib: u64,
-    /// Whether what the fault sends must be refused by everybody.
-    pub refused: bool,
 }
 
 impl Default for Expect {
@@ -260,7 +258,6 @@ impl Default for Expect {
             others_fast: false,
             goodput: None,
             memory_mib: 256,
-            refused: false,
         }
     }
 }
@@ -274,6 +271,11 @@ impl Plan {
         let plan: Self = toml::from_str(text).map_err(|error| vec![Problem::of_toml(text, &error)])?;
         let problems = problems::of(&plan, text);
         if problems.is_empty() { Ok(plan) } else { Err(problems) }
+    }
+
+    /// The step of that number: in long runs they repeat.
+    pub fn step(&self, number: usize) -> Option<&Step> {
+        self.steps.get(number % self.steps.len().max(1))
     }
 
     /// Names of the nodes that are no edges.

@@ -71,13 +71,9 @@ fn junit(begin: &Begin, verdict: &Verdict) -> String {
     text + "</testsuite>\n"
 }
 
-/// Name of the step of that number; steps repeat in long runs.
+/// Name of the step of that number.
 fn step_name(begin: &Begin, step: Option<usize>) -> String {
-    let steps = &begin.plan.steps;
-    match step {
-        Some(step) if !steps.is_empty() => steps[step % steps.len()].name.clone(),
-        _ => "the whole run".into(),
-    }
+    step.and_then(|step| begin.plan.step(step)).map_or("the whole run".into(), |step| step.name.clone())
 }
 
 fn escape(text: &str) -> String {

@@ -257,10 +257,10 @@ impl Run<'_> {
     }
 
     fn phase(&mut self, step: usize, phase: Phase) {
-        let steps = &self.options.plan.steps;
-        let name = steps.get(step % steps.len().max(1)).map_or("", |step| &step.name);
+        let plan = &self.options.plan;
+        let name = plan.step(step).map_or("", |step| &step.name);
         let what = format!("{phase:?}").to_lowercase();
-        self.doing = format!("step {} of {}, {name}: {what}", step + 1, steps.len());
+        self.doing = format!("step {} of {}, {name}: {what}", step + 1, plan.steps.len());
         self.recorder.note(Event::Phase { step, phase });
     }
 

@@ -136,8 +136,17 @@ impl Service {
         self.open.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Writes down that a call is done, before it is answered.
-    fn done(&self, nonce: u64) {
+    /// Writes down that a call is done, and takes its time before it is answered: who hangs up meanwhile has it done.
+    async fn done(&self, nonce: u64, manner: Manner) {
+        self.write_down(nonce);
+        match manner {
+            Manner::Slow => tokio::time::sleep(SLOW).await,
+            Manner::Work(long) => tokio::time::sleep(long).await,
+            _ => {}
+        }
+    }
+
+    fn write_down(&self, nonce: u64) {
         let line = format!("{nonce}\n");
         let mut ledger = self.ledger.lock().unwrap_or_else(|e| e.into_inner());
         if let Err(error) = ledger.write_all(line.as_bytes()) {
@@ -178,8 +187,6 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
             std::future::pending::<()>().await;
             unreachable!("nothing comes after for ever");
         }
-        Manner::Slow => tokio::time::sleep(SLOW).await,
-        Manner::Work(long) => tokio::time::sleep(long).await,
         Manner::Stumble if count % STUMBLE_ONE_IN == 7 => {
             return Ok(service.text(StatusCode::INTERNAL_SERVER_ERROR, "stumbled".into()));
         }
@@ -191,16 +198,16 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
     let early = manner == Manner::AnswerEarly;
     match (request.method().clone(), parts[0]) {
         (Method::GET, "call") => {
-            service.done(nonce);
+            service.done(nonce, manner).await;
             Ok(service.text(StatusCode::OK, nonce.to_string()))
         }
         (Method::POST, "call") if early => {
-            service.done(nonce);
+            service.done(nonce, manner).await;
             Ok(service.text(StatusCode::OK, nonce.to_string()))
         }
         (Method::POST, "call") => {
             request.into_body().collect().await?;
-            service.done(nonce);
+            service.done(nonce, manner).await;
             Ok(service.text(StatusCode::OK, nonce.to_string()))
         }
         (Method::POST, "bytes") if early => Ok(service.text(StatusCode::PAYLOAD_TOO_LARGE, "too much".into())),
@@ -214,12 +221,12 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
                     digest.update(&data);
                 }
             }
-            service.done(nonce);
+            service.done(nonce, manner).await;
             Ok(service.text(StatusCode::OK, format!("{length} {}", hex(&digest.finalize()))))
         }
         (Method::GET, kind @ ("bytes" | "drip")) => {
             let size = number(2).unwrap_or(0) as usize;
-            service.done(nonce);
+            service.done(nonce, manner).await;
             let pause = if kind == "drip" { DRIP_PAUSE } else { Duration::ZERO };
             let mut response = service.answer(StatusCode::OK, content(nonce, size, pause));
             // One that tells its length shows by itself when it is cut short; of the others only the content can tell.

@@ -60,7 +60,7 @@ impl<'a> Tally<'a> {
         left_open(history, checks);
         self.fair(begin, checks);
         for step in &self.times.steps {
-            let Some(expect) = expect(begin, step.step) else { continue };
+            let Some(expect) = begin.plan.step(step.step).map(|step| &step.expect) else { continue };
             self.lost(step, expect, checks);
             if expect.others_fast {
                 self.others(step, begin, checks);
@@ -71,11 +71,6 @@ impl<'a> Tally<'a> {
         }
         self.calm(checks);
     }
-}
-
-fn expect(begin: &Begin, step: usize) -> Option<&Expect> {
-    let steps = &begin.plan.steps;
-    steps.get(step % steps.len().max(1)).map(|step| &step.expect)
 }
 
 fn owed(call: &Call, begin: &Begin, times: &Times) -> Owed {

@@ -46,8 +46,7 @@ pub(super) fn checks(history: &History, begin: &Begin, times: &Times, checks: &m
     };
     watched.times_to_see(&views, begin, times);
     for step in &times.steps {
-        let steps = &begin.plan.steps;
-        let Some(expect) = steps.get(step.step % steps.len().max(1)).map(|step| &step.expect) else { continue };
+        let Some(expect) = begin.plan.step(step.step).map(|step| &step.expect) else { continue };
         watched.bounds(step.step, expect, times, checks);
         flapping(&views, step.step, expect, times, checks);
     }

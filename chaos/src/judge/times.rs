@@ -134,7 +134,6 @@ impl FaultTime {
             Excuse::Nobody => false,
             Excuse::Victims => o || s,
             Excuse::Across => o != s,
-            Excuse::Everybody => true,
         }
     }
 

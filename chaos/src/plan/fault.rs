@@ -292,8 +292,6 @@ pub enum Excuse {
     Victims,
     /// The victims' of the others, and the others' of the victims.
     Across,
-    /// Everybody's.
-    Everybody,
 }
 
 /// Loss up to which nobody may be shown as down.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use rustix::process::Rlimit;
 use starling_protocol::admin::Member;
 
-use self::system::{DeadMan, clear_dir, copy_dir, fill, largest_cache, limit_descriptors, set_descriptors, state_of};
+use self::system::{DeadMan, clear_dir, copy_dir, fill, limit_descriptors, set_descriptors, state_of};
 use super::{
     mesh::Mesh,
     probes::{self, Probing},
@@ -47,21 +47,18 @@ pub(crate) struct Active {
     begun: Instant,
     rules: Vec<RuleId>,
     undo: Vec<Undo>,
-    /// Process ids and limits, as they were.
-    before: BTreeMap<String, Before>,
+    /// Process ids of the victims, as they were.
+    pids: BTreeMap<String, Option<u32>>,
     /// When it last did what it does again and again, and how often that was.
     last: Instant,
     rounds: usize,
     probing: Option<Probing>,
     /// Ends of the certificates that each node has shown.
     certificates: BTreeMap<String, BTreeSet<String>>,
+    /// How often a starved process was looked at, and found stopped.
+    looks: (usize, usize),
     /// What the runner found out by itself.
     stage: Result<String, String>,
-}
-
-#[derive(Default)]
-struct Before {
-    pid: Option<u32>,
 }
 
 /// What has to be done when it ends, whatever happens.
@@ -100,16 +97,17 @@ impl Active {
             begun: now,
             rules: Vec::new(),
             undo: Vec::new(),
-            before: BTreeMap::new(),
+            pids: BTreeMap::new(),
             last: now,
             rounds: 0,
             probing: None,
             certificates: BTreeMap::new(),
+            looks: (0, 0),
             stage: Err("nothing was looked at".into()),
         };
         for victim in &active.victims {
             let at = hands.mesh.at(victim)?;
-            active.before.insert(victim.clone(), Before { pid: hands.mesh.nodes[at].pid() });
+            active.pids.insert(victim.clone(), hands.mesh.nodes[at].pid());
         }
         active.network(hold, hands.mesh);
         active.processes(hold, hands).await?;
@@ -179,8 +177,7 @@ impl Active {
                 for at in victims {
                     mesh.kill(at).await?;
                     let file = mesh.nodes[at].state.join("peers.json");
-                    let file = if file.exists() { file } else { largest_cache(&mesh.nodes[at].state)? };
-                    let length = std::fs::metadata(&file)?.len();
+                    let length = std::fs::metadata(&file).context("it has written no peers.json yet")?.len();
                     std::fs::File::options().write(true).open(&file)?.set_len(length / 2)?;
                     self.stage = Ok(format!("{} cut from {length} to {} bytes", file.display(), length / 2));
                     mesh.spawn(at).await?;
@@ -296,6 +293,12 @@ impl Active {
                 // The others should have noticed before the next one goes.
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
+            Fault::Starve { .. } => {
+                for pid in self.pids.values().flatten() {
+                    self.looks.0 += 1;
+                    self.looks.1 += usize::from(state_of(*pid) == 'T');
+                }
+            }
             Fault::ShortCertificates { .. } if self.last.elapsed() >= LOOK_AT_CERTIFICATES => {
                 self.last = Instant::now();
                 let members: Vec<Member> = serde_json::from_slice(&mesh.admin(0, "/v1/members").await?)?;
@@ -342,9 +345,7 @@ impl Active {
                 Undo::Ballast(path) => drop(std::fs::remove_file(path)),
             }
         }
-        if let Some(probing) = self.probing.take() {
-            probing.end();
-        }
+        self.probing = None;
         let victims = self.indices(mesh);
         match self.fault.clone() {
             Fault::Kill { for_good: false, back: None, .. } | Fault::Herd { .. } => {

@@ -14,10 +14,9 @@ use http::{Request, header};
 use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::{CertificateDer, pem::PemObject};
 
 use crate::{
-    Process,
+    Client, Process,
     history::{Event, Recorder},
     load::Door,
     plan::{DoorKind, Plan},
@@ -88,8 +87,6 @@ pub(crate) struct Mesh {
     pub(crate) dir: PathBuf,
     binary: PathBuf,
     recorder: Arc<Recorder>,
-    /// Trusts the edges' certificate.
-    tls: Option<Arc<rustls::ClientConfig>>,
 }
 
 impl Mesh {
@@ -101,7 +98,7 @@ impl Mesh {
         binary: &Path,
         recorder: Arc<Recorder>,
     ) -> Result<Self> {
-        let mut mesh = Self { nodes: Vec::new(), stage, dir: dir.into(), binary: binary.into(), recorder, tls: None };
+        let mut mesh = Self { nodes: Vec::new(), stage, dir: dir.into(), binary: binary.into(), recorder };
         let lifetime = plan.certificate_lifetime();
         for (slot, name) in plan.node_names().chain(plan.edge_names()).enumerate() {
             let node = mesh.cast(plan, slot, name, lifetime).await?;
@@ -405,11 +402,7 @@ impl Mesh {
         let mut door = Door::new(kind, node, addr, from.clone());
         door.host = Some(HOST.into());
         door.headers.insert(header::HeaderName::from_static("x-api-key"), key.parse()?);
-        let tls = match &self.tls {
-            Some(tls) => tls.clone(),
-            None => Arc::new(trusting(&self.dir.join(AUTHORITY))?),
-        };
-        door.tls = Some(tls);
+        door.tls = Some(Arc::new(Client::trusting(&self.dir.join(AUTHORITY))?.tls(b"")?));
         Ok(door)
     }
 
@@ -446,22 +439,9 @@ async fn mount_small(state: &Path) -> Result<()> {
 }
 
 /// The last lines of a log.
-pub(crate) fn tail(log: &str) -> String {
+fn tail(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(8)..].join("\n")
-}
-
-/// A TLS configuration that trusts the certificates of a file, and no others.
-fn trusting(pem: &Path) -> Result<rustls::ClientConfig> {
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(pem)? {
-        roots.add(certificate?)?;
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    Ok(rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
-        .with_no_client_auth())
 }
 
 /// `GET` from a place, within the admin API's time: status and body.

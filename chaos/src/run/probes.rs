@@ -121,7 +121,10 @@ impl Probing {
             Self::Reload => {
                 let calls =
                     entries.iter().filter(|e| matches!(&e.event, Event::Call(c) if c.door.is_public() && c.good()));
-                Ok(format!("{} public calls were answered so far", calls.count()))
+                match calls.count() {
+                    0 => Err("no public call was answered".into()),
+                    count => Ok(format!("{count} public calls were answered so far")),
+                }
             }
             Self::Strangers { .. } => {
                 let probes = entries
@@ -134,8 +137,6 @@ impl Probing {
             }
         }
     }
-
-    pub(super) fn end(self) {}
 }
 
 /// Clients that open a call and never move: half never finish their request's head or body, half never read their answer.
@@ -236,7 +237,9 @@ async fn stranger(mesh: &Mesh, at: usize, number: usize) -> Result<(String, bool
                 let noise: Vec<u8> = (0..length).map(|i| (i * 31 + number) as u8).collect();
                 let _ = socket.send_to(&noise, to).await;
             }
-            Ok((format!("noise to {name}"), true))
+            // It has to bear it; there is nothing to refuse.
+            let bears = mesh.admin(at, "/livez").await.is_ok();
+            Ok((format!("noise to {name}"), bears))
         }
         1 => {
             let members: Vec<Member> = serde_json::from_slice(&mesh.admin(at, "/v1/members").await?)?;

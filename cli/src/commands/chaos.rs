@@ -297,7 +297,7 @@ fn tell(begin: &Begin, verdict: &Verdict, report: &Path) {
     });
     output::table(&["FAULT", "", "ANSWERED", "P99", "SEEN", "HEALED", "LOST", "FALSE"], rows.collect());
     for check in verdict.complaints() {
-        let step = check.step.and_then(|step| begin.plan.steps.get(step % begin.plan.steps.len().max(1)));
+        let step = check.step.and_then(|step| begin.plan.step(step));
         let place = step.map_or(String::new(), |step| format!(" [{}]", step.name));
         let outcome = if check.outcome == Outcome::Violated { "VIOLATED" } else { "unknown" };
         let at = check.at.map_or(String::new(), |at| format!(" at {at:.1} s"));

@@ -1,7 +1,5 @@
 //! What shows that a fault acts: counts of the switch, states of processes, and what the product shows of it.
 
-use std::time::Duration;
-
 use starling_protocol::admin::MemberStatus;
 
 use super::{Active, Hands, system::state_of};
@@ -23,7 +21,7 @@ impl Active {
 
     fn stage_sign(&self, mesh: &Mesh) -> Result<String, String> {
         let state = |victim: &String| {
-            let pid = self.before.get(victim).and_then(|before| before.pid)?;
+            let pid = self.pids.get(victim).copied().flatten()?;
             Some(state_of(pid))
         };
         match &self.fault {
@@ -40,7 +38,7 @@ impl Active {
                 let gone = self.victims.iter().all(|victim| {
                     // Another process may have the number by now.
                     let now = mesh.at(victim).ok().and_then(|at| mesh.nodes[at].pid());
-                    now != self.before.get(victim).and_then(|before| before.pid)
+                    now != self.pids.get(victim).copied().flatten()
                 });
                 if gone { Ok("the processes were killed by signal 9".into()) } else { Err("they still run".into()) }
             }
@@ -49,14 +47,9 @@ impl Active {
                 false => Err("the kernel does not show them as stopped".into()),
             },
             Fault::Starve { .. } => {
-                let stopped = self.victims.iter().filter_map(|v| self.before.get(v)?.pid).all(|pid| {
-                    let looks = (0..40).map(|_| {
-                        std::thread::sleep(Duration::from_millis(13));
-                        state_of(pid) == 'T'
-                    });
-                    looks.filter(|stopped| *stopped).count() > 4
-                });
-                if stopped { Ok("stopped in most looks at its state".into()) } else { Err("it always ran".into()) }
+                let (looks, stopped) = self.looks;
+                let what = format!("stopped in {stopped} of {looks} looks at its state");
+                if stopped * 4 > looks { Ok(what) } else { Err(what) }
             }
             Fault::Burst { times, .. } => Ok(format!("{times} times as many calls are due")),
             _ => match &self.probing {

@@ -1,11 +1,8 @@
 //! What is done to processes and files by the system's means.
 
 use std::{
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    path::Path,
+    sync::mpsc::{self, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
@@ -17,9 +14,10 @@ use crate::process::send;
 /// One round of a starved process.
 const STARVE_ROUND: Duration = Duration::from_millis(200);
 
-/// Lets a process go on: when told to, when dropped, or when its time is up.
+/// Lets a process go on: when dropped, or when its time is up.
 pub(super) struct DeadMan {
-    stop: Arc<AtomicBool>,
+    /// Its end is the word.
+    alive: Option<mpsc::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -27,30 +25,29 @@ impl DeadMan {
     /// Stops the process for that share of the time, until `limit` at the latest.
     pub(super) fn stop(pid: u32, share: f64, limit: Duration) -> Result<Self> {
         send(pid, Signal::STOP)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, until) = (stop.clone(), Instant::now() + limit);
+        let (alive, ended) = mpsc::channel();
+        let until = Instant::now() + limit;
         let thread = std::thread::Builder::new().name("dead-man".into()).spawn(move || {
-            while !stopped.load(Relaxed) && Instant::now() < until {
-                if share >= 1.0 {
-                    std::thread::sleep(Duration::from_millis(20));
-                    continue;
-                }
-                std::thread::sleep(STARVE_ROUND.mul_f64(share));
+            let goes_on = |long: Duration| ended.recv_timeout(long) == Err(RecvTimeoutError::Timeout);
+            if share >= 1.0 {
+                goes_on(limit);
+            }
+            while share < 1.0 && Instant::now() < until && goes_on(STARVE_ROUND.mul_f64(share)) {
                 let _ = send(pid, Signal::CONT);
-                std::thread::sleep(STARVE_ROUND.mul_f64(1.0 - share));
-                if !stopped.load(Relaxed) {
-                    let _ = send(pid, Signal::STOP);
+                if !goes_on(STARVE_ROUND.mul_f64(1.0 - share)) {
+                    return;
                 }
+                let _ = send(pid, Signal::STOP);
             }
             let _ = send(pid, Signal::CONT);
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { alive: Some(alive), thread: Some(thread) })
     }
 }
 
 impl Drop for DeadMan {
     fn drop(&mut self) {
-        self.stop.store(true, Relaxed);
+        self.alive = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -83,14 +80,6 @@ pub(super) fn fill(path: &Path) -> std::io::Result<()> {
         file.write_all(&block)?;
     }
     Ok(())
-}
-
-/// The largest file of a state directory that is only a memory of the mesh, not an identity.
-pub(super) fn largest_cache(state: &Path) -> Result<PathBuf> {
-    let files = std::fs::read_dir(state)?.flatten().filter(|entry| entry.path().is_file());
-    let caches = files.filter(|entry| entry.metadata().is_ok_and(|m| m.len() > 2));
-    let largest = caches.max_by_key(|entry| entry.metadata().map_or(0, |m| m.len()));
-    Ok(largest.context("there is no state file")?.path())
 }
 
 pub(super) fn clear_dir(dir: &Path) -> Result<()> {

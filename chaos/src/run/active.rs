@@ -11,15 +11,15 @@ use std::{
 
 use anyhow::{Context, Result};
 use rustix::process::Rlimit;
-use starling_protocol::admin::Member;
+use starling_protocol::admin::{Member, Status};
 
-use self::system::{DeadMan, clear_dir, copy_dir, fill, limit_descriptors, set_descriptors, state_of};
+pub(super) use self::system::copy_dir;
+use self::system::{DeadMan, clear_dir, fill, limit_descriptors, set_descriptors, state_of};
 use super::{
     mesh::Mesh,
     probes::{self, Probing},
 };
 use crate::{
-    Process,
     history::{Event, Recorder},
     load::Calls,
     plan::{Fault, Misbehaviour},
@@ -30,7 +30,7 @@ use crate::{
 const DEAD_MAN: Duration = Duration::from_secs(60);
 /// A limit below which every number is taken: what is open stays open, nothing new can be.
 const NO_DESCRIPTORS: u64 = 3;
-const LOOK_AT_CERTIFICATES: Duration = Duration::from_secs(1);
+const LOOK_AT_MEMBERS: Duration = Duration::from_secs(1);
 /// How long a node may take to end when it is asked to.
 const TERMINATES: Duration = Duration::from_secs(60);
 /// How long a sign is waited for after the fault's time, before it counts as not found.
@@ -57,6 +57,8 @@ pub(crate) struct Active {
     certificates: BTreeMap<String, BTreeSet<String>>,
     /// How often a starved process was looked at, and found stopped.
     looks: (usize, usize),
+    /// What the product was asked, and showed.
+    shown: Result<String, String>,
     /// What the runner found out by itself.
     stage: Result<String, String>,
 }
@@ -103,6 +105,7 @@ impl Active {
             probing: None,
             certificates: BTreeMap::new(),
             looks: (0, 0),
+            shown: Err("the product was not asked".into()),
             stage: Err("nothing was looked at".into()),
         };
         for victim in &active.victims {
@@ -299,7 +302,15 @@ impl Active {
                     self.looks.1 += usize::from(state_of(*pid) == 'T');
                 }
             }
-            Fault::ShortCertificates { .. } if self.last.elapsed() >= LOOK_AT_CERTIFICATES => {
+            Fault::Cut { .. } if self.last.elapsed() >= LOOK_AT_MEMBERS => {
+                self.last = Instant::now();
+                self.shown = self.silence(mesh).await.unwrap_or_else(|error| Err(format!("{error:#}")));
+            }
+            Fault::Stuck { .. } if self.last.elapsed() >= LOOK_AT_MEMBERS => {
+                self.last = Instant::now();
+                self.shown = self.in_flight(mesh).await.unwrap_or_else(|error| Err(format!("{error:#}")));
+            }
+            Fault::ShortCertificates { .. } if self.last.elapsed() >= LOOK_AT_MEMBERS => {
                 self.last = Instant::now();
                 let members: Vec<Member> = serde_json::from_slice(&mesh.admin(0, "/v1/members").await?)?;
                 for member in members {
@@ -326,6 +337,31 @@ impl Active {
             probing.go_on(id, mesh, hands.recorder).await?;
         }
         Ok(())
+    }
+
+    /// That a victim has not heard another since the cut, though it hears the rest.
+    async fn silence(&self, mesh: &Mesh) -> Result<Result<String, String>> {
+        let at = *self.indices(mesh).first().context("nobody is cut off")?;
+        let members: Vec<Member> = serde_json::from_slice(&mesh.admin(at, "/v1/members?detail=true").await?)?;
+        let heard = |member: &Member| member.detail.as_ref()?.heard_ms_ago;
+        let cut = members.iter().filter(|member| !member.is_self && self.victims.contains(&member.name));
+        let silent = cut.filter_map(|member| Some((&member.name, heard(member)?))).max_by_key(|(_, ms)| *ms);
+        let (name, ms) = silent.context("it shows no other victim")?;
+        let since = self.begun.elapsed().as_millis() as u64;
+        let what = format!("{} last heard {name} {:.1} s ago", mesh.nodes[at].name, ms as f64 / 1e3);
+        // What was under way when the cut came may still have arrived.
+        Ok(if since > 3_000 && ms + 1_000 >= since { Ok(what) } else { Err(what) })
+    }
+
+    /// That the victims say they have calls that do not end.
+    async fn in_flight(&self, mesh: &Mesh) -> Result<Result<String, String>> {
+        let mut calls = 0;
+        for at in self.indices(mesh) {
+            let status: Status = serde_json::from_slice(&mesh.admin(at, "/v1/status").await?)?;
+            calls += status.in_flight;
+        }
+        let what = format!("the victims say that they have {calls} calls in flight");
+        Ok(if calls > 0 { Ok(what) } else { Err(what) })
     }
 
     /// Ends it.
@@ -454,32 +490,4 @@ async fn restart_with(mesh: &mut Mesh, at: usize, binary: &std::path::Path, reco
     mesh.nodes[at].binary = binary.into();
     mesh.spawn(at).await?;
     mesh.ready(at).await
-}
-
-/// The process that a clone of a node runs in.
-pub(super) fn start_clone(mesh: &Mesh, at: usize) -> Result<(Process, std::net::SocketAddr)> {
-    let node = &mesh.nodes[at];
-    let state = mesh.dir.join(format!("{}-clone", node.name));
-    copy_dir(&node.state, &state)?;
-    let _ = std::fs::remove_file(state.join("lock"));
-    let mesh_addr = mesh.stage.mesh(node.slot);
-    let other = match node.place {
-        crate::stage::Place::Host => crate::free_port(),
-        crate::stage::Place::Namespace(_) => (mesh_addr.listen.ip(), 7444).into(),
-    };
-    let (admin, outbound) = (mesh.stage.local(7412), mesh.stage.local(7411));
-    let seed = mesh.stage.mesh(0).advertise;
-    let args = [
-        ("--name", node.name.clone()),
-        ("--state", state.to_string_lossy().into_owned()),
-        ("--listen", other.to_string()),
-        ("--advertise", other.to_string()),
-        ("--admin", admin.to_string()),
-        ("--outbound", outbound.to_string()),
-        ("--seed", seed.to_string()),
-    ];
-    let args: Vec<String> =
-        std::iter::once("node".to_string()).chain(args.into_iter().flat_map(|(f, v)| [f.to_string(), v])).collect();
-    let (binary, log) = (node.binary.clone(), state.with_extension("log"));
-    Ok((node.place.within(move || Process::start(&binary, args, &log))?, other))
 }

@@ -2,6 +2,8 @@
 //! operator who loads an edge's file again and again.
 
 use std::{
+    net::SocketAddr,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -18,7 +20,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{active::start_clone, mesh::Mesh};
+use super::{active::copy_dir, mesh::Mesh};
 use crate::{
     Process,
     history::{Entry, Event, Recorder},
@@ -31,6 +33,8 @@ use crate::{
 /// How long a revoked key may still be taken.
 const REVOKED_WITHIN: Duration = Duration::from_secs(2);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Mesh port of a process beside a node, in the node's namespace; admin API and outbound listener come after.
+const BESIDE: u16 = 7444;
 /// Numbers of calls that are not the load's.
 const NONCES: u64 = 1 << 48;
 /// Calls with the key, strangers' attempts: so often.
@@ -38,7 +42,7 @@ const PERIOD: Duration = Duration::from_millis(250);
 
 /// What such a fault has going on.
 pub(crate) enum Probing {
-    Clone { _process: Process, addr: std::net::SocketAddr, of: String },
+    Clone { _process: Process, addr: SocketAddr, of: String },
     Stuck { _tasks: JoinSet<()>, wanted: usize, open: Arc<AtomicUsize> },
     Strangers { last: Instant, refused: usize, tried: usize, victims: Vec<usize>, _foreign: Process },
     Revoked { door: Box<Door>, good_before: bool, revoked: Instant, last: Instant, refused: usize },
@@ -50,7 +54,7 @@ impl Probing {
         match fault {
             Fault::Clone { .. } => {
                 let at = *victims.first().context("nobody to clone")?;
-                let (process, addr) = start_clone(mesh, at)?;
+                let (process, addr) = clone_of(mesh, at)?;
                 Ok(Self::Clone { _process: process, addr, of: mesh.nodes[at].name.clone() })
             }
             Fault::Stuck { clients, .. } => stuck(mesh, victims, *clients),
@@ -115,7 +119,7 @@ impl Probing {
                 let log = nodes.next().map(|node| format!("{} logs that two have the key of {of}", node.name));
                 log.ok_or_else(|| "no node says that two have one key".into())
             }
-            Self::Stuck { open, .. } => Ok(format!("{} were let in", open.load(Relaxed))),
+            Self::Stuck { .. } => Err("it is asked elsewhere".into()),
             Self::Revoked { refused, .. } if *refused > 0 => Ok(format!("{refused} calls with it were refused")),
             Self::Revoked { .. } => Err("no call with it was refused".into()),
             Self::Reload => {
@@ -197,22 +201,34 @@ fn stuck(mesh: &Mesh, victims: &[usize], clients: usize) -> Result<Probing> {
 
 /// A node of another mesh that is told to look for this one.
 async fn foreigner(mesh: &Mesh, at: usize) -> Result<Process> {
-    let node = &mesh.nodes[at];
     let state = mesh.dir.join("foreign");
-    let name = "foreign".to_string();
-    let text = state.to_string_lossy().into_owned();
     if !state.exists() {
-        mesh.command_at(at, &["init", "--mesh", "other", "--state", &text]).await?;
+        mesh.command_at(at, &["init", "--mesh", "other", "--state", &state.to_string_lossy()]).await?;
     }
-    let addr: std::net::SocketAddr = match node.place {
+    let seed = mesh.stage.mesh(mesh.nodes[at].slot).listen;
+    Ok(start_beside(mesh, at, "foreign", &state, seed)?.0)
+}
+
+/// A copy of a node with all its state, at another address.
+fn clone_of(mesh: &Mesh, at: usize) -> Result<(Process, SocketAddr)> {
+    let node = &mesh.nodes[at];
+    let state = mesh.dir.join(format!("{}-clone", node.name));
+    copy_dir(&node.state, &state)?;
+    let _ = std::fs::remove_file(state.join("lock"));
+    start_beside(mesh, at, &node.name, &state, mesh.stage.mesh(0).advertise)
+}
+
+/// Starts a node that is none of the run's, where one of them is. Its process and its mesh address.
+fn start_beside(mesh: &Mesh, at: usize, name: &str, state: &Path, seed: SocketAddr) -> Result<(Process, SocketAddr)> {
+    let node = &mesh.nodes[at];
+    let addr: SocketAddr = match node.place {
         Place::Host => crate::free_port(),
-        Place::Namespace(_) => (mesh.stage.mesh(node.slot).listen.ip(), 7455).into(),
+        Place::Namespace(_) => (mesh.stage.mesh(node.slot).listen.ip(), BESIDE).into(),
     };
-    let (admin, outbound) = (mesh.stage.local(7422), mesh.stage.local(7421));
-    let seed = mesh.stage.mesh(node.slot).listen;
+    let (admin, outbound) = (mesh.stage.local(BESIDE + 1), mesh.stage.local(BESIDE + 2));
     let flags = [
-        ("--name", name.clone()),
-        ("--state", text),
+        ("--name", name.to_string()),
+        ("--state", state.to_string_lossy().into_owned()),
         ("--listen", addr.to_string()),
         ("--advertise", addr.to_string()),
         ("--admin", admin.to_string()),
@@ -222,7 +238,7 @@ async fn foreigner(mesh: &Mesh, at: usize) -> Result<Process> {
     let args: Vec<String> =
         std::iter::once("node".to_string()).chain(flags.into_iter().flat_map(|(f, v)| [f.to_string(), v])).collect();
     let (binary, log) = (node.binary.clone(), state.with_extension("log"));
-    node.place.within(move || Process::start(&binary, args, &log))
+    Ok((node.place.within(move || Process::start(&binary, args, &log))?, addr))
 }
 
 /// One attempt of somebody who does not belong here: what it was, and whether it was refused.
@@ -260,13 +276,7 @@ async fn stranger(mesh: &Mesh, at: usize, number: usize) -> Result<(String, bool
 }
 
 /// Whether a QUIC connection to a mesh port comes to nothing.
-async fn handshake(
-    mesh: &Mesh,
-    from: &Place,
-    to: std::net::SocketAddr,
-    protocol: &[u8],
-    certificate: bool,
-) -> Result<bool> {
+async fn handshake(mesh: &Mesh, from: &Place, to: SocketAddr, protocol: &[u8], certificate: bool) -> Result<bool> {
     use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider.clone())

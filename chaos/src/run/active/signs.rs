@@ -134,9 +134,7 @@ impl Active {
             Fault::Loss { .. } | Fault::Corrupt { .. } | Fault::Duplicate { .. } | Fault::Reorder { .. } => crossing(),
             Fault::Mtu { .. } | Fault::NatForgets { .. } | Fault::Rebind { .. } => crossing(),
             Fault::Delay { .. } | Fault::Rate { .. } => slower(entries, self.at, &self.victims).or_else(|_| crossing()),
-            Fault::Cut { .. } => {
-                Ok("the victims' links to the others carry on; what is cut is only between them".into())
-            }
+            Fault::Cut { .. } | Fault::Stuck { .. } => self.shown.clone(),
             Fault::Descriptors { .. } => descriptors_sign(entries, self.at, &self.victims, mesh),
             Fault::DiskFull { .. } => log_sign(mesh, &self.victims, &["No space left"]),
             Fault::Service { does: Misbehaviour::Crash | Misbehaviour::Hang, .. } => served_elsewhere(),
@@ -164,14 +162,12 @@ impl Active {
                 let what = format!("{after:.0} calls a second came to an end, {before:.0} before");
                 if after > before * f64::from(*times) * 0.3 { Ok(what) } else { Err(what) }
             }
-            Fault::Clone { .. }
-            | Fault::Stuck { .. }
-            | Fault::Strangers { .. }
-            | Fault::KeyRevoked { .. }
-            | Fault::Reload { .. } => match &self.probing {
-                Some(probing) => probing.product(self.id, entries, mesh),
-                None => Err("it never began".into()),
-            },
+            Fault::Clone { .. } | Fault::Strangers { .. } | Fault::KeyRevoked { .. } | Fault::Reload { .. } => {
+                match &self.probing {
+                    Some(probing) => probing.product(self.id, entries, mesh),
+                    None => Err("it never began".into()),
+                }
+            }
             Fault::ShortCertificates { .. } => log_sign(mesh, &[], &["certificate renewed"]),
             Fault::Clock { .. } => Err("not here".into()),
         }

@@ -94,7 +94,7 @@ pub(super) fn clear_dir(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn copy_dir(from: &Path, to: &Path) -> Result<()> {
+pub(in crate::run) fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {
         let entry = entry?;

@@ -17,7 +17,8 @@ const VERSION: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The system refused.
-    #[error("cannot {action} {path}")]
+    // With its cause: logs say no more of an error than its own text.
+    #[error("cannot {action} {path}: {source}")]
     Io {
         /// What was tried.
         action: &'static str,
@@ -176,8 +177,7 @@ impl StateDir {
     /// from memory.
     pub fn keep(&self, name: &str, bytes: &[u8]) {
         if let Err(error) = self.write(name, bytes) {
-            let why = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-            tracing::error!(%error, why, "cannot store {name}");
+            tracing::error!(%error, "cannot store {name}");
         }
     }
 

@@ -204,7 +204,7 @@ impl fmt::Display for DoorKind {
     }
 }
 
-/// `[[step]]`: faults that begin together, are held, and end together; and what must hold meanwhile.
+/// `[[step]]`: faults that begin together, or one after the other, are held, and end together; and what must hold meanwhile.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
@@ -213,6 +213,9 @@ pub struct Step {
     /// How long the faults last.
     #[serde(with = "text")]
     pub hold: Duration,
+    /// How long after the one before each of the faults begins.
+    #[serde(default, with = "text", skip_serializing_if = "Duration::is_zero")]
+    pub stagger: Duration,
     /// The faults.
     pub faults: Vec<Fault>,
     /// What must hold.

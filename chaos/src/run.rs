@@ -229,6 +229,9 @@ impl Run<'_> {
                 None => Vec::new(),
             };
             taken.extend(victims.iter().cloned());
+            if !said.is_empty() {
+                self.hold(Instant::now() + step.stagger, load, stop).await?;
+            }
             self.inject(number, fault, victims.clone(), step.hold, load).await?;
             let who = if victims.len() > 4 { format!("{} nodes", victims.len()) } else { victims.join(", ") };
             said.push(format!("{} {who}", fault.describe()).trim().to_string());

@@ -50,6 +50,9 @@ pub(super) fn of(plan: &Plan, text: &str) -> Vec<Problem> {
         if step.hold < Duration::from_millis(100) || step.hold > LONGEST {
             found.add(line, "hold: must be between 100ms and 1day".into());
         }
+        if step.stagger > LONGEST {
+            found.add(line, "stagger: at most 1day".into());
+        }
         if step.expect.goodput.is_some_and(|share| !(0.0..=1.0).contains(&share)) {
             found.add(line, "expect.goodput: a share, from 0 to 1".into());
         }

@@ -150,6 +150,9 @@ impl Run<'_> {
                 None => Vec::new(),
             };
             taken.extend(victims.iter().cloned());
+            if !active.is_empty() {
+                self.until(self.world.now + step.stagger);
+            }
             active.push(self.begin(number, fault, victims, step.hold));
         }
         self.until(self.world.now + step.hold);

@@ -41,7 +41,7 @@ pub fn random_plan(seed: u64) -> Plan {
         let faults: Vec<Fault> = (0..if both { 2 } else { 1 })
             .map(|_| fault(kinds[rng.random_range(0..kinds.len())], hold, &mut rng))
             .collect();
-        Step { name: format!("step {}", number + 1), hold, faults, expect: expect() }
+        Step { name: format!("step {}", number + 1), hold, stagger: Duration::ZERO, faults, expect: expect() }
     });
     let steps = steps.collect();
     let mut plan = Plan::named("smoke").expect("it ships");
@@ -183,6 +183,7 @@ mod tests {
         plan.steps.push(Step {
             name: "a death".into(),
             hold: Duration::from_secs(8),
+            stagger: Duration::ZERO,
             faults: vec![Fault::Kill { victims: "any 1".parse().unwrap(), back: None, for_good: false }],
             expect: Expect { heal: Duration::ZERO, ..expect() },
         });

@@ -130,8 +130,7 @@ pub async fn run(options: &Options, progress: &dyn Progress, stop: &Cancellation
         mesh = Mesh::start(plan, stage, dir.path(), &options.binary, recorder.clone()) => mesh?,
         () = stop.cancelled() => bail!("stopped before the mesh was up"),
     };
-    let doctored = (options.sabotage == Sabotage::Admin).then(|| "n2".to_string());
-    let observers = Observers::start(&mesh, &recorder, doctored);
+    let observers = Observers::start(&mesh, &recorder);
     let mut run = Run {
         options,
         progress,
@@ -188,6 +187,9 @@ impl Run<'_> {
         let mut rng = StdRng::seed_from_u64(plan.seed);
         let begun = Instant::now();
         self.phase(0, Phase::Baseline);
+        if self.options.sabotage == Sabotage::Admin {
+            self.observers.lie_about("n2");
+        }
         self.wait(plan.load.calm, stop).await?;
         let mut number = 0;
         loop {

@@ -21,9 +21,6 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// Questions a second over all nodes, at most: looking must not be the load.
 const MOST_PER_SECOND: f64 = 60.0;
 
-/// The look that a doctored observer falsifies: after the mesh has found itself, before the first fault.
-const DOCTORED_AT: usize = 10;
-
 /// What a node shows of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Seen {
@@ -34,16 +31,21 @@ pub(crate) struct Seen {
 /// What each node shows now, by observer and subject.
 pub(crate) type Views = BTreeMap<String, BTreeMap<String, Seen>>;
 
+/// Whom the next look shows as down, although he is not: sabotage.
+type Lie = Arc<Mutex<Option<String>>>;
+
 /// Looks until it is dropped.
 pub(crate) struct Observers {
     views: Arc<Mutex<Views>>,
+    lie: Lie,
     _tasks: JoinSet<()>,
 }
 
 impl Observers {
-    /// One for each node. `doctored` shows that member as down once, somewhere: sabotage.
-    pub(crate) fn start(mesh: &Mesh, recorder: &Arc<Recorder>, doctored: Option<String>) -> Self {
+    /// One for each node.
+    pub(crate) fn start(mesh: &Mesh, recorder: &Arc<Recorder>) -> Self {
         let views = Arc::new(Mutex::new(Views::new()));
+        let lie = Lie::default();
         let mut tasks = JoinSet::new();
         let period = PERIOD.max(Duration::from_secs_f64(mesh.nodes.len() as f64 / MOST_PER_SECOND));
         for node in &mesh.nodes {
@@ -53,11 +55,16 @@ impl Observers {
                 admin: node.admin,
                 views: views.clone(),
                 recorder: recorder.clone(),
-                doctored: doctored.clone().filter(|_| node.name == "n1"),
+                lie: lie.clone(),
             };
             tasks.spawn(look.again_and_again(period));
         }
-        Self { views, _tasks: tasks }
+        Self { views, lie, _tasks: tasks }
+    }
+
+    /// Shows a member as down, once, whatever he is.
+    pub(crate) fn lie_about(&self, member: &str) {
+        *self.lie.lock().unwrap_or_else(|e| e.into_inner()) = Some(member.into());
     }
 
     /// What is shown now.
@@ -72,13 +79,12 @@ struct Look {
     admin: SocketAddr,
     views: Arc<Mutex<Views>>,
     recorder: Arc<Recorder>,
-    doctored: Option<String>,
+    lie: Lie,
 }
 
 impl Look {
-    async fn again_and_again(mut self, period: Duration) {
+    async fn again_and_again(self, period: Duration) {
         let mut answers = true;
-        let mut rounds = 0;
         let mut ticks = tokio::time::interval(period);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -90,12 +96,9 @@ impl Look {
                 answers = members.is_some();
                 self.recorder.note(Event::Admin { node: self.name.clone(), answers });
             }
-            rounds += 1;
             match members {
                 Some(mut members) => {
-                    if rounds == DOCTORED_AT {
-                        self.doctor(&mut members);
-                    }
+                    self.falsify(&mut members);
                     self.note(&members);
                 }
                 // What it showed before its death is nobody's view any more.
@@ -104,8 +107,9 @@ impl Look {
         }
     }
 
-    fn doctor(&mut self, members: &mut [Member]) {
-        let Some(victim) = self.doctored.take() else { return };
+    fn falsify(&self, members: &mut [Member]) {
+        let mut lie = self.lie.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(victim) = lie.take_if(|victim| *victim != self.name) else { return };
         members.iter_mut().filter(|m| m.name == victim).for_each(|m| m.status = MemberStatus::Down);
     }
 

@@ -147,7 +147,7 @@ pub enum Event {
         /// From, to, and how many packets.
         links: Vec<(String, String, Count)>,
     },
-    /// Calls that are still open at a service when no client waits any more.
+    /// Calls that are open at a service although no client waits for them any more.
     Open {
         /// Of which service process.
         of: String,
@@ -268,7 +268,7 @@ pub struct Injected {
     pub mute_services: Vec<String>,
     /// Whether the victims never come back.
     pub for_good: bool,
-    /// Whether the victims are asked, and have time to finish what they have begun.
+    /// Whether it breaks nothing that the victims have begun: they are slow, or asked to end.
     pub graceful: bool,
     /// Whether a whole answer is no longer owed by calls at all: more is asked than there is room for.
     pub overload: bool,
@@ -498,7 +498,7 @@ impl Injected {
             cut: cut.collect(),
             mute_services: if odd { victims.to_vec() } else { Vec::new() },
             for_good: matches!(fault, Fault::Kill { for_good: true, .. }),
-            graceful: matches!(fault, Fault::Roll { .. }),
+            graceful: matches!(fault, Fault::Roll { .. } | Fault::Service { does: Misbehaviour::Slow, .. }),
             overload: matches!(fault, Fault::Burst { .. }),
         }
     }

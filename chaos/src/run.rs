@@ -40,7 +40,7 @@ const HEAL_BEYOND: Duration = Duration::from_secs(20);
 /// How long it takes until everybody has noticed that somebody is gone, generously.
 const NOTICED: Duration = Duration::from_secs(10);
 /// How long the word that a client has gone may take to its service.
-const GONE: Duration = Duration::from_secs(5);
+const GONE: Duration = Duration::from_secs(2);
 /// Until all nodes see all others after the start.
 const CONVERGED: Duration = Duration::from_secs(120);
 
@@ -244,6 +244,7 @@ impl Run<'_> {
         let until = Instant::now() + step.hold;
         self.hold(until, load, stop).await?;
         self.signs(load, stop).await?;
+        self.open_calls().await;
         self.phase(number, Phase::Healing);
         let mended = Instant::now();
         self.end_faults(load).await?;
@@ -458,25 +459,21 @@ impl Run<'_> {
         }
     }
 
-    /// Asks every service what is still open. The last client has gone; word of that may be under way for a moment.
+    /// Asks every service which calls are open that nobody waits for any more: those of the load that are older than its
+    /// deadline, and the time that the word of it may take.
     async fn open_calls(&mut self) {
+        let oldest = (self.options.plan.load.deadline + GONE).as_millis();
         for node in &self.mesh.nodes {
             for served in &node.services {
                 let of = format!("{} of {}", served.service, node.name);
-                let deadline = Instant::now() + GONE;
-                let calls = loop {
-                    let answer = mesh::get(&node.place, served.addr, "/open").await;
-                    let text = answer.map(|(_, body)| String::from_utf8_lossy(&body).into_owned());
-                    let open = text.map(|text| text.lines().map(String::from).collect::<Vec<_>>());
-                    match open {
-                        Ok(open) if open.is_empty() || Instant::now() > deadline => break Some(open),
-                        Err(_) if Instant::now() > deadline => break None,
-                        _ => tokio::time::sleep(TICK).await,
-                    }
-                };
-                if let Some(calls) = calls {
-                    self.recorder.note(Event::Open { of, calls });
-                }
+                // One that is dead has nothing open.
+                let Ok((_, body)) = mesh::get(&node.place, served.addr, "/open").await else { continue };
+                let text = String::from_utf8_lossy(&body).into_owned();
+                let old = text.lines().filter_map(|line| line.split_once(' ')).filter(|(age, call)| {
+                    age.parse::<u128>().is_ok_and(|age| age > oldest) && !probes::is_of_a_probe(call)
+                });
+                let calls: Vec<String> = old.map(|(age, call)| format!("{call} for {age} ms")).collect();
+                self.recorder.note(Event::Open { of, calls });
             }
         }
     }

@@ -3,7 +3,7 @@
 //!
 //! `GET /call/N` and `POST /call/N` answer `N`; `GET /bytes/N/SIZE` sends SIZE bytes that follow from N; `GET /drip/N/SIZE` the
 //! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `GET /open` lists
-//! the calls that are open. Every answer names its node.
+//! the calls that are open, each with its age in milliseconds. Every answer names its node.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -36,7 +36,7 @@ pub(crate) const SERVED_BY: &str = "x-served-by";
 const CHUNK_BYTES: usize = 16 << 10;
 /// Pause between the chunks of a drip.
 const DRIP_PAUSE: Duration = Duration::from_millis(250);
-const SLOW: Duration = Duration::from_millis(50);
+const SLOW: Duration = Duration::from_millis(200);
 /// One in so many calls fails when stumbling.
 const STUMBLE_ONE_IN: u64 = 100;
 
@@ -72,7 +72,7 @@ struct Service {
     manner: watch::Receiver<Manner>,
     calls: AtomicU64,
     /// Calls that have begun and whose answer has not, by number; one whose client has gone is not among them.
-    open: Mutex<BTreeMap<u64, String>>,
+    open: Mutex<BTreeMap<u64, (Instant, String)>>,
 }
 
 /// A call that is open.
@@ -132,7 +132,7 @@ pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 impl Service {
-    fn open(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, String>> {
+    fn open(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (Instant, String)>> {
         self.open.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -170,11 +170,13 @@ impl Service {
 
 async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
     if request.uri().path() == "/open" {
-        let open: Vec<String> = service.open().values().cloned().collect();
+        let line = |(since, what): &(Instant, String)| format!("{} {what}", since.elapsed().as_millis());
+        let open: Vec<String> = service.open().values().map(line).collect();
         return Ok(service.text(StatusCode::OK, open.join("\n")));
     }
     let count = service.calls.fetch_add(1, Relaxed);
-    service.open().insert(count, format!("{} {}", request.method(), request.uri().path()));
+    let what = format!("{} {}", request.method(), request.uri().path());
+    service.open().insert(count, (Instant::now(), what));
     let _open = Open(service.clone(), count);
     let manner = *service.manner.borrow();
     let path = request.uri().path().trim_matches('/').to_string();

@@ -207,7 +207,7 @@ fn left_open(history: &History, checks: &mut Vec<Check>) {
     let mut none = Check::of("no service works on a call whose client has gone", Outcome::Held, "");
     if let Some((of, calls, at)) = open.max_by_key(|(_, calls, _)| calls.len()) {
         none.outcome = Outcome::Violated;
-        none.detail = format!("{} at {of}{}", calls[0], and_more(calls.len()));
+        none.detail = format!("{} is open at {of}{}", calls[0], and_more(calls.len()));
         none.at = Some(at);
     }
     checks.push(none);

@@ -49,6 +49,11 @@ pub(crate) enum Probing {
     Reload,
 }
 
+/// Whether a call, as a service lists it, is one of these and none of the load's.
+pub(super) fn is_of_a_probe(call: &str) -> bool {
+    call.split('/').filter_map(|part| part.parse::<u64>().ok()).any(|number| number >= NONCES)
+}
+
 impl Probing {
     pub(super) async fn begin(fault: &Fault, victims: &[usize], mesh: &mut Mesh) -> Result<Self> {
         match fault {

@@ -288,12 +288,14 @@ pub enum CallKind {
     Upload,
     /// A download that drips.
     Stream,
+    /// A gRPC call with messages both ways in turn.
+    Talk,
 }
 
 impl CallKind {
     /// Whether the mesh may and must try it again until it has an answer's head (RFC 9110 §9.2.2).
     pub fn is_idempotent(self) -> bool {
-        !matches!(self, Self::Post | Self::Upload)
+        !matches!(self, Self::Post | Self::Upload | Self::Talk)
     }
 }
 

@@ -15,7 +15,7 @@ pub use self::{
     fault::{Excuse, Fault, Misbehaviour},
     problems::Problem,
     shipped::{NAMES, shipped},
-    victims::{Role, Victims},
+    victims::{CLIENTS, Role, Victims},
 };
 
 /// A plan file.
@@ -158,11 +158,13 @@ pub struct Mix {
     pub upload: u32,
     /// Downloads that drip for seconds.
     pub stream: u32,
+    /// gRPC calls with messages both ways in turn, through the doors that speak HTTP/2 or 3.
+    pub talk: u32,
 }
 
 impl Default for Mix {
     fn default() -> Self {
-        Self { get: 16, post: 4, download: 1, upload: 1, stream: 0 }
+        Self { get: 16, post: 4, download: 1, upload: 1, stream: 0, talk: 1 }
     }
 }
 
@@ -185,6 +187,11 @@ pub enum DoorKind {
 }
 
 impl DoorKind {
+    /// Whether messages can go both ways in one call.
+    pub fn has_streams(self) -> bool {
+        matches!(self, Self::OutboundHttp2 | Self::EdgeHttp2 | Self::EdgeHttp3)
+    }
+
     /// Whether it is a public listener.
     pub fn is_public(self) -> bool {
         matches!(self, Self::EdgeHttp1 | Self::EdgeHttp2 | Self::EdgeHttp3)

@@ -2,8 +2,9 @@
 //! told to on its stdin.
 //!
 //! `GET /call/N` and `POST /call/N` answer `N`; `GET /bytes/N/SIZE` sends SIZE bytes that follow from N; `GET /drip/N/SIZE` the
-//! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `GET /open` lists
-//! the calls that are open, each with its age in milliseconds. Every answer names its node.
+//! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `POST /talk/N` is a
+//! gRPC call that says again what it hears; `GET /open` lists the calls that are open, each with its age in milliseconds. Every
+//! answer names its node.
 
 use std::{
     collections::BTreeMap,
@@ -21,10 +22,16 @@ use std::{
 
 use anyhow::{Context, Result};
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{
+    body::{Frame, Incoming},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
 use sha2::{Digest, Sha256};
 use tokio::{
     net::TcpListener,
@@ -33,6 +40,12 @@ use tokio::{
 
 /// Who answered.
 pub(crate) const SERVED_BY: &str = "x-served-by";
+/// Content of a gRPC call.
+pub(crate) const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+/// How a gRPC call ended; 0 is well.
+pub(crate) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// Why it did not end well.
+pub(crate) const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const CHUNK_BYTES: usize = 16 << 10;
 /// Pause between the chunks of a drip.
 const DRIP_PAUSE: Duration = Duration::from_millis(250);
@@ -116,8 +129,8 @@ pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
             let answering = service.clone();
             let answer = service_fn(move |request| answer(answering.clone(), request));
             let keep = *service.manner.borrow() != Manner::CloseIdle;
-            let mut server = http1::Builder::new();
-            server.timer(TokioTimer::new()).keep_alive(true);
+            let mut server = auto::Builder::new(TokioExecutor::new());
+            server.http1().timer(TokioTimer::new()).keep_alive(true);
             let connection = server.serve_connection(TokioIo::new(stream), answer);
             if keep {
                 let _ = connection.await;
@@ -226,6 +239,14 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
             service.done(nonce, manner).await;
             Ok(service.text(StatusCode::OK, format!("{length} {}", hex(&digest.finalize()))))
         }
+        (Method::POST, "talk") => {
+            service.done(nonce, manner).await;
+            let mut response = service.answer(StatusCode::OK, echo(request.into_body()));
+            response.headers_mut().insert(header::CONTENT_TYPE, GRPC);
+            // HTTP/1.1 wants to know beforehand.
+            response.headers_mut().insert(header::TRAILER, HeaderValue::from_static("grpc-status"));
+            Ok(response)
+        }
         (Method::GET, kind @ ("bytes" | "drip")) => {
             let size = number(2).unwrap_or(0) as usize;
             service.done(nonce, manner).await;
@@ -233,7 +254,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
             let mut response = service.answer(StatusCode::OK, content(nonce, size, pause));
             // One that tells its length shows by itself when it is cut short; of the others only the content can tell.
             if kind == "bytes" {
-                response.headers_mut().insert(http::header::CONTENT_LENGTH, size.into());
+                response.headers_mut().insert(header::CONTENT_LENGTH, size.into());
             }
             Ok(response)
         }
@@ -246,7 +267,7 @@ fn content(nonce: u64, size: usize, pause: Duration) -> Body {
     let (send, receive) = mpsc::channel(2);
     tokio::spawn(async move {
         for chunk in chunks(nonce, size) {
-            if send.send(chunk).await.is_err() {
+            if send.send(Frame::data(chunk)).await.is_err() {
                 return;
             }
             if !pause.is_zero() {
@@ -254,7 +275,25 @@ fn content(nonce: u64, size: usize, pause: Duration) -> Body {
             }
         }
     });
-    Chunks(receive).boxed_unsync()
+    Frames(receive).boxed_unsync()
+}
+
+/// What comes, as it comes; then trailers that say that all is well, if the request came to its end.
+fn echo(mut body: Incoming) -> Body {
+    let (send, receive) = mpsc::channel(2);
+    tokio::spawn(async move {
+        while let Some(frame) = body.frame().await {
+            let Ok(frame) = frame else { return };
+            // Empty is what the end of the request may be; said again it would be noise (CVE-2019-9518).
+            let Some(data) = frame.into_data().ok().filter(|data| !data.is_empty()) else { continue };
+            if send.send(Frame::data(data)).await.is_err() {
+                return;
+            }
+        }
+        let trailers = HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static("0"))]);
+        let _ = send.send(Frame::trailers(trailers)).await;
+    });
+    Frames(receive).boxed_unsync()
 }
 
 /// The bytes that follow from a nonce, chunk by chunk.
@@ -281,16 +320,17 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-struct Chunks(mpsc::Receiver<Bytes>);
+/// A body that somebody else writes.
+pub(crate) struct Frames(pub(crate) mpsc::Receiver<Frame<Bytes>>);
 
-impl http_body::Body for Chunks {
+impl http_body::Body for Frames {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(
         mut self: std::pin::Pin<&mut Self>,
         context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Infallible>>> {
-        self.0.poll_recv(context).map(|chunk| chunk.map(|data| Ok(http_body::Frame::data(data))))
+    ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(context).map(|frame| frame.map(Ok))
     }
 }

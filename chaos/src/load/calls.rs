@@ -8,21 +8,30 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
-use http::{Method, Request};
+use anyhow::{Context, bail};
+use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, Method, Request, header};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Frame;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sha2::{Digest, Sha256};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 
 use super::door::Door;
 use crate::{
     history::{Call, CallKind, Event, Recorder},
-    plan::{LoadPlan, Mix},
+    plan::{DoorKind, LoadPlan, Mix},
     service,
 };
 
 /// Calls under way at most. Those beyond are noted as failed: a client, too, has an end.
 const MOST_IN_FLIGHT: u64 = 20_000;
+
+/// Messages of a gRPC call, each way.
+const TURNS: u8 = 4;
 
 /// A load that runs until it is stopped.
 pub(crate) struct Calls {
@@ -103,7 +112,7 @@ async fn schedule(
             Some(only) => only.clone(),
             None => services[rng.random_range(0..services.len())].clone(),
         };
-        let kind = pick(shared.plan.mix, &mut rng);
+        let kind = pick(shared.plan.mix, door.kind, &mut rng);
         let shared = shared.clone();
         calls.spawn(async move { shared.call(nonce, kind, door, service, due).await });
         while calls.try_join_next().is_some() {}
@@ -111,15 +120,17 @@ async fn schedule(
     while calls.join_next().await.is_some() {}
 }
 
-fn pick(mix: Mix, rng: &mut StdRng) -> CallKind {
+fn pick(mix: Mix, door: DoorKind, rng: &mut StdRng) -> CallKind {
     let weights = [
         (CallKind::Get, mix.get),
         (CallKind::Post, mix.post),
         (CallKind::Download, mix.download),
         (CallKind::Upload, mix.upload),
         (CallKind::Stream, mix.stream),
+        (CallKind::Talk, if door.has_streams() { mix.talk } else { 0 }),
     ];
-    let mut at = rng.random_range(0..weights.iter().map(|(_, weight)| weight).sum());
+    let all: u32 = weights.iter().map(|(_, weight)| weight).sum();
+    let mut at = rng.random_range(0..all.max(1));
     for (kind, weight) in weights {
         if at < weight {
             return kind;
@@ -169,6 +180,7 @@ impl Shared {
             CallKind::Download => (Method::GET, format!("/bytes/{nonce}/{size}")),
             CallKind::Stream => (Method::GET, format!("/drip/{nonce}/{size}")),
             CallKind::Upload => (Method::POST, format!("/bytes/{nonce}")),
+            CallKind::Talk => return talk(call, door).await,
         };
         let body = match call.kind {
             CallKind::Post => Bytes::from_static(b"once"),
@@ -181,7 +193,7 @@ impl Shared {
         };
         let mut request = Request::builder().method(method).uri(path);
         if call.kind == CallKind::Upload {
-            request = request.header(http::header::CONTENT_LENGTH, size);
+            request = request.header(header::CONTENT_LENGTH, size);
         }
         let digest = Mutex::new(Sha256::new());
         let is_bulk = matches!(call.kind, CallKind::Download | CallKind::Stream);
@@ -191,17 +203,15 @@ impl Shared {
             }
         };
         let answer = door.call(&call.service, request.body(body)?, &mut read).await?;
-        call.status = answer.status;
-        let by = answer.headers.get(service::SERVED_BY).and_then(|v| v.to_str().ok());
-        call.by = by.unwrap_or_default().into();
+        (call.status, call.by) = (answer.status, served_by(&answer.headers));
         if answer.status != 200 {
             let start: String = answer.text.chars().take(200).collect();
-            anyhow::bail!("{}: {start}", answer.status);
+            bail!("{}: {start}", answer.status);
         }
         let (got, expected) = match call.kind {
             CallKind::Get | CallKind::Post => (answer.text, nonce.to_string()),
             CallKind::Upload => (answer.text, format!("{size} {}", service::digest(nonce, size))),
-            CallKind::Download | CallKind::Stream => {
+            CallKind::Download | CallKind::Stream | CallKind::Talk => {
                 let digest = digest.into_inner().unwrap_or_else(|e| e.into_inner());
                 let digest = format!("{} {}", answer.bytes, service::hex(&digest.finalize()));
                 (digest, format!("{size} {}", service::digest(nonce, size)))
@@ -210,8 +220,69 @@ impl Shared {
         if got != expected {
             call.wrong = true;
             let start: String = got.chars().take(80).collect();
-            anyhow::bail!("wrong content: {start:?} instead of {expected:?}");
+            bail!("wrong content: {start:?} instead of {expected:?}");
         }
         Ok(())
     }
+}
+
+fn served_by(headers: &HeaderMap) -> String {
+    headers.get(service::SERVED_BY).and_then(|v| v.to_str().ok()).unwrap_or_default().into()
+}
+
+/// A gRPC call: each message is sent when the one before has come back, so that both directions must move; then the status.
+async fn talk(call: &mut Call, door: &Door) -> anyhow::Result<()> {
+    let head = Request::post(format!("/talk/{}", call.nonce)).header(header::CONTENT_TYPE, service::GRPC);
+    let (head, ()) = head.header(header::TE, "trailers").body(())?.into_parts();
+    let (say, said) = mpsc::channel(1);
+    let mut said = Some(service::Frames(said).boxed_unsync());
+    let mut body = || said.take().unwrap_or_else(|| Empty::new().boxed_unsync());
+    let (head, mut coming) = door.open(&call.service, head, &mut body).await?.into_parts();
+    (call.status, call.by) = (head.status.as_u16(), served_by(&head.headers));
+    let mut status = grpc_status(&head.headers);
+    let mut heard = BytesMut::new();
+    for turn in 0..TURNS {
+        if status.is_some() || call.status != 200 {
+            break;
+        }
+        let message = message(call.nonce, turn);
+        say.send(Frame::data(message.clone())).await.context("nobody listens any more")?;
+        while heard.len() < message.len() {
+            let frame = coming.next().await.context("the answer ends before the last message")??;
+            heard.extend(frame.into_data().ok());
+        }
+        let echo = heard.split();
+        if echo != message {
+            call.wrong = true;
+            bail!("wrong content: {echo:?} instead of {message:?}");
+        }
+    }
+    drop(say);
+    while let Some(frame) = coming.next().await {
+        if let Ok(trailers) = frame?.into_trailers() {
+            status = grpc_status(&trailers).or(status);
+        }
+    }
+    match status {
+        Some(status) if status == "0" && call.status == 200 => Ok(()),
+        Some(status) => bail!("{}, grpc-status {status}", call.status),
+        None => bail!("{}, no grpc-status", call.status),
+    }
+}
+
+/// How a gRPC call ended, and why.
+fn grpc_status(headers: &HeaderMap) -> Option<String> {
+    let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let status = text(service::GRPC_STATUS)?;
+    Some(text(service::GRPC_MESSAGE).map_or(status.into(), |message| format!("{status}: {message}")))
+}
+
+/// A gRPC message: not compressed, its length, and what tells it from others.
+fn message(nonce: u64, turn: u8) -> Bytes {
+    let mut message = BytesMut::new();
+    message.put_u8(0);
+    message.put_u32(9);
+    message.put_u64(nonce);
+    message.put_u8(turn);
+    message.freeze()
 }

@@ -1,25 +1,29 @@
 //! A door of the mesh, and the connections that a client keeps to it.
 
 use std::{
+    convert::Infallible,
     net::SocketAddr,
     sync::{Arc, Mutex},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Request, Response, Uri, header};
-use http_body::Body as _;
-use http_body_util::{BodyExt, Full};
+use http::{HeaderMap, Request, Response, Uri, header, request::Parts};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::{
-    body::Incoming,
+    body::{Frame, Incoming},
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{plan::DoorKind, stage::Place};
 
 type H3Sender = h3::client::SendRequest<h3_quinn::OpenStreams, Bytes>;
+
+/// What a client sends, all at once or bit by bit.
+pub(crate) type Sent = UnsyncBoxBody<Bytes, Infallible>;
 
 /// Connections that are kept while nobody uses them.
 const MOST_IDLE: usize = 256;
@@ -44,10 +48,11 @@ pub(crate) struct Door {
     kept: Arc<Kept>,
 }
 
+/// Connections that can carry the next call.
 #[derive(Default)]
-struct Kept {
-    http1: Mutex<Vec<http1::SendRequest<Full<Bytes>>>>,
-    http2: tokio::sync::Mutex<Option<http2::SendRequest<Full<Bytes>>>>,
+pub(crate) struct Kept {
+    http1: Mutex<Vec<http1::SendRequest<Sent>>>,
+    http2: tokio::sync::Mutex<Option<http2::SendRequest<Sent>>>,
     http3: tokio::sync::Mutex<Option<(H3Sender, quinn::Connection)>>,
 }
 
@@ -63,6 +68,53 @@ pub(crate) struct Answer {
 /// Longer answers are not kept.
 const SHORT_BYTES: usize = 4096;
 
+/// What bytes go over.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// An answer's body as it comes. Dropped before its end, it says so to the other side.
+pub(crate) enum Coming {
+    Http1 { body: Incoming, sender: Option<http1::SendRequest<Sent>>, kept: Arc<Kept> },
+    Http2(Incoming),
+    Http3 { receive: Box<H3Stream>, body_is_over: bool, _upload: Aborting },
+}
+
+type H3Stream = h3::client::RequestStream<h3_quinn::RecvStream, Bytes>;
+
+impl Coming {
+    /// What comes next, data or trailers; `None` after the end.
+    pub(crate) async fn next(&mut self) -> Option<Result<Frame<Bytes>>> {
+        match self {
+            Self::Http1 { body, sender, kept } => match body.frame().await {
+                Some(frame) => Some(frame.map_err(Into::into)),
+                None => {
+                    let mut sender = sender.take()?;
+                    if sender.ready().await.is_ok() {
+                        let mut idle = kept.http1.lock().unwrap_or_else(|e| e.into_inner());
+                        if idle.len() < MOST_IDLE {
+                            idle.push(sender);
+                        }
+                    }
+                    None
+                }
+            },
+            Self::Http2(body) => Some(body.frame().await?.map_err(Into::into)),
+            Self::Http3 { receive, body_is_over, .. } => {
+                if !*body_is_over {
+                    match receive.recv_data().await {
+                        Ok(Some(mut data)) => return Some(Ok(Frame::data(data.copy_to_bytes(data.remaining())))),
+                        Ok(None) => *body_is_over = true,
+                        Err(error) => return Some(Err(error.into())),
+                    }
+                    return Some(receive.recv_trailers().await.transpose()?.map(Frame::trailers).map_err(Into::into));
+                }
+                None
+            }
+        }
+    }
+}
+
 impl Door {
     pub(crate) fn new(kind: DoorKind, node: &str, addr: SocketAddr, from: Place) -> Self {
         let (host, headers, tls, only, kept) = Default::default();
@@ -76,28 +128,46 @@ impl Door {
         request: Request<Bytes>,
         read: &mut (dyn FnMut(&[u8]) + Send),
     ) -> Result<Answer> {
-        let (mut parts, body) = request.into_parts();
-        let path = parts.uri.path().to_string();
+        let (head, body) = request.into_parts();
+        let mut whole = || Full::new(body.clone()).boxed_unsync();
+        let (head, mut coming) = self.open(service, head, &mut whole).await?.into_parts();
+        let mut answer = Answer { status: head.status.as_u16(), headers: head.headers, bytes: 0, text: String::new() };
+        while let Some(frame) = coming.next().await {
+            if let Ok(data) = frame?.into_data() {
+                answer.take(&data, read);
+            }
+        }
+        answer.is_whole()?;
+        Ok(answer)
+    }
+
+    /// Sends a call; its answer is to be read. `body` gives what is sent: again, when a connection that was kept turns out
+    /// to be closed.
+    pub(crate) async fn open(
+        &self,
+        service: &str,
+        mut head: Parts,
+        body: &mut (dyn FnMut() -> Sent + Send),
+    ) -> Result<Response<Coming>> {
+        let path = head.uri.path().to_string();
         let (host, path) = match &self.host {
             // An edge takes the service from the path.
             Some(host) => (host.clone(), format!("/{service}{path}")),
             None => (format!("{service}.mesh.internal"), path),
         };
-        parts.uri = format!("{}://{host}{path}", if self.tls.is_some() { "https" } else { "http" }).parse()?;
-        parts.headers.extend(self.headers.clone());
-        let request = Request::from_parts(parts, body);
+        head.uri = format!("{}://{host}{path}", if self.tls.is_some() { "https" } else { "http" }).parse()?;
+        head.headers.extend(self.headers.clone());
         match self.kind {
-            DoorKind::OutboundHttp1 | DoorKind::Upstream | DoorKind::EdgeHttp1 => self.http1(request, read).await,
-            DoorKind::OutboundHttp2 | DoorKind::EdgeHttp2 => self.http2(request, read).await,
-            DoorKind::EdgeHttp3 => self.http3(request, read).await,
+            DoorKind::OutboundHttp1 | DoorKind::Upstream | DoorKind::EdgeHttp1 => self.http1(head, body).await,
+            DoorKind::OutboundHttp2 | DoorKind::EdgeHttp2 => self.http2(Request::from_parts(head, body())).await,
+            DoorKind::EdgeHttp3 => self.http3(Request::from_parts(head, body())).await,
         }
     }
 
-    async fn http1(&self, mut request: Request<Bytes>, read: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Answer> {
-        let host = request.uri().authority().context("no authority")?.to_string();
-        request.headers_mut().insert(header::HOST, host.parse()?);
-        *request.uri_mut() = request.uri().path().parse::<Uri>()?;
-        let request = request.map(Full::new);
+    async fn http1(&self, mut head: Parts, body: &mut (dyn FnMut() -> Sent + Send)) -> Result<Response<Coming>> {
+        let host = head.uri.authority().context("no authority")?.to_string();
+        head.headers.insert(header::HOST, host.parse()?);
+        head.uri = head.uri.path().parse::<Uri>()?;
         loop {
             let kept = self.kept.http1.lock().unwrap_or_else(|e| e.into_inner()).pop();
             let is_kept = kept.is_some();
@@ -106,41 +176,24 @@ impl Door {
                 Some(sender) => sender,
                 None => self.connect_http1(&host).await?,
             };
-            let response = match sender.send_request(request.clone()).await {
+            let response = match sender.send_request(Request::from_parts(head.clone(), body())).await {
                 Ok(response) => response,
                 // It was closed before anything was sent.
                 Err(error) if is_kept && error.is_canceled() => continue,
                 Err(error) => return Err(error.into()),
             };
-            let answer = collect(response, read).await?;
-            if sender.ready().await.is_ok() {
-                let mut idle = self.kept.http1.lock().unwrap_or_else(|e| e.into_inner());
-                if idle.len() < MOST_IDLE {
-                    idle.push(sender);
-                }
-            }
-            return Ok(answer);
+            let kept = self.kept.clone();
+            return Ok(response.map(|body| Coming::Http1 { body, sender: Some(sender), kept }));
         }
     }
 
-    async fn connect_http1(&self, host: &str) -> Result<http1::SendRequest<Full<Bytes>>> {
-        let stream = self.from.connect(self.addr).await.context("connect")?;
-        let (sender, connection) = match &self.tls {
-            None => {
-                let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-                (sender, tokio::spawn(async move { drop(connection.await) }))
-            }
-            Some(tls) => {
-                let stream = self.connect_tls(tls, host, b"http/1.1", stream).await?;
-                let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-                (sender, tokio::spawn(async move { drop(connection.await) }))
-            }
-        };
-        drop(connection);
+    async fn connect_http1(&self, host: &str) -> Result<http1::SendRequest<Sent>> {
+        let (sender, connection) = http1::handshake(TokioIo::new(self.connect(host, b"http/1.1").await?)).await?;
+        tokio::spawn(async move { drop(connection.await) });
         Ok(sender)
     }
 
-    async fn http2(&self, request: Request<Bytes>, read: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Answer> {
+    async fn http2(&self, request: Request<Sent>) -> Result<Response<Coming>> {
         let mut sender = {
             let mut kept = self.kept.http2.lock().await;
             match &*kept {
@@ -151,48 +204,28 @@ impl Door {
                 }
             }
         };
-        let response = sender.send_request(request.map(Full::new)).await?;
-        collect(response, read).await
+        Ok(sender.send_request(request).await?.map(Coming::Http2))
     }
 
-    /// A TLS connection for HTTP/1.1 that nobody has written on, and the public host's name.
-    pub(crate) async fn connect_raw(&self) -> Result<(tokio_rustls::client::TlsStream<tokio::net::TcpStream>, String)> {
-        let (tls, host) = (self.tls.as_ref().context("no TLS here")?, self.host.clone().unwrap_or_default());
-        let stream = self.from.connect(self.addr).await?;
-        Ok((self.connect_tls(tls, &host, b"http/1.1", stream).await?, host))
+    async fn connect_http2(&self, host: &str) -> Result<http2::SendRequest<Sent>> {
+        let stream = TokioIo::new(self.connect(host, b"h2").await?);
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(sender)
     }
 
-    async fn connect_http2(&self, host: &str) -> Result<http2::SendRequest<Full<Bytes>>> {
+    /// A connection on which nobody has written yet, over TLS where the door has it.
+    pub(crate) async fn connect(&self, host: &str, protocol: &[u8]) -> Result<Box<dyn Stream>> {
         let stream = self.from.connect(self.addr).await.context("connect")?;
-        match &self.tls {
-            None => {
-                let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-                tokio::spawn(async move { drop(connection.await) });
-                Ok(sender)
-            }
-            Some(tls) => {
-                let stream = self.connect_tls(tls, host, b"h2", stream).await?;
-                let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
-                tokio::spawn(async move { drop(connection.await) });
-                Ok(sender)
-            }
-        }
-    }
-
-    async fn connect_tls(
-        &self,
-        tls: &rustls::ClientConfig,
-        host: &str,
-        protocol: &[u8],
-        stream: tokio::net::TcpStream,
-    ) -> Result<tokio_rustls::client::TlsStream<tokio::net::TcpStream>> {
-        let mut tls = tls.clone();
+        let Some(tls) = &self.tls else { return Ok(Box::new(stream)) };
+        let mut tls = rustls::ClientConfig::clone(tls);
         tls.alpn_protocols = vec![protocol.to_vec()];
         let name = ServerName::try_from(host.split(':').next().unwrap_or_default().to_string())?;
-        tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await.context("TLS")
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await.context("TLS")?;
+        Ok(Box::new(stream))
     }
 
-    async fn http3(&self, request: Request<Bytes>, read: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Answer> {
+    async fn http3(&self, request: Request<Sent>) -> Result<Response<Coming>> {
         let mut sender = {
             let mut kept = self.kept.http3.lock().await;
             match &*kept {
@@ -214,8 +247,8 @@ impl Door {
             }
         };
         let upload = tokio::spawn(async move {
-            while body.has_remaining() {
-                let chunk = body.split_to(body.len().min(64 << 10));
+            while let Some(Ok(frame)) = body.frame().await {
+                let Ok(chunk) = frame.into_data() else { continue };
                 // An early answer may stop the upload; the answer itself tells.
                 if send.send_data(chunk).await.is_err() {
                     return;
@@ -225,17 +258,8 @@ impl Door {
         });
         let upload = Aborting(upload);
         let (head, ()) = receive.recv_response().await?.into_parts();
-        let mut answer = Answer::of(head.status.as_u16(), head.headers);
-        while let Some(mut data) = receive.recv_data().await? {
-            while data.has_remaining() {
-                let chunk = data.chunk().len();
-                answer.take(data.chunk(), read);
-                data.advance(chunk);
-            }
-        }
-        drop(upload);
-        answer.is_whole()?;
-        Ok(answer)
+        let coming = Coming::Http3 { receive: Box::new(receive), body_is_over: false, _upload: upload };
+        Ok(Response::from_parts(head, coming))
     }
 
     async fn connect_http3(&self, host: &str) -> Result<(H3Sender, quinn::Connection)> {
@@ -263,7 +287,7 @@ impl Door {
 }
 
 /// A task that ends with its owner.
-struct Aborting(tokio::task::JoinHandle<()>);
+pub(crate) struct Aborting(tokio::task::JoinHandle<()>);
 
 impl Drop for Aborting {
     fn drop(&mut self) {
@@ -272,10 +296,6 @@ impl Drop for Aborting {
 }
 
 impl Answer {
-    fn of(status: u16, headers: HeaderMap) -> Self {
-        Self { status, headers, bytes: 0, text: String::new() }
-    }
-
     fn take(&mut self, chunk: &[u8], read: &mut (dyn FnMut(&[u8]) + Send)) {
         self.bytes += chunk.len();
         if self.bytes <= SHORT_BYTES {
@@ -292,20 +312,4 @@ impl Answer {
             _ => Ok(()),
         }
     }
-}
-
-async fn collect(response: Response<Incoming>, read: &mut (dyn FnMut(&[u8]) + Send)) -> Result<Answer> {
-    let (head, mut body) = response.into_parts();
-    let mut answer = Answer::of(head.status.as_u16(), head.headers);
-    while !body.is_end_stream() {
-        match body.frame().await {
-            Some(frame) => {
-                if let Ok(data) = frame?.into_data() {
-                    answer.take(&data, read);
-                }
-            }
-            None => break,
-        }
-    }
-    Ok(answer)
 }

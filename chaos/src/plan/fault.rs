@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, Victims, text};
+use super::{Backend, Role, Victims, text};
 
 /// A fault. In a plan: `{ kill = { victims = "any 1" } }`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -261,7 +261,7 @@ pub enum Misbehaviour {
     CloseIdle,
     /// Answers before it has read the request's body.
     AnswerEarly,
-    /// Is 50 ms slower than usual.
+    /// Takes 200 ms more than usual.
     Slow,
 }
 
@@ -407,8 +407,26 @@ impl Fault {
         }
     }
 
+    /// Whether it worsens links that still carry something: what uses them must bear it.
+    pub fn is_of_links(&self) -> bool {
+        matches!(
+            self,
+            Self::Loss { .. }
+                | Self::Delay { .. }
+                | Self::Duplicate { .. }
+                | Self::Reorder { .. }
+                | Self::Corrupt { .. }
+                | Self::Rate { .. }
+                | Self::Rebind { .. }
+        )
+    }
+
     /// Why that backend cannot do it.
     pub fn cannot(&self, backend: Backend) -> Option<&'static str> {
+        let of_clients = self.victims().is_some_and(|victims| victims.role == Role::Clients);
+        if of_clients && backend != Backend::Lab {
+            return Some("only the lab has the links of the clients in its hands");
+        }
         match (self.needs(), backend) {
             (Needs::Clocks, Backend::Lab | Backend::Relay) => Some("all processes of a machine share its clock"),
             (Needs::AllPackets, Backend::Relay) => {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Result, bail};
 use rand::{rngs::StdRng, seq::SliceRandom};
 
-use super::{Plan, Role, Victims};
+use super::{CLIENTS, Plan, Role, Victims};
 
 impl Victims {
     /// Who it is now: none that is gone for good; while there are others, none that another fault of the step has taken, and
@@ -49,6 +49,7 @@ impl Victims {
                 (nodes.into_iter().filter(serves).collect(), self.count)
             }
             Role::Named(name) => (vec![name.clone()], Some(1)),
+            Role::Clients => (vec![CLIENTS.into()], Some(1)),
         };
         candidates.shuffle(rng);
         // A stable sort: the order within each half stays the seed's.

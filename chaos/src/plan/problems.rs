@@ -34,6 +34,7 @@ const LONGEST: Duration = Duration::from_secs(24 * 3600);
 const MOST_NODES: usize = 5_000;
 const MOST_PROCESSES: usize = 200;
 const MOST_RATE: u32 = 20_000;
+const NO_EDGE: &str = "there is no edge: write edges = 1 under [mesh]";
 
 pub(super) fn of(plan: &Plan, text: &str) -> Vec<Problem> {
     let mut found = Found { text, problems: Vec::new() };
@@ -140,7 +141,7 @@ fn load(plan: &Plan, found: &mut Found) {
         found.add(found.key("doors"), format!("doors: {door} needs an edge: write edges = 1 under [mesh]"));
     }
     let mix = load.mix;
-    if mix.get + mix.post + mix.download + mix.upload + mix.stream == 0 {
+    if mix.get + mix.post + mix.download + mix.upload + mix.stream + mix.talk == 0 {
         found.add(found.key("mix"), "mix: at least one weight above 0".into());
     }
     if load.deadline < Duration::from_millis(100) || load.deadline > Duration::from_secs(600) {
@@ -223,6 +224,13 @@ fn victims_problem(plan: &Plan, fault: &Fault, victims: &Victims) -> Option<Stri
                 return Some(format!("there is no service {service:?}; there are {}", known.join(", ")));
             }
         },
+        Role::Clients if !fault.is_of_links() => {
+            return Some(
+                "the clients are no nodes: only their links can be hit, such as with `loss` or `rebind`".into(),
+            );
+        }
+        Role::Clients if plan.mesh.edges == 0 => return Some(NO_EDGE.into()),
+        Role::Clients => 1,
         Role::Named(name) => {
             let known = plan.node_names().chain(plan.edge_names()).any(|n| n == *name);
             if !known {
@@ -234,7 +242,7 @@ fn victims_problem(plan: &Plan, fault: &Fault, victims: &Victims) -> Option<Stri
     };
     let wanted = victims.count.unwrap_or(1);
     if of == 0 && victims.role == Role::Edge {
-        return Some("there is no edge: write edges = 1 under [mesh]".into());
+        return Some(NO_EDGE.into());
     }
     if of < wanted || of == 0 {
         return Some(format!("{victims}: the mesh has only {of}"));

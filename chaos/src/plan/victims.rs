@@ -35,10 +35,15 @@ pub enum Role {
     Instance(String),
     /// That node.
     Named(String),
+    /// Nobody of the mesh: those who call edges from outside. Only their links can be hit.
+    Clients,
 }
 
+/// What clients from outside are called among victims.
+pub const CLIENTS: &str = "clients";
+
 const HINT: &str = "such as `any 2`, `half`, `all`, `all but 2`, `an edge`, `an issuer`, `all seeds`, `an instance of orders`, \
-                    `2 instances of orders`, `node n3`";
+                    `2 instances of orders`, `node n3`, `the clients`";
 
 impl FromStr for Victims {
     type Err = String;
@@ -66,6 +71,7 @@ impl FromStr for Victims {
             [n, "instances", "of", service] if number(n).is_some() => {
                 some(number(n).unwrap_or(1), Role::Instance(service.into()))
             }
+            ["the", "clients"] => some(1, Role::Clients),
             ["node", name] => some(1, Role::Named(name.into())),
             _ => Err(format!("{text:?} names no victims; write {HINT}")),
         }
@@ -104,6 +110,7 @@ impl fmt::Display for Victims {
             (Role::Instance(service), Some(1)) => write!(f, "an instance of {service}"),
             (Role::Instance(service), Some(n)) => write!(f, "{n} instances of {service}"),
             (Role::Named(name), _) => write!(f, "node {name}"),
+            (Role::Clients, _) => write!(f, "the {CLIENTS}"),
         }
     }
 }

@@ -109,7 +109,7 @@ impl Active {
             stage: Err("nothing was looked at".into()),
         };
         for victim in &active.victims {
-            let at = hands.mesh.at(victim)?;
+            let Ok(at) = hands.mesh.at(victim) else { continue };
             active.pids.insert(victim.clone(), hands.mesh.nodes[at].pid());
         }
         active.network(hold, hands.mesh);
@@ -123,7 +123,7 @@ impl Active {
 
     /// The rules of a network fault.
     fn network(&mut self, hold: Duration, mesh: &Mesh) {
-        let slots: Vec<usize> = self.indices(mesh).into_iter().map(|at| mesh.nodes[at].slot).collect();
+        let slots: Vec<usize> = self.victims.iter().filter_map(|victim| mesh.slot(victim)).collect();
         let mut table = mesh.stage.table();
         let set = table.set(&slots);
         let of = |effect| (Links::Of(set.clone()), effect, None);

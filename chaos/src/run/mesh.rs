@@ -19,7 +19,7 @@ use crate::{
     Client, Process,
     history::{Event, Recorder},
     load::Door,
-    plan::{DoorKind, Plan},
+    plan::{CLIENTS, DoorKind, Plan},
     stage::{Place, Slot, Stage},
 };
 
@@ -158,7 +158,9 @@ impl Mesh {
             }
             if plan.serving().contains(&(name.clone(), service.name.clone())) {
                 let addr = self.stage.local(8080 + at as u16);
-                flag("--service", format!("{}={addr}", service.name));
+                // Some are spoken to in HTTP/2, as gRPC's are.
+                let protocol = if slot.is_multiple_of(2) { "http1" } else { "h2c" };
+                flag("--service", format!("{}={addr},protocol={protocol}", service.name));
                 services.push(self.serve(&name, &service.name, addr, &place)?);
             }
         }
@@ -259,24 +261,27 @@ impl Mesh {
         Ok(())
     }
 
-    /// A join token that grants a node what it needs.
+    /// Gives a node a join token that grants what it needs.
     async fn admit(&mut self, plan: &Plan, at: usize) -> Result<()> {
         let node = &self.nodes[at];
-        let seed = self.stage.mesh(0).advertise.to_string();
-        let state = self.state("n1");
-        let mut args = vec!["token", "create", "--state", &state, "--seed", &seed];
-        for served in &node.services {
-            args.extend(["--service", &served.service]);
-        }
+        let mut grants: Vec<&str> = node.services.iter().flat_map(|served| ["--service", &served.service]).collect();
         if node.is_edge() {
-            args.push("--edge");
+            grants.push("--edge");
         }
         if at < plan.mesh.issuers {
-            args.push("--issuer");
+            grants.push("--issuer");
         }
-        let token = self.command(&args).await?.trim().to_string();
+        let token = self.token(&grants).await?;
         self.nodes[at].token = Some(token);
         Ok(())
+    }
+
+    /// A join token that grants so much.
+    pub(crate) async fn token(&self, grants: &[&str]) -> Result<String> {
+        let (seed, state) = (self.stage.mesh(0).advertise.to_string(), self.state("n1"));
+        let mut args = vec!["token", "create", "--state", &state, "--seed", &seed];
+        args.extend(grants);
+        Ok(self.command(&args).await?.trim().to_string())
     }
 
     /// A new API key of an edge.
@@ -419,6 +424,14 @@ impl Mesh {
     /// The binary under test.
     pub(crate) fn binary(&self) -> &Path {
         &self.binary
+    }
+
+    /// Where somebody is on the stage: a node, or the clients, who come after all nodes.
+    pub(crate) fn slot(&self, name: &str) -> Option<Slot> {
+        match name {
+            CLIENTS => Some(self.nodes.len()),
+            name => self.nodes.iter().find(|node| node.name == name).map(|node| node.slot),
+        }
     }
 
     pub(crate) fn at(&self, name: &str) -> Result<usize> {

@@ -1,13 +1,12 @@
 //! Faults that are people: clients that never move, strangers at the mesh port, holders of a revoked key, a clone; and the
 //! operator who loads an edge's file again and again.
 
+mod stuck;
+
 use std::{
     net::SocketAddr,
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,11 +14,8 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http::Request;
 use starling_protocol::admin::{Key, Member};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    task::JoinSet,
-};
 
+use self::stuck::Crowd;
 use super::{active::copy_dir, mesh::Mesh};
 use crate::{
     Process,
@@ -33,8 +29,9 @@ use crate::{
 /// How long a revoked key may still be taken.
 const REVOKED_WITHIN: Duration = Duration::from_secs(2);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Mesh port of a process beside a node, in the node's namespace; admin API and outbound listener come after.
+/// Mesh ports of processes beside a node, in the node's namespace; admin API and outbound listener come after.
 const BESIDE: u16 = 7444;
+const BESIDE_THAT: u16 = 7454;
 /// Numbers of calls that are not the load's.
 const NONCES: u64 = 1 << 48;
 /// Calls with the key, strangers' attempts: so often.
@@ -43,8 +40,8 @@ const PERIOD: Duration = Duration::from_millis(250);
 /// What such a fault has going on.
 pub(crate) enum Probing {
     Clone { _process: Process, addr: SocketAddr, of: String },
-    Stuck { _tasks: JoinSet<()>, wanted: usize, open: Arc<AtomicUsize> },
-    Strangers { last: Instant, refused: usize, tried: usize, victims: Vec<usize>, _foreign: Process },
+    Stuck(Crowd),
+    Strangers { last: Instant, refused: usize, tried: usize, victims: Vec<usize>, token: String, _foreign: Process },
     Revoked { door: Box<Door>, good_before: bool, revoked: Instant, last: Instant, refused: usize },
     Reload,
 }
@@ -62,11 +59,12 @@ impl Probing {
                 let (process, addr) = clone_of(mesh, at)?;
                 Ok(Self::Clone { _process: process, addr, of: mesh.nodes[at].name.clone() })
             }
-            Fault::Stuck { clients, .. } => stuck(mesh, victims, *clients),
+            Fault::Stuck { clients, .. } => Ok(Self::Stuck(Crowd::gather(mesh, victims, *clients)?)),
             Fault::Strangers { .. } => {
                 let foreign = foreigner(mesh, victims[0]).await?;
-                let last = Instant::now() - PERIOD;
-                Ok(Self::Strangers { last, refused: 0, tried: 0, victims: victims.to_vec(), _foreign: foreign })
+                let token = mesh.token(&[]).await?;
+                let (last, victims) = (Instant::now() - PERIOD, victims.to_vec());
+                Ok(Self::Strangers { last, refused: 0, tried: 0, victims, token, _foreign: foreign })
             }
             Fault::KeyRevoked { .. } => revoke(mesh, *victims.first().context("no edge")?).await,
             _ => Ok(Self::Reload),
@@ -76,10 +74,10 @@ impl Probing {
     /// What has to be tried again and again.
     pub(super) async fn go_on(&mut self, fault: usize, mesh: &Mesh, recorder: &Recorder) -> Result<()> {
         match self {
-            Self::Strangers { last, refused, tried, victims, .. } if last.elapsed() >= PERIOD => {
+            Self::Strangers { last, refused, tried, victims, token, .. } if last.elapsed() >= PERIOD => {
                 *last = Instant::now();
                 let at = victims[*tried % victims.len()];
-                let (what, good) = stranger(mesh, at, *tried).await?;
+                let (what, good) = stranger(mesh, at, *tried, token).await?;
                 *tried += 1;
                 *refused += usize::from(good);
                 recorder.note(Event::Probe { fault, what, good });
@@ -105,10 +103,7 @@ impl Probing {
     pub(super) fn stage(&self) -> Result<String, String> {
         match self {
             Self::Clone { addr, of, .. } => Ok(format!("a copy of {of} runs at {addr}")),
-            Self::Stuck { wanted, open, .. } => match open.load(Relaxed) {
-                0 => Err(format!("none of {wanted} clients got in")),
-                open => Ok(format!("{open} of {wanted} clients stand there")),
-            },
+            Self::Stuck(crowd) => crowd.stands(),
             Self::Strangers { tried: 0, .. } => Err("nobody tried".into()),
             Self::Strangers { tried, refused, .. } => Ok(format!("{tried} attempts, {refused} of them refused")),
             Self::Revoked { good_before: false, .. } => Err("the key was not good before".into()),
@@ -124,7 +119,7 @@ impl Probing {
                 let log = nodes.next().map(|node| format!("{} logs that two have the key of {of}", node.name));
                 log.ok_or_else(|| "no node says that two have one key".into())
             }
-            Self::Stuck { .. } => Err("it is asked elsewhere".into()),
+            Self::Stuck(_) => Err("it is asked elsewhere".into()),
             Self::Revoked { refused, .. } if *refused > 0 => Ok(format!("{refused} calls with it were refused")),
             Self::Revoked { .. } => Err("no call with it was refused".into()),
             Self::Reload => {
@@ -146,62 +141,6 @@ impl Probing {
             }
         }
     }
-}
-
-/// Clients that open a call and never move: half never finish their request's head or body, half never read their answer.
-fn stuck(mesh: &Mesh, victims: &[usize], clients: usize) -> Result<Probing> {
-    let mut tasks = JoinSet::new();
-    let open = Arc::new(AtomicUsize::new(0));
-    let services: Vec<&str> = mesh.nodes.iter().flat_map(|n| n.services.iter().map(|s| s.service.as_str())).collect();
-    let service = services.first().context("no service")?.to_string();
-    for client in 0..clients {
-        let node = &mesh.nodes[victims[client % victims.len()]];
-        let (place, addr, open, service) = (node.place.clone(), node.outbound, open.clone(), service.clone());
-        let public = node.public.clone();
-        let (tls, from) = match &public {
-            Some((addr, key)) => {
-                let clients = mesh.stage.place(mesh.nodes.len());
-                let door = mesh.public_door(DoorKind::EdgeHttp1, &node.name, *addr, key, &clients)?;
-                (Some((door, *addr, key.clone())), clients)
-            }
-            None => (None, place),
-        };
-        tasks.spawn(async move {
-            let text = |host: &str, path: String, key: &str| match client % 4 {
-                0 => format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\nx-never"),
-                1 => format!(
-                    "POST {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\ncontent-length: 1000\r\n\r\nonly so"
-                ),
-                _ => format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nx-api-key: {key}\r\n\r\n"),
-            };
-            let stands = async {
-                match tls {
-                    None => {
-                        let mut stream = from.connect(addr).await?;
-                        let path = format!("/bytes/{}/33554432", NONCES + client as u64);
-                        stream.write_all(text(&format!("{service}.mesh.internal"), path, "").as_bytes()).await?;
-                        open.fetch_add(1, Relaxed);
-                        if client % 4 != 3 {
-                            std::future::pending::<()>().await;
-                        }
-                        // A little, and then no more.
-                        let _ = stream.read(&mut [0; 1000]).await;
-                        std::future::pending::<()>().await;
-                    }
-                    Some((door, _, key)) => {
-                        let (mut stream, host) = door.connect_raw().await?;
-                        let path = format!("/{service}/bytes/{}/33554432", NONCES + client as u64);
-                        stream.write_all(text(&host, path, &key).as_bytes()).await?;
-                        open.fetch_add(1, Relaxed);
-                        std::future::pending::<()>().await;
-                    }
-                }
-                anyhow::Ok(())
-            };
-            let _ = stands.await;
-        });
-    }
-    Ok(Probing::Stuck { _tasks: tasks, wanted: clients, open })
 }
 
 /// A node of another mesh that is told to look for this one.
@@ -226,11 +165,26 @@ fn clone_of(mesh: &Mesh, at: usize) -> Result<(Process, SocketAddr)> {
 /// Starts a node that is none of the run's, where one of them is. Its process and its mesh address.
 fn start_beside(mesh: &Mesh, at: usize, name: &str, state: &Path, seed: SocketAddr) -> Result<(Process, SocketAddr)> {
     let node = &mesh.nodes[at];
+    let (args, addr) = args_beside(mesh, at, BESIDE, name, state, seed);
+    let (binary, log) = (node.binary.clone(), state.with_extension("log"));
+    Ok((node.place.within(move || Process::start(&binary, args, &log))?, addr))
+}
+
+/// What such a node is started with, and its mesh address.
+fn args_beside(
+    mesh: &Mesh,
+    at: usize,
+    port: u16,
+    name: &str,
+    state: &Path,
+    seed: SocketAddr,
+) -> (Vec<String>, SocketAddr) {
+    let node = &mesh.nodes[at];
     let addr: SocketAddr = match node.place {
         Place::Host => crate::free_port(),
-        Place::Namespace(_) => (mesh.stage.mesh(node.slot).listen.ip(), BESIDE).into(),
+        Place::Namespace(_) => (mesh.stage.mesh(node.slot).listen.ip(), port).into(),
     };
-    let (admin, outbound) = (mesh.stage.local(BESIDE + 1), mesh.stage.local(BESIDE + 2));
+    let (admin, outbound) = (mesh.stage.local(port + 1), mesh.stage.local(port + 2));
     let flags = [
         ("--name", name.to_string()),
         ("--state", state.to_string_lossy().into_owned()),
@@ -240,18 +194,15 @@ fn start_beside(mesh: &Mesh, at: usize, name: &str, state: &Path, seed: SocketAd
         ("--outbound", outbound.to_string()),
         ("--seed", seed.to_string()),
     ];
-    let args: Vec<String> =
-        std::iter::once("node".to_string()).chain(flags.into_iter().flat_map(|(f, v)| [f.to_string(), v])).collect();
-    let (binary, log) = (node.binary.clone(), state.with_extension("log"));
-    Ok((node.place.within(move || Process::start(&binary, args, &log))?, addr))
+    (std::iter::once("node".to_string()).chain(flags.into_iter().flat_map(|(f, v)| [f.to_string(), v])).collect(), addr)
 }
 
 /// One attempt of somebody who does not belong here: what it was, and whether it was refused.
-async fn stranger(mesh: &Mesh, at: usize, number: usize) -> Result<(String, bool)> {
+async fn stranger(mesh: &Mesh, at: usize, number: usize, token: &str) -> Result<(String, bool)> {
     let node = &mesh.nodes[at];
     let to = mesh.stage.mesh(node.slot).listen;
     let name = &node.name;
-    match number % 4 {
+    match number % 5 {
         0 => {
             let socket = tokio::net::UdpSocket::from_std(node.place.udp()?)?;
             for length in [1, 20, 1200, 1472] {
@@ -267,9 +218,24 @@ async fn stranger(mesh: &Mesh, at: usize, number: usize) -> Result<(String, bool
             let found = members.iter().any(|m| m.name == "foreign");
             Ok((format!("a node of another mesh asks {name} to be let in"), !found))
         }
+        2 => {
+            let service = &mesh.nodes.iter().flat_map(|node| &node.services).next().context("no service")?.service;
+            let (state, seed) = (mesh.dir.join("ungranted"), mesh.stage.mesh(0).advertise);
+            let mut args = args_beside(mesh, at, BESIDE_THAT, "ungranted", &state, seed).0;
+            args.extend(["--token".into(), token.into(), "--service".into(), format!("{service}=127.0.0.1:9")]);
+            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let ended = tokio::time::timeout(ATTEMPT_TIMEOUT, mesh.command_at(at, &args)).await;
+            let how = match ended {
+                Ok(Err(error)) => format!("{error:#}"),
+                Ok(Ok(_)) => "it ended well".into(),
+                Err(_) => "it runs".into(),
+            };
+            let refused = how.contains("does not grant");
+            Ok((format!("a newcomer to {name} would serve {service}, which its token does not grant: {how}"), refused))
+        }
         kind => {
-            let protocol: &[u8] = if kind == 2 { b"h3" } else { b"starling-gossip/1" };
-            let certificate = kind == 3;
+            let protocol: &[u8] = if kind == 3 { b"h3" } else { b"starling-gossip/1" };
+            let certificate = kind == 4;
             let what = match certificate {
                 true => format!("a certificate of its own making, as {}, at {name}", String::from_utf8_lossy(protocol)),
                 false => format!("no certificate, as {}, at {name}", String::from_utf8_lossy(protocol)),

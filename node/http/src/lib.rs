@@ -27,5 +27,5 @@ pub use interim::Interim;
 pub use problem::{Problem, ProxyError, grpc_timeout, is_grpc, pseudonym};
 pub use replay::Source;
 pub use shelf::{Shelf, TakenBack, taken_back};
-pub use tcp::was_refused;
+pub use tcp::{offence, was_refused};
 pub use transport::{Datagrams, Transport};

@@ -75,12 +75,21 @@ where
 
 /// Whether an HTTP/2 server says of a request that it did nothing about it (RFC 9113 §8.7).
 pub fn was_refused(error: &hyper::Error) -> bool {
+    of_http2(error).is_some_and(|h2| h2.reason() == Some(h2::Reason::REFUSED_STREAM) && h2.is_reset())
+}
+
+/// What the other end of an HTTP/2 connection did that made this one end it, such as too many empty frames.
+pub fn offence(error: &hyper::Error) -> Option<String> {
+    of_http2(error).filter(|h2| h2.is_library() && h2.is_go_away()).map(ToString::to_string)
+}
+
+fn of_http2(error: &hyper::Error) -> Option<&h2::Error> {
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
-        if let Some(h2) = error.downcast_ref::<h2::Error>() {
-            return h2.reason() == Some(h2::Reason::REFUSED_STREAM) && h2.is_reset();
+        if let Some(h2) = error.downcast_ref() {
+            return Some(h2);
         }
         source = error.source();
     }
-    false
+    None
 }

@@ -5,7 +5,7 @@ use starling_protocol::admin::MemberStatus;
 use super::{Active, Hands, system::state_of};
 use crate::{
     history::{Call, Entry, Event, Side},
-    plan::{Fault, Misbehaviour},
+    plan::{CLIENTS, Fault, Misbehaviour},
     run::mesh::Mesh,
 };
 
@@ -99,10 +99,9 @@ impl Active {
             if all { Ok("others show a new life of it".to_string()) } else { Err("no new life is shown".to_string()) }
         };
         let crossing = || {
-            let calls = since.clone().filter(|entry| {
-                matches!(&entry.event, Event::Call(call) if call.good()
-                && (victim(&call.node) || victim(&call.by)))
-            });
+            let calls = since.clone().filter(
+                |entry| matches!(&entry.event, Event::Call(call) if call.good() && crosses(call, &self.victims)),
+            );
             match calls.count() {
                 0 => Err("no call went over the touched links".to_string()),
                 count => Ok(format!("{count} calls were answered over the touched links")),
@@ -176,7 +175,12 @@ impl Active {
 
 /// Calls over the victims' links take longer than before.
 fn slower(entries: &[Entry], at: f64, victims: &[String]) -> Result<String, String> {
-    compare(entries, at, 5, |call| victims.contains(&call.node) || victims.contains(&call.by))
+    compare(entries, at, 5, |call| crosses(call, victims))
+}
+
+/// Whether a call goes over a victim's links.
+fn crosses(call: &Call, victims: &[String]) -> bool {
+    victims.iter().any(|v| *v == call.node || *v == call.by || v == CLIENTS && call.door.is_public())
 }
 
 /// Answers of the victims take longer than before; as soon as they do, they are asked less.

@@ -123,14 +123,18 @@ impl Pool {
             .await
             .map_err(|e| failed(&e, true))?;
         let (room, told) = (Arc::new(AtomicUsize::new(UNTOLD)), Arc::new(Notify::new()));
-        let (of, tell) = (room.clone(), told.clone());
+        let (of, tell, service) = (room.clone(), told.clone(), dialler.addr);
         tokio::spawn(poll_fn(move |cx| {
             let ended = Pin::new(&mut connection).poll(cx);
             let most = connection.current_max_send_streams();
             if of.swap(most, Relaxed) != most || ended.is_ready() {
                 tell.notify_one();
             }
-            ended.map(drop)
+            ended.map(|ended| {
+                if let Some(offence) = ended.err().as_ref().and_then(starling_http::offence) {
+                    tracing::warn!(%service, offence, "ended a connection to a service, with all calls on it");
+                }
+            })
         }));
         let _ = tokio::time::timeout(SAYS_WITHIN, told.notified()).await;
         let connection = Arc::new(Connection { sender, room, in_flight: AtomicUsize::new(1), _place: place });

@@ -5,6 +5,10 @@ use std::{num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
+use starling_http::{
+    accept::Sources,
+    shared_port::{self, UdpGroup},
+};
 use starling_node::{ExtraRoutes, Node, StartError, StateDir, config::Config};
 use starling_protocol::{NodeKind, admin};
 
@@ -40,7 +44,8 @@ pub enum EdgeError {
 /// A running edge.
 pub struct Edge {
     node: Node,
-    public: Option<quinn::Endpoint>,
+    /// Of its workers.
+    public: Vec<quinn::Endpoint>,
 }
 
 impl Edge {
@@ -54,15 +59,19 @@ impl Edge {
             Arc::new(Certificates::load(&sections.certificate, provider.clone()).map_err(EdgeError::Config)?);
         let policy = Policy::new(&sections, None).map_err(EdgeError::Config)?;
         let listen = sections.edge.listen;
-        let bind = |what, addr| {
-            let listener = std::net::TcpListener::bind(addr).map_err(|e| StartError::bind(what, addr, e))?;
-            listener.set_nonblocking(true).map_err(|e| StartError::bind(what, addr, e))?;
-            Ok::<_, StartError>(listener)
+        let workers = config.node.workers;
+        let bind =
+            |what, addr, listeners| shared_port::tcp(addr, listeners).map_err(|e| StartError::bind(what, addr, e));
+        let tcp = bind("the public port (TCP)", listen, workers)?;
+        let bound = tcp[0].local_addr().map_err(|e| StartError::bind("the public port (TCP)", listen, e))?;
+        // Where they cannot be shared out among threads there is one, and the node says so.
+        let UdpGroup { sockets, .. } =
+            shared_port::udp(bound, 0, workers).map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
+        let endpoints = sockets.len();
+        let redirect = match sections.edge.redirect {
+            Some(addr) => bind("the redirect port", addr, 1)?.pop(),
+            None => None,
         };
-        let tcp = bind("the public port (TCP)", listen)?;
-        let bound = tcp.local_addr().map_err(|e| StartError::bind("the public port (TCP)", listen, e))?;
-        let udp = std::net::UdpSocket::bind(bound).map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
-        let redirect = sections.edge.redirect.map(|addr| bind("the redirect port", addr)).transpose()?;
         let tls =
             listener::tcp_tls(provider.clone(), certificates.clone()).map_err(|e| EdgeError::Config(e.to_string()))?;
         let quic = listener::quic_config(provider, certificates.clone()).map_err(EdgeError::Config)?;
@@ -72,7 +81,6 @@ impl Edge {
         let keys = Arc::new(KeyFile::open(state.clone())?);
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
         let shared = Arc::new(Standing {
-            client: node.client().clone(),
             policy: ArcSwap::from_pointee(policy),
             keys,
             certificates,
@@ -87,7 +95,6 @@ impl Edge {
                 FAILURES_AT_ONCE,
             ),
         });
-        let gateway = Gateway(shared.clone());
         node.set_admin_routes(Arc::new(Routes(shared.clone())));
 
         let reload = Reload { path, shared: shared.clone() };
@@ -95,31 +102,37 @@ impl Edge {
         node.set_reload(move || reload.all());
         watch::spawn(node.reloader(), path, keys_path, seen);
 
-        let worker = node.worker();
         let drain = node.drain_signal().clone();
-        let public = {
-            let _runtime = worker.enter();
-            quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(quic), udp, Arc::new(quinn::TokioRuntime))
-                .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?
-        };
-        let shelf = listener::shelf();
-        worker.spawn(listener::serve_quic(public.clone(), gateway.clone(), shelf.clone(), drain.clone()));
-        let of = drain.clone();
-        worker.spawn(async move {
-            match tokio::net::TcpListener::from_std(tcp) {
-                Ok(tcp) => listener::serve_tcp(tcp, tls, gateway, shelf, of).await,
-                Err(error) => tracing::error!(%error, "the public port"),
-            }
-        });
-        if let Some(redirect) = redirect {
-            worker.spawn(async move {
+        let (shelf, places, connected) = (listener::shelf(), listener::places(), Sources::default());
+        let mut public = Vec::new();
+        for (worker, socket) in node.workers().iter().zip(sockets) {
+            let _runtime = worker.runtime().enter();
+            let endpoint = listener::quic_endpoint(socket, worker.index(), quic.clone())
+                .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
+            let gateway = Gateway(shared.clone(), worker.client().clone());
+            let (shelf, drain, connected) = (shelf.clone(), drain.clone(), connected.clone());
+            worker.runtime().spawn(listener::serve_quic(endpoint.clone(), endpoints, connected, gateway, shelf, drain));
+            public.push(endpoint);
+        }
+        for (worker, tcp) in node.workers().iter().zip(tcp) {
+            let gateway = Gateway(shared.clone(), worker.client().clone());
+            let (tls, places, shelf, drain) = (tls.clone(), places.clone(), shelf.clone(), drain.clone());
+            worker.runtime().spawn(async move {
+                match tokio::net::TcpListener::from_std(tcp) {
+                    Ok(tcp) => listener::serve_tcp(tcp, places, tls, gateway, shelf, drain).await,
+                    Err(error) => tracing::error!(%error, "the public port"),
+                }
+            });
+        }
+        if let (Some(redirect), Some(worker)) = (redirect, node.workers().first()) {
+            worker.runtime().spawn(async move {
                 match tokio::net::TcpListener::from_std(redirect) {
                     Ok(redirect) => listener::serve_redirect(redirect, alt_svc_port, drain).await,
                     Err(error) => tracing::error!(%error, "the redirect port"),
                 }
             });
         }
-        Ok(Self { node, public: Some(public) })
+        Ok(Self { node, public })
     }
 
     /// Its node.
@@ -130,9 +143,7 @@ impl Edge {
 
 impl Drop for Edge {
     fn drop(&mut self) {
-        if let Some(public) = self.public.take() {
-            public.close(0u32.into(), b"");
-        }
+        self.public.iter().for_each(|endpoint| endpoint.close(0u32.into(), b""));
     }
 }
 

@@ -143,12 +143,11 @@ struct Admitted {
     fields: HeaderMap,
 }
 
-/// Answers public requests. Cheap to clone.
+/// Answers public requests, on one worker. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Gateway(pub(crate) Arc<Standing>);
+pub(crate) struct Gateway(pub(crate) Arc<Standing>, pub(crate) MeshClient);
 
 pub(crate) struct Standing {
-    pub(crate) client: MeshClient,
     pub(crate) policy: ArcSwap<Policy>,
     pub(crate) keys: Arc<KeyFile>,
     pub(crate) certificates: Arc<Certificates>,
@@ -266,7 +265,7 @@ impl Gateway {
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service: route.service.clone(), version, request, limits };
-        let mut response = self.0.client.call(call).await.map_err(|error| {
+        let mut response = self.1.call(call).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
             Problem { detail: detail.into(), ..Problem::from(error) }

@@ -1,14 +1,20 @@
 //! Public listeners: HTTP/1.1 and 2 over TLS on TCP, HTTP/3 on UDP of the same port, and a plain port that redirects.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use quinn::crypto::rustls::QuicServerConfig;
 use rustls::crypto::CryptoProvider;
 use starling_http::{
     Body, Drain, Problem, ProxyError, Shelf, Transport,
-    accept::{self, Room, TcpRoom},
+    accept::{self, Room, Sources, TcpPlaces, TcpRoom},
     h3,
+    shared_port::OwnedBy,
     tcp::{self, Limits, Socket, Speaks},
 };
 use tokio::net::TcpListener;
@@ -60,6 +66,11 @@ pub(crate) fn shelf() -> Shelf {
     Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into())
 }
 
+/// Room for connections over TCP, on all workers.
+pub(crate) fn places() -> TcpPlaces {
+    TCP_ROOM.places()
+}
+
 fn limits(shelf: Shelf) -> Limits {
     Limits { max_streams: MAX_STREAMS, stream_window_bytes: STREAM_WINDOW_BYTES, idle: IDLE, shelf }
 }
@@ -94,10 +105,24 @@ pub(crate) fn quic_config(
     Ok(server)
 }
 
+/// The endpoint of the worker with that index.
+pub(crate) fn quic_endpoint(socket: UdpSocket, index: u8, server: quinn::ServerConfig) -> io::Result<quinn::Endpoint> {
+    let mut config = quinn::EndpointConfig::default();
+    config.cid_generator(move || Box::new(OwnedBy(index)));
+    quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
+}
+
 /// Accepts until the drain.
-pub(crate) async fn serve_tcp(listener: TcpListener, tls: TlsAcceptor, gateway: Gateway, shelf: Shelf, drain: Drain) {
+pub(crate) async fn serve_tcp(
+    listener: TcpListener,
+    places: TcpPlaces,
+    tls: TlsAcceptor,
+    gateway: Gateway,
+    shelf: Shelf,
+    drain: Drain,
+) {
     let of = drain.clone();
-    accept::tcp(listener, TCP_ROOM, drain, move |stream, client| {
+    accept::tcp(listener, places, drain, move |stream, client| {
         serve_tls(stream, client, tls.clone(), gateway.clone(), shelf.clone(), of.clone())
     })
     .await;
@@ -119,10 +144,17 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
     .await;
 }
 
-/// Accepts until the drain, or until the endpoint closes.
-pub(crate) async fn serve_quic(endpoint: quinn::Endpoint, gateway: Gateway, shelf: Shelf, drain: Drain) {
+/// Accepts at one of `endpoints` until the drain, or until it closes.
+pub(crate) async fn serve_quic(
+    endpoint: quinn::Endpoint,
+    endpoints: usize,
+    connected: Sources,
+    gateway: Gateway,
+    shelf: Shelf,
+    drain: Drain,
+) {
     let of = drain.clone();
-    let accepting = accept::quic(endpoint, ROOM, move |connection| {
+    let accepting = accept::quic(endpoint, ROOM.shared_by(endpoints), connected, move |connection| {
         let (gateway, shelf, of) = (gateway.clone(), shelf.clone(), of.clone());
         async move {
             let _ = of.clone().spawn(serve_h3(connection, gateway, shelf, of)).await;
@@ -151,7 +183,7 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
 /// Answers plain HTTP with the way to HTTPS.
 pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drain: Drain) {
     let of = drain.clone();
-    accept::tcp(listener, TCP_ROOM, drain, move |stream, _| {
+    accept::tcp(listener, places(), drain, move |stream, _| {
         let answer = move |request| async move { redirect(request, public_port) };
         tcp::serve(stream, Speaks::Http1, limits(shelf()), of.clone(), answer)
     })

@@ -27,7 +27,7 @@ use self::{
     caller::{Caller, UNKNOWN},
     view::services,
 };
-use crate::MeshClient;
+use crate::call::Calls;
 
 /// Longest request body, in bytes.
 const MAX_BODY_BYTES: usize = 512 << 10;
@@ -35,7 +35,7 @@ const MAX_BODY_BYTES: usize = 512 << 10;
 /// What the admin API asks of the node.
 pub(crate) trait Subject: Send + Sync + 'static {
     fn snapshot(&self) -> Arc<Snapshot>;
-    fn client(&self) -> &MeshClient;
+    fn calls(&self) -> &Calls;
     fn status(&self) -> impl Future<Output = admin::Status> + Send;
     fn is_ready(&self) -> bool;
     fn metrics(&self) -> impl Future<Output = String> + Send;
@@ -164,7 +164,7 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
             Ok(free) => answer_to(subject.free_name(free.name).await),
             Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
         },
-        ("GET", "/v1/services") => json(StatusCode::OK, &services(&snapshot, subject.client())),
+        ("GET", "/v1/services") => json(StatusCode::OK, &services(&snapshot, subject.calls())),
         ("GET", "/v1/status") => json(StatusCode::OK, &subject.status().await),
         ("POST", "/v1/drain" | "/v1/leave") => {
             subject.drain();

@@ -25,9 +25,11 @@ use tokio::sync::watch;
 
 use self::{
     attempt::Terms,
-    choose::{Candidate, pick},
+    choose::{Candidate, KnownPeers, pick},
     connect::Pool,
 };
+use crate::{identity::Identity, port::endpoint::MeshEndpoint};
+
 pub use self::{
     attempt::{Carried, MadeByNode},
     error::{CallError, Fault, Sent},
@@ -103,13 +105,18 @@ impl LimitSettings {
     }
 }
 
-/// Calls services. Cheap to clone; every clone shares connections and experience.
+/// Calls services, from one worker. Cheap to clone; every clone shares its worker's connections, and what the node knows of its
+/// peers.
 #[derive(Clone)]
-pub struct MeshClient(Arc<ClientState>);
-
-struct ClientState {
-    snapshot: watch::Receiver<Arc<Snapshot>>,
+pub struct MeshClient {
+    node: Arc<Calls>,
     pool: Arc<Pool>,
+}
+
+/// All calls of a node: what its workers share.
+pub(crate) struct Calls {
+    snapshot: watch::Receiver<Arc<Snapshot>>,
+    known: Arc<KnownPeers>,
     zone: String,
     /// How we sign in `Via`.
     pseudonym: String,
@@ -119,48 +126,56 @@ struct ClientState {
     retries: AtomicU64,
 }
 
-impl MeshClient {
+impl Calls {
     pub(crate) fn new(
         snapshot: watch::Receiver<Arc<Snapshot>>,
-        pool: Arc<Pool>,
         zone: String,
         pseudonym: String,
         introduction: Introduction,
     ) -> Self {
         let via = HeaderValue::from_str(&format!("2 {pseudonym}")).expect("a pseudonym is ASCII");
-        let budget = RetryBudget::default();
-        let retries = AtomicU64::new(0);
-        Self(Arc::new(ClientState { snapshot, pool, zone, pseudonym, via, budget, introduction, retries }))
+        let (known, budget, retries) = Default::default();
+        Self { snapshot, known, zone, pseudonym, via, budget, introduction, retries }
+    }
+
+    /// Calls in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.known.in_flight()
+    }
+
+    /// Attempts beyond the first, since the start.
+    pub(crate) fn retries(&self) -> u64 {
+        self.retries.load(Relaxed)
+    }
+
+    /// Whether calls keep away from that instance for now.
+    pub(crate) fn is_ejected(&self, id: &NodeId, service: &Name) -> bool {
+        self.known.is_ejected(id, service)
+    }
+}
+
+impl MeshClient {
+    /// For a worker: with connections of its own.
+    pub(crate) fn on(node: Arc<Calls>, identity: Arc<Identity>, endpoint: MeshEndpoint) -> Self {
+        let pool = Arc::new(Pool::new(identity, endpoint, node.known.clone()));
+        Self { node, pool }
     }
 
     /// How this node calls itself in `Via` and `Proxy-Status`.
     pub fn pseudonym(&self) -> &str {
-        &self.0.pseudonym
-    }
-
-    /// Calls in flight.
-    pub fn in_flight(&self) -> usize {
-        self.0.pool.in_flight()
-    }
-
-    /// Attempts beyond the first, since the start.
-    pub fn retries(&self) -> u64 {
-        self.0.retries.load(Relaxed)
-    }
-
-    /// Whether calls keep away from that instance for now.
-    pub fn is_ejected(&self, id: &NodeId, service: &Name) -> bool {
-        self.0.pool.is_ejected(id, service)
+        &self.node.pseudonym
     }
 
     /// The mesh as calls see it.
     pub fn snapshot(&self) -> Arc<Snapshot> {
-        self.0.snapshot.borrow().clone()
+        self.node.snapshot.borrow().clone()
     }
 
     pub(crate) fn forget_strangers(&self) {
         let snapshot = self.snapshot();
-        self.0.pool.retain(|id| snapshot.member(id).is_some());
+        let is_member = |id: &NodeId| snapshot.member(id).is_some();
+        self.pool.retain(is_member);
+        self.node.known.retain(is_member);
     }
 
     /// Makes a call. Dropping the future cancels it at the service's node too.
@@ -169,7 +184,7 @@ impl MeshClient {
         let (mut parts, body) = request.into_parts();
         let earlier = attempts_so_far(&parts.headers);
         self.prepare(&mut parts)?;
-        self.0.budget.earn();
+        self.node.budget.earn();
 
         let bodiless = http_body::Body::is_end_stream(&body);
         let source = (!bodiless).then(|| Source::new(body));
@@ -183,7 +198,7 @@ impl MeshClient {
             let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead) {
                 Ok(candidate) => candidate,
                 // Just started, a node does not know yet what there is.
-                Err(_) if failed.is_none() && !self.0.introduction.is_over(&self.snapshot()) && !due.is_over() => {
+                Err(_) if failed.is_none() && !self.node.introduction.is_over(&self.snapshot()) && !due.is_over() => {
                     tokio::time::sleep(INTRODUCED).await;
                     continue;
                 }
@@ -201,7 +216,7 @@ impl MeshClient {
                     && !due.is_over()
                     && (sent == Sent::No || parts.method.is_idempotent())
                     && source.as_ref().is_none_or(Source::can_replay)
-                    && self.0.budget.spend()
+                    && self.node.budget.spend()
             };
             match outcome {
                 Ok(answer) => match answer.unanswered {
@@ -210,7 +225,7 @@ impl MeshClient {
                 },
                 // Nobody had any work with it, so that it costs no retry, only time.
                 Err(error) if error.fault == Fault::Mesh && !due.is_over() && dead.len() < MAX_UNREACHED => {
-                    self.0.retries.fetch_add(1, Relaxed);
+                    self.node.retries.fetch_add(1, Relaxed);
                     dead.push(candidate.instance.node);
                     failed = Some(error);
                     continue;
@@ -226,7 +241,7 @@ impl MeshClient {
                     failed = Some(error);
                 }
             }
-            self.0.retries.fetch_add(1, Relaxed);
+            self.node.retries.fetch_add(1, Relaxed);
             if attempt > 1 {
                 let pause = RETRY_PAUSE.mul_f64(rand::rng().random_range(0.1..1.0));
                 tokio::time::sleep(pause).await;
@@ -236,7 +251,7 @@ impl MeshClient {
 
     /// What is the same for every attempt.
     fn prepare(&self, parts: &mut request::Parts) -> Result<(), CallError> {
-        let own = &self.0.pseudonym;
+        let own = &self.node.pseudonym;
         let visits = parts
             .headers
             .get_all(header::VIA)
@@ -254,7 +269,7 @@ impl MeshClient {
                 format!("the call has been through this node {visits} times already"),
             ));
         }
-        parts.headers.append(header::VIA, self.0.via.clone());
+        parts.headers.append(header::VIA, self.node.via.clone());
         Ok(())
     }
 
@@ -280,8 +295,8 @@ impl MeshClient {
             ));
         };
         let matching = instances.iter().filter(|i| version.is_none_or(|v| i.version == v)).cloned();
-        let candidates = self.0.pool.candidates(matching);
-        pick(&candidates, &self.0.zone, tried, dead, &mut rand::rng()).cloned().ok_or_else(|| match version {
+        let candidates = self.pool.candidates(matching);
+        pick(&candidates, &self.node.zone, tried, dead, &mut rand::rng()).cloned().ok_or_else(|| match version {
             Some(version) => unavailable(format!("no instance of {service} {version} is alive")),
             None => unavailable(format!("no instance of {service} is alive")),
         })

@@ -55,7 +55,7 @@ pub struct NodeConfig {
     pub token_file: Option<PathBuf>,
     /// Where this node stands; calls prefer instances in the same zone.
     pub zone: String,
-    /// Data-plane threads. This version has one.
+    /// Threads that carry calls. Default: one a core, at most 8.
     pub workers: usize,
     /// On issuers: how long the certificates they sign are good. Default 24 h.
     #[serde(deserialize_with = "duration")]
@@ -64,6 +64,11 @@ pub struct NodeConfig {
     #[serde(deserialize_with = "duration")]
     pub drain_timeout: Duration,
 }
+
+/// Threads that carry calls, if nobody says how many: at most.
+const DEFAULT_WORKERS: usize = 8;
+/// More than machines have cores that would be of use.
+const MAX_WORKERS: usize = 64;
 
 impl Default for NodeConfig {
     fn default() -> Self {
@@ -76,7 +81,7 @@ impl Default for NodeConfig {
             token: None,
             token_file: None,
             zone: String::new(),
-            workers: 1,
+            workers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(DEFAULT_WORKERS)),
             cert_ttl: crate::identity::authority::DEFAULT_CERT_LIFE,
             drain_timeout: Duration::from_secs(15),
         }
@@ -321,8 +326,9 @@ impl Config {
     pub fn problems(&self) -> Vec<(String, String)> {
         let mut found = Vec::new();
         let mut problem = |key: String, what: String| found.push((key, what));
-        if self.node.workers != 1 {
-            problem("node.workers".into(), "this version runs one worker; set workers = 1 or leave it out".into());
+        if !(1..=MAX_WORKERS).contains(&self.node.workers) {
+            let what = format!("from 1 to {MAX_WORKERS}; leave it out for one a core");
+            problem("node.workers".into(), what);
         }
         if self.node.zone.len() > 64 {
             problem("node.zone".into(), "longer than 64 bytes; shorten it".into());

@@ -34,14 +34,15 @@ use crate::{
 /// Calls at once; beyond it they are refused at once, not queued.
 const MAX_IN_FLIGHT: usize = 10_000;
 
-/// Serves the calls of other nodes.
+/// Serves the calls of other nodes, on one worker.
 #[derive(Clone)]
 pub(crate) struct Inbound(Arc<Services>);
 
 struct Services {
     services: HashMap<Name, LocalService>,
     pseudonym: String,
-    in_flight: AtomicUsize,
+    /// On all workers.
+    in_flight: Arc<AtomicUsize>,
     metrics: Metrics,
     windows: Windows,
 }
@@ -49,7 +50,15 @@ struct Services {
 impl Inbound {
     pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics, windows: Windows) -> Self {
         let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s))).collect();
-        Self(Arc::new(Services { services, pseudonym, in_flight: AtomicUsize::new(0), metrics, windows }))
+        Self(Arc::new(Services { services, pseudonym, in_flight: Arc::default(), metrics, windows }))
+    }
+
+    /// The same for another worker: with connections of its own to the services.
+    pub(crate) fn for_another(&self) -> Self {
+        let Services { services, pseudonym, in_flight, metrics, windows } = &*self.0;
+        let services = services.iter().map(|(name, service)| (name.clone(), service.for_another())).collect();
+        let (pseudonym, in_flight, metrics) = (pseudonym.clone(), in_flight.clone(), metrics.clone());
+        Self(Arc::new(Services { services, pseudonym, in_flight, metrics, windows: *windows }))
     }
 
     /// Calls in flight.
@@ -233,7 +242,7 @@ impl Counted {
 
     /// How many others there are, of the service: a busy neighbour is not its fault.
     fn others(&self) -> usize {
-        let of = self.service.as_ref().map_or(&self.all.in_flight, |service| service.in_flight());
+        let of = self.service.as_ref().map_or(&*self.all.in_flight, |service| service.in_flight());
         of.load(Relaxed).saturating_sub(1)
     }
 }

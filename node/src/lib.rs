@@ -27,5 +27,5 @@ pub use identity::{
 };
 pub use mesh::documents::Documents;
 pub use observe::metrics::Metrics;
-pub use run::{Node, StartError};
+pub use run::{Node, StartError, Worker};
 pub use state::{StateDir, StateError, StateLock};

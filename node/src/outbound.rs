@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use http::{Request, Response, StatusCode};
 use starling_http::{
     Body, Drain, Guarded, Problem, ProxyError, Shelf,
-    accept::{self, TcpRoom},
+    accept::{self, TcpPlaces, TcpRoom},
     is_grpc,
     normal::{self, Origin},
     tcp::{self, Limits, Speaks},
@@ -25,7 +25,7 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// Connections of the application to one door, which all come from one address.
 const ROOM: TcpRoom = TcpRoom { connections: 10_000, of_one: 10_000 };
 
-/// One door.
+/// One door, as one worker serves it.
 #[derive(Clone)]
 pub(crate) struct Door {
     pub(crate) client: MeshClient,
@@ -33,6 +33,18 @@ pub(crate) struct Door {
     pub(crate) service: Option<Name>,
     pub(crate) limits: LimitSettings,
     pub(crate) metrics: Metrics,
+    pub(crate) places: TcpPlaces,
+    pub(crate) shelf: Shelf,
+}
+
+/// Room for the application's connections to one door, on all workers.
+pub(crate) fn places() -> TcpPlaces {
+    ROOM.places()
+}
+
+/// Where its uploads stand that the mesh does not take.
+pub(crate) fn shelf() -> Shelf {
+    Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into())
 }
 
 impl Door {
@@ -43,9 +55,9 @@ impl Door {
             max_streams: MAX_STREAMS,
             stream_window_bytes: STREAM_WINDOW_BYTES,
             idle: IDLE,
-            shelf: Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into()),
+            shelf: self.shelf.clone(),
         };
-        accept::tcp(listener, ROOM, drain, move |stream, _| {
+        accept::tcp(listener, self.places.clone(), drain, move |stream, _| {
             let door = self.clone();
             tcp::serve(stream, Speaks::Either, limits.clone(), of.clone(), move |request| {
                 let door = door.clone();

@@ -2,4 +2,3 @@
 
 pub(crate) mod endpoint;
 pub(crate) mod frames;
-pub(crate) mod reuseport;

@@ -20,13 +20,13 @@ use std::{
 use starling_gossip::{Gossip, GossipHandle, Ident, Memory};
 use starling_http::{Drain, accept::Sources, pseudonym};
 use starling_protocol::{Name, NodeKind, Phase};
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Documents, MeshClient, Metrics,
     admin::{self, ExtraRoutes, Subject},
-    call::{Introduction, connect::Pool},
+    call::{Calls, Introduction},
     config::Config,
     identity::{
         Identity, RecordCredentials,
@@ -36,20 +36,21 @@ use crate::{
     },
     inbound::{Inbound, condition::Condition, health},
     mesh::{links::Links, reachability},
-    outbound::Door,
-    port::endpoint::{CONTROL, FIRST_WORKER, MeshEndpoint, Windows, load_or_create_reset_key},
+    outbound::{self, Door},
+    port::endpoint::{CONTROL, MeshEndpoint, Windows, load_or_create_reset_key},
     state::{StateDir, StateLock},
 };
 
 pub use self::error::StartError;
 pub(crate) use self::life::keep_peers;
+pub use self::worker::Worker;
 use self::{
     addresses::{Bound, DoorFrame, MESH_PORT, tokio_listener},
     establish::{Established, establish_identity},
     life::{announcement, next_generation, remembered_peers, zone_of},
     reception::Reception,
     upkeep::{resolve_seeds, take_stock},
-    worker::Worker,
+    worker::Thread,
 };
 
 /// How long peers get to take in that this node drains, before its connections say so.
@@ -60,8 +61,7 @@ const LEAVE_GRACE: Duration = Duration::from_millis(300);
 /// A running node. Dropping it does not stop it; [`Node::drain`] does.
 pub struct Node {
     running: Arc<Running>,
-    worker: Worker,
-    endpoints: [MeshEndpoint; 2],
+    workers: Vec<Worker>,
     drain_asked: CancellationToken,
     _lock: StateLock,
 }
@@ -74,7 +74,8 @@ struct Running {
     condition: Condition,
     documents: Documents,
     control: MeshEndpoint,
-    client: MeshClient,
+    calls: Arc<Calls>,
+    /// Of the control thread: it takes calls where nobody else can.
     inbound: Inbound,
     metrics: Metrics,
     /// Of what takes calls from others, and from the public.
@@ -116,7 +117,7 @@ impl Node {
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
         let lock = state.lock()?;
 
-        let Bound { listen, advertise, control_socket, worker_socket, admin_listener, doors } = Bound::all(config)?;
+        let Bound { listen, advertise, control_socket, worker_sockets, admin_listener, doors } = Bound::all(config)?;
 
         let authority = Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl)));
         let Established { identity, peers: peers_told } = establish_identity(config, kind, &state, &authority).await?;
@@ -131,11 +132,12 @@ impl Node {
         let io_error = |e| StartError::bind(MESH_PORT, listen, e);
 
         let windows = Windows::of(config.gossip.profile);
-        let control = MeshEndpoint::new(control_socket, CONTROL, &identity, &reset_key, windows).map_err(io_error)?;
-        let worker = Worker::start();
-        let worker_endpoint = {
-            let _runtime = worker.handle.enter();
-            MeshEndpoint::new(worker_socket, FIRST_WORKER, &identity, &reset_key, windows).map_err(io_error)?
+        let endpoint =
+            |socket, index| MeshEndpoint::new(socket, listen, index, &identity, &reset_key, windows).map_err(io_error);
+        let control = endpoint(Some(control_socket), CONTROL)?;
+        let sockets: Vec<_> = match worker_sockets.is_empty() {
+            true => vec![None],
+            false => worker_sockets.into_iter().map(Some).collect(),
         };
 
         let me = Ident { id: identity.id(), addr: advertise, generation };
@@ -159,10 +161,16 @@ impl Node {
 
         let metrics = Metrics::new();
         let own = pseudonym(identity.name());
-        let pool = Arc::new(Pool::new(identity.clone(), worker_endpoint.clone()));
         let introduction = Introduction::new(!config.node.seeds.is_empty() || knows_peers);
-        let client = MeshClient::new(gossip.watch(), pool, zone_of(config, &identity), own.clone(), introduction);
+        let calls = Arc::new(Calls::new(gossip.watch(), zone_of(config, &identity), own.clone(), introduction));
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
+        let start = |(index, socket)| {
+            let thread = Thread::start(index);
+            let endpoint = thread.enter(|| endpoint(socket, index))?;
+            let client = MeshClient::on(calls.clone(), identity.clone(), endpoint.clone());
+            Ok(Worker { thread, index, endpoint, client, inbound: inbound.for_another() })
+        };
+        let workers = (CONTROL + 1..).zip(sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
         let condition = Condition::new(&config.service, gossip.clone());
         let drain = Drain::default();
         let doors_drain = Drain::default();
@@ -173,7 +181,7 @@ impl Node {
             links: links.clone(),
             documents,
             control: control.clone(),
-            client: client.clone(),
+            calls,
             inbound: inbound.clone(),
             metrics: metrics.clone(),
             drain: drain.clone(),
@@ -183,7 +191,10 @@ impl Node {
             kind,
             listen,
             advertise,
-            outbound: doors.iter().find(|door| door.service.is_none()).and_then(|door| door.listener.local_addr().ok()),
+            outbound: doors
+                .iter()
+                .find(|door| door.service.is_none())
+                .and_then(|door| door.listeners[0].local_addr().ok()),
             started: Instant::now(),
             introduction,
             seeds: watch::Sender::new(config.node.seeds.clone()),
@@ -195,13 +206,28 @@ impl Node {
 
         let admission = Admission::new(identity, authority, gossip.clone(), running.documents.clone(), control.clone());
         let strangers = Sources::default();
-        let reception = Reception { running: running.clone(), admission: admission.clone(), strangers };
-        tokio::spawn(reception.clone().accept(control.listening.clone()));
-        worker.handle.spawn(reception.accept(worker_endpoint.listening.clone()));
+        let connected = Sources::default();
+        let reception = |inbound: &Inbound| Reception {
+            running: running.clone(),
+            inbound: inbound.clone(),
+            admission: admission.clone(),
+            strangers: strangers.clone(),
+            connected: connected.clone(),
+        };
+        let endpoints = workers.len() + 1;
+        if let Some(listening) = control.listening() {
+            tokio::spawn(reception(&inbound).accept(listening.clone(), endpoints));
+        }
+        for worker in &workers {
+            tokio::spawn(worker::watch(worker.runtime().clone(), worker.index()));
+            if let Some(listening) = worker.endpoint.listening() {
+                worker.runtime().spawn(reception(&worker.inbound).accept(listening.clone(), endpoints));
+            }
+        }
         tokio::spawn(names::run(admission.clone()));
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
         tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
-        tokio::spawn(take_stock(running.clone()));
+        tokio::spawn(take_stock(running.clone(), workers.iter().map(|worker| worker.client.clone()).collect()));
         tokio::spawn(memory::give_back());
         health::spawn(&config.service, &condition);
         tokio::spawn(reachability::watch(gossip.clone(), links.clone(), condition));
@@ -212,27 +238,26 @@ impl Node {
         let (socket, subject) = (state.path().join("admin.sock"), running.clone());
         tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
 
-        for DoorFrame { service, limits, listener } in doors {
-            let door = Door { client: client.clone(), service, limits, metrics: metrics.clone() };
-            let of = doors_drain.clone();
-            worker.handle.spawn(async move {
-                match tokio_listener(listener) {
-                    Ok(listener) => door.serve(listener, of).await,
-                    Err(error) => tracing::error!(%error, "an outbound port"),
-                }
-            });
+        for DoorFrame { service, limits, listeners } in doors {
+            let (places, shelf) = (outbound::places(), outbound::shelf());
+            for (worker, listener) in workers.iter().zip(listeners) {
+                let (client, service, metrics) = (worker.client.clone(), service.clone(), metrics.clone());
+                let door = Door { client, service, limits, metrics, places: places.clone(), shelf: shelf.clone() };
+                let of = doors_drain.clone();
+                worker.runtime().spawn(async move {
+                    match tokio_listener(listener) {
+                        Ok(listener) => door.serve(listener, of).await,
+                        Err(error) => tracing::error!(%error, "an outbound port"),
+                    }
+                });
+            }
         }
-        Ok(Self { running, worker, endpoints: [control, worker_endpoint], drain_asked, _lock: lock })
+        Ok(Self { running, workers, drain_asked, _lock: lock })
     }
 
-    /// Calls services from within this process, on the worker's thread.
-    pub fn client(&self) -> &MeshClient {
-        &self.running.client
-    }
-
-    /// The thread that carries calls: listeners of an edge run there too.
-    pub fn worker(&self) -> &tokio::runtime::Handle {
-        &self.worker.handle
+    /// The threads that carry calls: listeners of an edge run there too.
+    pub fn workers(&self) -> &[Worker] {
+        &self.workers
     }
 
     /// What listeners of an edge must take part in.
@@ -313,10 +338,11 @@ impl Node {
         running.gossip.leave().await;
         tokio::time::sleep(LEAVE_GRACE).await;
         running.documents.acquit();
-        for endpoint in &self.endpoints {
-            endpoint.close().await;
-        }
-        self.worker.stop.cancel();
+        let endpoints = self.workers.iter().map(|worker| &worker.endpoint).chain([&self.running.control]);
+        let mut closing: JoinSet<()> =
+            endpoints.cloned().map(|endpoint| async move { endpoint.close().await }).collect();
+        while closing.join_next().await.is_some() {}
+        self.workers.iter().for_each(Worker::stop);
         finished
     }
 }

@@ -103,9 +103,11 @@ async fn a_node_says_why_it_does_not_start() {
     let mut args = node(&empty);
     args.extend(["--token-file".into(), path(dir.path(), "missing")]);
     assert!(said(args).await.contains("token file"));
-    let mut args = node(&empty);
-    args.extend(["--workers".into(), "4".into()]);
-    assert!(said(args).await.contains("one worker"));
+    for workers in ["0", "65"] {
+        let mut args = node(&empty);
+        args.extend(["--workers".into(), workers.into()]);
+        assert!(said(args).await.contains("node.workers: from 1 to 64"));
+    }
     let mut args = node(&empty);
     args.extend(["--service".into(), "a=192.0.2.1:80".into()]);
     assert!(said(args).await.contains("loopback"));

@@ -28,6 +28,22 @@ pub struct TcpRoom {
     pub of_one: usize,
 }
 
+impl TcpRoom {
+    /// Its places, to be shared by all who accept at one address.
+    pub fn places(self) -> TcpPlaces {
+        let most = self.connections.min(descriptors() / DESCRIPTORS_OF_ONE);
+        TcpPlaces { free: Arc::new(Semaphore::new(most)), sources: Sources::default(), of_one: self.of_one }
+    }
+}
+
+/// Places for the connections to one address. Cheap to clone; every clone gives the same.
+#[derive(Debug, Clone)]
+pub struct TcpPlaces {
+    free: Arc<Semaphore>,
+    sources: Sources,
+    of_one: usize,
+}
+
 /// Of a process's file descriptors, each listener's connections take one in so many at most: each leads to another one, and
 /// some are needed to dial peers, and to be asked what is the matter.
 const DESCRIPTORS_OF_ONE: usize = 3;
@@ -39,17 +55,15 @@ fn descriptors() -> usize {
 
 /// Accepts connections until the drain, as many as there is room for. Each is served by a task that the drain waits for.
 /// Addresses are told with it.
-pub async fn tcp<S, F>(listener: TcpListener, room: TcpRoom, drain: Drain, serve: S)
+pub async fn tcp<S, F>(listener: TcpListener, places: TcpPlaces, drain: Drain, serve: S)
 where
     S: Fn(Socket, SocketAddr) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let places = Arc::new(Semaphore::new(room.connections.min(descriptors() / DESCRIPTORS_OF_ONE)));
-    let sources = Sources::default();
     let (mut failed, mut full) = (Seldom::default(), Seldom::default());
     loop {
         let accepted = async {
-            let place = places.clone().acquire_owned().await;
+            let place = places.free.clone().acquire_owned().await;
             (place, listener.accept().await)
         };
         let (place, accepted) = tokio::select! {
@@ -59,9 +73,9 @@ where
         match accepted {
             Ok((stream, from)) => {
                 // Whoever has as many as he may have is not let in, rather than all others.
-                let Some(one_of) = sources.enter(from.ip(), room.of_one) else {
+                let Some(one_of) = places.sources.enter(from.ip(), places.of_one) else {
                     if full.may_speak() {
-                        tracing::warn!(from = %source_of(from.ip()), most = room.of_one, "an address has as many connections as it may");
+                        tracing::warn!(from = %source_of(from.ip()), most = places.of_one, "an address has as many connections as it may");
                     }
                     continue;
                 };
@@ -111,6 +125,18 @@ pub struct Room {
 }
 
 impl Room {
+    /// The share of one of so many endpoints on a port.
+    #[must_use]
+    pub fn shared_by(self, endpoints: usize) -> Self {
+        let share = |all: usize| all.div_ceil(endpoints.max(1));
+        Self {
+            connections: share(self.connections),
+            unproven: share(self.unproven),
+            unproven_handshakes: share(self.unproven_handshakes),
+            ..self
+        }
+    }
+
     /// Lets a connection attempt in, or refuses it, or asks it to prove its address; `None` if it is dealt with.
     fn admit(
         self,
@@ -197,13 +223,13 @@ pub fn source_of(ip: IpAddr) -> IpAddr {
 }
 
 /// Accepts connections until the endpoint closes or the future is dropped. Each is served by a task of its own, which
-/// outlives that.
-pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, serve: S)
+/// outlives that. `connected` counts those of all endpoints on the port, by where they come from.
+pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, connected: Sources, serve: S)
 where
     S: Fn(quinn::Connection) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let (handshakes, connected) = (Sources::default(), Sources::default());
+    let handshakes = Sources::default();
     let full = Arc::new(Mutex::new(Seldom::default()));
     while let Some(incoming) = endpoint.accept().await {
         let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };

@@ -17,6 +17,7 @@ mod transport;
 pub mod accept;
 pub mod h3;
 pub mod normal;
+pub mod shared_port;
 pub mod tcp;
 
 pub use body::{Body, BodyError};

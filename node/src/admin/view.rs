@@ -4,7 +4,7 @@ use starling_gossip::{MemberView, Snapshot};
 use starling_protocol::{MemberHealth, NodeId, NodeKind, Sight, admin};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::MeshClient;
+use crate::call::Calls;
 
 /// Unix seconds as RFC 3339.
 pub(crate) fn rfc3339(unix: u64) -> String {
@@ -72,7 +72,7 @@ pub(crate) fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
 }
 
 /// Services by version, with their instances.
-pub(crate) fn services(snapshot: &Snapshot, client: &MeshClient) -> Vec<admin::Service> {
+pub(crate) fn services(snapshot: &Snapshot, calls: &Calls) -> Vec<admin::Service> {
     let mut services: Vec<admin::Service> = Vec::new();
     for member in snapshot.members.iter().filter(|m| !m.left) {
         let Some(record) = &member.record else { continue };
@@ -83,7 +83,7 @@ pub(crate) fn services(snapshot: &Snapshot, client: &MeshClient) -> Vec<admin::S
                 zone: record.zone.clone(),
                 status: status_of(member),
                 state: service.state,
-                ejected: client.is_ejected(&member.id, &service.name),
+                ejected: calls.is_ejected(&member.id, &service.name),
             };
             match services.iter_mut().find(|s| s.name == service.name && s.version == service.version) {
                 Some(known) => known.instances.push(instance),

@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     CallError, Fault, MeshClient, Sent,
     choose::{Candidate, PendingCall},
-    connect::Connection,
+    connect::{Connection, InUse},
 };
 
 /// What all attempts of a call have in common.
@@ -47,11 +47,11 @@ impl MeshClient {
         };
         let connection = tokio::select! {
             biased;
-            connection = self.0.pool.connection(instance) => connection.map_err(|e| unreached(e.to_string()))?,
+            connection = self.pool.connection(instance) => connection.map_err(|e| unreached(e.to_string()))?,
             late = due.passed() => return Err(too_late(late, due, Sent::No)),
         };
         let pending = candidate.begin();
-        connection.wake_watch();
+        let connection = connection.begin();
         let begun = Instant::now();
         tell_deadline(parts, due);
         let outcome = exchange(&connection, instance, parts, terms).await;
@@ -112,7 +112,7 @@ impl MeshClient {
 /// What the body of an answer keeps: the count of its call, the connection, and the rest of the upload, which ends with it.
 pub struct Carried {
     _pending: PendingCall,
-    _connection: Connection,
+    _connection: InUse,
     _upload: Option<AbortOnDropHandle<()>>,
 }
 

@@ -1,9 +1,11 @@
 //! Choosing an instance: what this node has experienced with peers, and who gets the next call.
 
 mod experience;
+mod known;
 mod pick;
 
 pub(crate) use self::{
     experience::{Experience, PendingCall, Reach},
+    known::{KnownPeer, KnownPeers},
     pick::{Candidate, pick},
 };

@@ -4,9 +4,12 @@ mod dial;
 mod pool;
 mod silence;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::Relaxed},
+use std::{
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+    },
 };
 
 use starling_http::h3::client::Client;
@@ -23,6 +26,8 @@ struct State {
     client: Client,
     silent: CancellationToken,
     generation: u64,
+    /// Calls under way on it.
+    calls: AtomicU32,
     /// Woken with each call.
     busy: Arc<Notify>,
     retired: AtomicBool,
@@ -34,6 +39,7 @@ impl Connection {
             client,
             silent: CancellationToken::new(),
             generation,
+            calls: AtomicU32::new(0),
             busy: Arc::default(),
             retired: AtomicBool::new(false),
         }))
@@ -54,13 +60,32 @@ impl Connection {
         self.0.retired.store(true, Relaxed);
     }
 
-    /// A call begins: somebody should notice if the peer falls silent.
-    pub(crate) fn wake_watch(&self) {
+    /// A call begins; somebody notices if the peer falls silent meanwhile. It ends when what is returned is dropped.
+    pub(crate) fn begin(self) -> InUse {
+        self.0.calls.fetch_add(1, Relaxed);
         self.0.busy.notify_one();
+        InUse(self)
     }
 
     /// Resolves when the peer has fallen silent with calls under way. Cancel safe.
     pub(crate) async fn silent(&self) {
         self.0.silent.cancelled().await;
+    }
+}
+
+/// A connection that carries a call.
+pub(crate) struct InUse(Connection);
+
+impl Deref for InUse {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.0
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.0.calls.fetch_sub(1, Relaxed);
     }
 }

@@ -33,14 +33,20 @@ pub(crate) struct LocalError {
     pub(crate) problem: Problem,
 }
 
-/// Client of one local service. Cheap to clone.
+/// Client of one local service, for one worker. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct LocalService(Arc<State>);
+pub(crate) struct LocalService {
+    service: Arc<State>,
+    connections: Arc<Connections>,
+}
 
+/// What the workers share of a service.
 struct State {
     dialler: Dialler,
+    protocol: Protocol,
+    keep_idle: Duration,
     limits: LimitSettings,
-    connections: Connections,
+    repeats: Arc<Repeats>,
     in_flight: AtomicUsize,
 }
 
@@ -52,37 +58,52 @@ enum Connections {
 impl LocalService {
     pub(crate) fn new(service: &ServiceConfig) -> Self {
         let dialler = Dialler { addr: service.addr, places: Arc::new(Semaphore::new(service.max_connections)) };
-        let connections = match service.protocol.0 {
+        Self::with_own_connections(Arc::new(State {
+            dialler,
+            protocol: service.protocol.0,
+            keep_idle: service.keep_idle,
+            limits: service.limits(),
+            repeats: Arc::default(),
+            in_flight: AtomicUsize::new(0),
+        }))
+    }
+
+    /// The same for another worker.
+    pub(crate) fn for_another(&self) -> Self {
+        Self::with_own_connections(self.service.clone())
+    }
+
+    fn with_own_connections(service: Arc<State>) -> Self {
+        let connections = match service.protocol {
             Protocol::H2c => Connections::Http2(http2::Pool::default()),
             // Others cannot be configured.
-            Protocol::Http1 | Protocol::Unknown(_) => Connections::Http1(http1::Pool::new(service.keep_idle)),
+            Protocol::Http1 | Protocol::Unknown(_) => {
+                Connections::Http1(http1::Pool::new(service.keep_idle, service.repeats.clone()))
+            }
         };
-        Self(Arc::new(State { dialler, limits: service.limits(), connections, in_flight: AtomicUsize::new(0) }))
+        Self { service, connections: Arc::new(connections) }
     }
 
     /// How long its answers may take, by its operator's word.
     pub(crate) fn limits(&self) -> &LimitSettings {
-        &self.0.limits
+        &self.service.limits
     }
 
     /// Calls under way, of other nodes.
     pub(crate) fn in_flight(&self) -> &AtomicUsize {
-        &self.0.in_flight
+        &self.service.in_flight
     }
 
     /// Requests that were sent a second time, because a kept connection turned out to be closed.
     pub(crate) fn repeated(&self) -> u64 {
-        match &self.0.connections {
-            Connections::Http1(pool) => pool.repeats.count.load(Relaxed),
-            Connections::Http2(_) => 0,
-        }
+        self.service.repeats.count.load(Relaxed)
     }
 
     /// Sends a request whose target is `http://authority/path`.
     pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Guarded<Place>>, LocalError> {
-        match &self.0.connections {
-            Connections::Http1(pool) => pool.send(&self.0.dialler, request).await,
-            Connections::Http2(pool) => pool.send(&self.0.dialler, request).await,
+        match &*self.connections {
+            Connections::Http1(pool) => pool.send(&self.service.dialler, request).await,
+            Connections::Http2(pool) => pool.send(&self.service.dialler, request).await,
         }
     }
 }

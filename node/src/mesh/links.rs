@@ -31,7 +31,7 @@ use crate::{
         Identity,
         tls::{self, Peer},
     },
-    port::endpoint::{CONTROL, MeshEndpoint},
+    port::endpoint::MeshEndpoint,
     run::keep_peers,
     state::StateDir,
 };
@@ -249,7 +249,7 @@ impl Links {
         addr: SocketAddr,
         crypto: &Arc<QuicClientConfig>,
     ) -> Result<(quinn::Connection, Peer), String> {
-        let connecting = self.0.endpoint.dial_gossip(addr, crypto.clone(), CONTROL).map_err(|e| e.to_string())?;
+        let connecting = self.0.endpoint.dial_gossip(addr, crypto.clone()).map_err(|e| e.to_string())?;
         let connection = tokio::time::timeout(EXCHANGE_TIMEOUT, connecting)
             .await
             .map_err(|_| "no answer in time".to_string())?

@@ -15,7 +15,7 @@ use prometheus_client::{
 };
 use starling_gossip::{Counters, MemberView, Refused, Snapshot};
 
-use crate::MeshClient;
+use crate::call::Calls;
 
 /// Upper bounds in seconds, from half a millisecond.
 const BUCKETS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
@@ -228,7 +228,7 @@ impl Metrics {
     pub(crate) fn text(
         &self,
         snapshot: &Snapshot,
-        client: &MeshClient,
+        calls: &Calls,
         repeats: u64,
         gossip: &GossipFigures,
         cert_left: i64,
@@ -241,8 +241,8 @@ impl Metrics {
             shared.members.get_or_create(&StatusLabel { status: status.into() }).set(count as i64);
         }
         shared.cert_expiry.set(cert_left);
-        shared.in_flight.set(client.in_flight() as i64);
-        catch_up(&shared.retries, client.retries());
+        shared.in_flight.set(calls.in_flight() as i64);
+        catch_up(&shared.retries, calls.retries());
         catch_up(&shared.repeats, repeats);
         let starling_http::TakenBack { stalled, cleared } = starling_http::taken_back();
         for (why, total) in [("stalled", stalled), ("room", cleared)] {

@@ -8,10 +8,13 @@ use std::{
 };
 
 use aws_lc_rs::hmac;
-use quinn::{ConnectionId, ConnectionIdGenerator, EndpointConfig, TokioRuntime, crypto::rustls::QuicClientConfig};
-use rand::RngExt;
+use quinn::{ConnectionIdGenerator, EndpointConfig, TokioRuntime, crypto::rustls::QuicClientConfig};
 use starling_gossip::Profile;
-use starling_http::{Datagrams, Shelf, Transport, h3::Order};
+use starling_http::{
+    Datagrams, Shelf, Transport,
+    h3::Order,
+    shared_port::{self, OwnedBy},
+};
 
 use crate::{
     identity::{Identity, tls},
@@ -20,10 +23,9 @@ use crate::{
 
 /// Index of the control thread in connection ids. Workers count from 1.
 pub(crate) const CONTROL: u8 = 0;
-/// Index of the worker that a call is aimed at; every node has it.
-pub(crate) const FIRST_WORKER: u8 = 1;
+/// Highest index that calls can be aimed at.
+const HIGHEST: u8 = u8::MAX;
 
-const CONNECTION_ID_BYTES: usize = 8;
 /// What the bodies on one connection may hold that nobody has read yet, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Windows {
@@ -109,41 +111,57 @@ const GOSSIP_OUT: Transport = Transport { keep_alive: Some(Duration::from_secs(4
 /// by address pair.
 #[derive(Clone)]
 pub(crate) struct MeshEndpoint {
-    /// Incoming connections.
-    pub(crate) listening: quinn::Endpoint,
+    /// Incoming connections; `None` if another thread takes them all.
+    listening: Option<quinn::Endpoint>,
     dialling: quinn::Endpoint,
+    /// Which of a peer's threads connections are aimed at. It is not known how many workers there are; the peer's kernel
+    /// takes the remainder.
+    aim: u8,
     windows: Windows,
 }
 
 impl MeshEndpoint {
-    /// Puts a socket of the group to work on the current runtime.
+    /// Puts a socket of the group to work on the current runtime. `like` is an address of the mesh port.
     pub(crate) fn new(
-        socket: UdpSocket,
+        socket: Option<UdpSocket>,
+        like: SocketAddr,
         index: u8,
         identity: &Arc<Identity>,
         reset_key: &[u8; 32],
         windows: Windows,
     ) -> io::Result<Self> {
-        let local = socket.local_addr()?;
-        let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
-        config.cid_generator(move || Box::new(OwnedBy(index)));
-        let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
-        let known = if index == CONTROL { GOSSIP_IN } else { windows.on(CALLS_IN) };
-        let stranger = Transport {
-            bidi_streams: STRANGER_STREAMS,
-            uni_streams: STRANGER_STREAMS,
-            connection_window_bytes: STRANGER_WINDOW_BYTES,
-            ..known
+        let listen = |socket| {
+            let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
+            config.cid_generator(move || Box::new(OwnedBy(index)));
+            let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
+            let known = if index == CONTROL { GOSSIP_IN } else { windows.on(CALLS_IN) };
+            let stranger = Transport {
+                bidi_streams: STRANGER_STREAMS,
+                uni_streams: STRANGER_STREAMS,
+                connection_window_bytes: STRANGER_WINDOW_BYTES,
+                ..known
+            };
+            server.transport_config(stranger.config());
+            quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))
         };
-        server.transport_config(stranger.config());
-        let listening = quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))?;
+        let listening = socket.map(listen).transpose()?;
         let dialling = quinn::Endpoint::new(
             EndpointConfig::default(),
             None,
-            crate::port::reuseport::bind_ephemeral(local)?,
+            shared_port::ephemeral(like)?,
             Arc::new(TokioRuntime),
         )?;
-        Ok(Self { listening, dialling, windows })
+        // Workers of a node aim at different ones, and nodes do not all aim at the same.
+        let aim = match index {
+            CONTROL => CONTROL,
+            worker => 1 + ((u16::from(identity.id().0[0]) + u16::from(worker)) % u16::from(HIGHEST)) as u8,
+        };
+        Ok(Self { listening, dialling, aim, windows })
+    }
+
+    /// Where incoming connections are to be taken, if it is here.
+    pub(crate) fn listening(&self) -> Option<&quinn::Endpoint> {
+        self.listening.as_ref()
     }
 
     /// What connections for calls may hold.
@@ -151,36 +169,38 @@ impl MeshEndpoint {
         self.windows
     }
 
-    /// Dials a peer; `aim` is the index of the thread that shall have the connection there.
+    /// Dials a peer, for calls.
     pub(crate) fn dial(
         &self,
         addr: SocketAddr,
         crypto: Arc<QuicClientConfig>,
-        aim: u8,
     ) -> Result<quinn::Connecting, quinn::ConnectError> {
-        let mut config = client_config(crypto, aim);
+        let mut config = client_config(crypto, self.aim);
         config.transport_config(self.windows.on(CALLS_OUT).config());
         self.dialling.connect_with(config, addr, tls::SERVER_NAME)
     }
 
-    /// The same, for a link that gossip uses.
+    /// The same, for a link that gossip uses: the peer's control thread shall have it.
     pub(crate) fn dial_gossip(
         &self,
         addr: SocketAddr,
         crypto: Arc<QuicClientConfig>,
-        aim: u8,
     ) -> Result<quinn::Connecting, quinn::ConnectError> {
-        let mut config = client_config(crypto, aim);
+        let mut config = client_config(crypto, CONTROL);
         config.transport_config(GOSSIP_OUT.config());
         self.dialling.connect_with(config, addr, tls::SERVER_NAME)
     }
 
     /// Closes everything and waits until the peers have been told, or a moment has passed.
     pub(crate) async fn close(&self) {
-        for endpoint in [&self.listening, &self.dialling] {
+        for endpoint in self.listening.iter().chain([&self.dialling]) {
             endpoint.close((starling_protocol::CloseCode::Leaving as u32).into(), b"leaving");
         }
-        let told = async { tokio::join!(self.listening.wait_idle(), self.dialling.wait_idle()) };
+        let told = async {
+            for endpoint in self.listening.iter().chain([&self.dialling]) {
+                endpoint.wait_idle().await;
+            }
+        };
         let _ = tokio::time::timeout(Duration::from_millis(500), told).await;
     }
 }
@@ -225,25 +245,4 @@ pub(crate) fn load_or_create_reset_key(state: &StateDir) -> Result<[u8; 32], Sta
     let key: [u8; 32] = rand::random();
     state.write(FILE, &key)?;
     Ok(key)
-}
-
-/// Connection ids whose first byte is the index of the owning thread; the rest is random.
-#[derive(Debug, Clone, Copy)]
-struct OwnedBy(u8);
-
-impl ConnectionIdGenerator for OwnedBy {
-    fn generate_cid(&mut self) -> ConnectionId {
-        let mut bytes = [0; CONNECTION_ID_BYTES];
-        rand::rng().fill(&mut bytes[1..]);
-        bytes[0] = self.0;
-        ConnectionId::new(&bytes)
-    }
-
-    fn cid_len(&self) -> usize {
-        CONNECTION_ID_BYTES
-    }
-
-    fn cid_lifetime(&self) -> Option<Duration> {
-        None
-    }
 }

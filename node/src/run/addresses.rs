@@ -5,11 +5,12 @@ use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
 };
 
+use starling_http::shared_port::{self, UdpGroup};
 use starling_protocol::{MESH_PORT as MESH_PORT_NUMBER, Name};
 use tokio::net::TcpListener;
 
 use super::StartError;
-use crate::{LimitSettings, config::Config, port::reuseport};
+use crate::{LimitSettings, config::Config};
 
 /// What the mesh port is called where it cannot be had.
 pub(super) const MESH_PORT: &str = "the mesh port (UDP)";
@@ -21,7 +22,8 @@ pub(super) struct Bound {
     /// What others are told.
     pub(super) advertise: SocketAddr,
     pub(super) control_socket: UdpSocket,
-    pub(super) worker_socket: UdpSocket,
+    /// One a worker; none where the system cannot steer: then the control thread takes all connections.
+    pub(super) worker_sockets: Vec<UdpSocket>,
     pub(super) admin_listener: std::net::TcpListener,
     pub(super) doors: Vec<DoorFrame>,
 }
@@ -31,7 +33,8 @@ pub(super) struct DoorFrame {
     /// The service that it leads to; by host name if `None`.
     pub(super) service: Option<Name>,
     pub(super) limits: LimitSettings,
-    pub(super) listener: std::net::TcpListener,
+    /// One a worker.
+    pub(super) listeners: Vec<std::net::TcpListener>,
 }
 
 impl Bound {
@@ -39,23 +42,30 @@ impl Bound {
     pub(super) fn all(config: &Config) -> Result<Self, StartError> {
         let wanted = config.node.listen;
         let failed = |e| StartError::bind(MESH_PORT, wanted, e);
-        let mut sockets = reuseport::bind_group(wanted, 2).map_err(failed)?.into_iter();
-        let (Some(control_socket), Some(worker_socket)) = (sockets.next(), sockets.next()) else {
-            return Err(failed(io::ErrorKind::Other.into()));
-        };
+        let UdpGroup { sockets, alone } = shared_port::udp(wanted, 1, config.node.workers).map_err(failed)?;
+        let mut sockets = sockets.into_iter();
+        let control_socket = sockets.next().ok_or_else(|| failed(io::ErrorKind::Other.into()))?;
+        let worker_sockets: Vec<_> = sockets.collect();
+        if let Some(error) = alone {
+            tracing::warn!(%error, "the system cannot share the mesh port among threads: one thread carries everything");
+        }
+        // None has a socket: then there is one.
+        let workers = worker_sockets.len().max(1);
         let listen = control_socket.local_addr().map_err(failed)?;
         let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
         let mut doors = Vec::new();
         if let Some(addr) = config.outbound.listen {
-            let listener = bind_tcp("the outbound port", addr)?;
-            doors.push(DoorFrame { service: None, limits: config.outbound.limits(), listener });
+            let what = "the outbound port";
+            let listeners = shared_port::tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
+            doors.push(DoorFrame { service: None, limits: config.outbound.limits(), listeners });
         }
         for upstream in &config.upstream {
-            let listener = bind_tcp("an upstream port", upstream.listen)?;
-            doors.push(DoorFrame { service: Some(upstream.service.clone()), limits: upstream.limits(), listener });
+            let (what, addr) = ("an upstream port", upstream.listen);
+            let listeners = shared_port::tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
+            doors.push(DoorFrame { service: Some(upstream.service.clone()), limits: upstream.limits(), listeners });
         }
         let advertise = advertised(config, listen)?;
-        Ok(Self { listen, advertise, control_socket, worker_socket, admin_listener, doors })
+        Ok(Self { listen, advertise, control_socket, worker_sockets, admin_listener, doors })
     }
 }
 

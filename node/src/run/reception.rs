@@ -14,10 +14,11 @@ use crate::{
         admission::Admission,
         tls::{self, Peer},
     },
+    inbound::Inbound,
     port::endpoint,
 };
 
-/// Connections of one endpoint on the mesh port.
+/// Connections on the mesh port.
 const ROOM: Room =
     Room { connections: 20_000, unproven: 2_000, unproven_handshakes: 64, handshakes_of_one: 256, of_one: 10_000 };
 /// Connections without a certificate of this mesh, which can only join: at most, and of one address. They get no place that a
@@ -29,13 +30,20 @@ const STRANGERS_OF_ONE: usize = 64;
 #[derive(Clone)]
 pub(super) struct Reception {
     pub(super) running: Arc<Running>,
+    /// Of the thread that it is.
+    pub(super) inbound: Inbound,
     pub(super) admission: Admission,
     pub(super) strangers: Sources,
+    /// Connections of all threads.
+    pub(super) connected: Sources,
 }
 
 impl Reception {
-    pub(super) async fn accept(self, endpoint: quinn::Endpoint) {
-        accept::quic(endpoint, ROOM, move |connection| self.clone().lead(connection)).await;
+    /// Takes those of one of `endpoints`.
+    pub(super) async fn accept(self, endpoint: quinn::Endpoint, endpoints: usize) {
+        let connected = self.connected.clone();
+        accept::quic(endpoint, ROOM.shared_by(endpoints), connected, move |connection| self.clone().lead(connection))
+            .await;
     }
 
     async fn lead(self, connection: quinn::Connection) {
@@ -61,7 +69,7 @@ impl Reception {
         };
         let drain = self.running.drain.clone();
         if protocol == alpn::CALLS {
-            let (inbound, expires) = (self.running.inbound.clone(), peer.expires);
+            let (inbound, expires) = (self.inbound, peer.expires);
             let served = drain.clone().spawn(inbound.serve(connection.clone(), peer, drain));
             tokio::select! {
                 _ = served => {}

@@ -12,8 +12,8 @@ use starling_protocol::{DocumentEdition, Name, Strike, admin as json};
 
 use super::Running;
 use crate::{
-    MeshClient,
     admin::{self, ExtraRoutes, Subject},
+    call::Calls,
     identity::{admission::Admission, names, unix_now},
     mesh::{documents, survey},
     observe::metrics::GossipFigures,
@@ -44,8 +44,8 @@ impl Subject for Running {
         self.gossip.snapshot()
     }
 
-    fn client(&self) -> &MeshClient {
-        &self.client
+    fn calls(&self) -> &Calls {
+        &self.calls
     }
 
     fn is_ready(&self) -> bool {
@@ -75,7 +75,7 @@ impl Subject for Running {
             members: snapshot.members.len(),
             issuers_alive: live.iter().filter(|m| m.record.as_ref().is_some_and(|r| r.issuer.is_some())).count(),
             first_cert_expires: admin::rfc3339(ends),
-            in_flight: self.client.in_flight() + self.inbound.in_flight(),
+            in_flight: self.calls.in_flight() + self.inbound.in_flight(),
             doubt: self.gossip.counters().await.doubt,
             panicking: snapshot.panicking.clone(),
             unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
@@ -101,7 +101,7 @@ impl Subject for Running {
                 .map(|d| (admin::name_of(&snapshot, &d.id), d.refused))
                 .collect(),
         };
-        self.metrics.text(&snapshot, &self.client, self.inbound.repeats(), &figures, left)
+        self.metrics.text(&snapshot, &self.calls, self.inbound.repeats(), &figures, left)
     }
 
     async fn members(&self, detailed: bool) -> Vec<json::Member> {

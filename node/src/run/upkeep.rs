@@ -6,6 +6,7 @@ use starling_gossip::GossipHandle;
 use tokio::sync::watch;
 
 use super::Running;
+use crate::MeshClient;
 
 /// How often seeds' names are resolved again.
 const RESOLVE_PERIOD: Duration = Duration::from_secs(10);
@@ -34,11 +35,11 @@ pub(super) async fn resolve_seeds(
     }
 }
 
-pub(super) async fn take_stock(running: Arc<Running>) {
+pub(super) async fn take_stock(running: Arc<Running>, clients: Vec<MeshClient>) {
     let mut watch = running.gossip.watch();
     while watch.changed().await.is_ok() {
         let snapshot = watch.borrow_and_update().clone();
-        running.client.forget_strangers();
+        clients.iter().for_each(MeshClient::forget_strangers);
         running.links.forget_unreachable(&snapshot.members.iter().filter(|m| m.is_live()).map(|m| m.addr).collect());
     }
 }

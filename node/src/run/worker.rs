@@ -1,15 +1,23 @@
-//! The data-plane thread.
+//! The threads that carry calls.
 
+use std::time::Duration;
+
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-/// A thread that carries calls, with its runtime.
-pub(super) struct Worker {
-    pub(super) handle: tokio::runtime::Handle,
-    pub(super) stop: CancellationToken,
+use crate::{MeshClient, inbound::Inbound, port::endpoint::MeshEndpoint};
+
+/// How often each worker is asked whether it still turns, and how long it may take to say so.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A thread with an event loop.
+pub(super) struct Thread {
+    pub(super) runtime: Handle,
+    stop: CancellationToken,
 }
 
-impl Worker {
-    pub(super) fn start() -> Self {
+impl Thread {
+    pub(super) fn start(index: u8) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -18,9 +26,62 @@ impl Worker {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         std::thread::Builder::new()
-            .name("worker-0".into())
+            .name(format!("worker-{}", index - 1))
             .spawn(move || runtime.block_on(stopped.cancelled()))
             .expect("the system has resources for a thread");
-        Self { handle, stop }
+        Self { runtime: handle, stop }
+    }
+
+    /// Does something that needs its event loop.
+    pub(super) fn enter<T>(&self, what: impl FnOnce() -> T) -> T {
+        let _runtime = self.runtime.enter();
+        what()
+    }
+}
+
+/// One of the threads that carry calls, with all that is its own: nothing of it is touched by the others.
+pub struct Worker {
+    pub(super) thread: Thread,
+    /// Its index in connection ids, from 1.
+    pub(super) index: u8,
+    pub(super) endpoint: MeshEndpoint,
+    pub(super) client: MeshClient,
+    pub(super) inbound: Inbound,
+}
+
+impl Worker {
+    /// What runs on its thread.
+    pub fn runtime(&self) -> &Handle {
+        &self.thread.runtime
+    }
+
+    /// Calls services from this thread.
+    pub fn client(&self) -> &MeshClient {
+        &self.client
+    }
+
+    /// Its index among the workers, from 0.
+    pub fn index(&self) -> u8 {
+        self.index - 1
+    }
+
+    pub(super) fn stop(&self) {
+        self.thread.stop.cancel();
+    }
+}
+
+/// Says when a worker stands still, and when it turns again: its calls wait meanwhile, and nobody else's.
+pub(super) async fn watch(runtime: Handle, index: u8) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let mut answer = runtime.spawn(async {});
+        let asked = tokio::time::Instant::now();
+        if tokio::time::timeout(LOOK, &mut answer).await.is_err() {
+            tracing::warn!(worker = index, "a worker does not answer; its calls wait");
+            if answer.await.is_err() {
+                return;
+            }
+            tracing::warn!(worker = index, after = ?asked.elapsed(), "the worker is back");
+        }
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         Identity,
         tls::{self, Peer},
     },
-    port::endpoint::{FIRST_WORKER, MeshEndpoint},
+    port::endpoint::MeshEndpoint,
 };
 
 /// New calls go elsewhere some time before a certificate behind the connection ends; at the end, the connection does, too.
@@ -56,7 +56,7 @@ pub(super) async fn dial(
 async fn connect(identity: &Arc<Identity>, endpoint: &MeshEndpoint, instance: &Instance) -> Result<Connection, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let crypto = tls::client_crypto(identity, alpn::CALLS);
-    let connecting = endpoint.dial(instance.addr, crypto, FIRST_WORKER).map_err(|e| text(&e))?;
+    let connecting = endpoint.dial(instance.addr, crypto).map_err(|e| text(&e))?;
     let connection = connecting.await.map_err(|e| text(&e))?;
     let found = Peer::of(&connection, identity).map_err(|e| text(&e))?;
     if found.id != instance.node {

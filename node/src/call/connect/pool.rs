@@ -7,7 +7,7 @@ use std::{
 };
 
 use starling_gossip::Instance;
-use starling_protocol::{Name, NodeId};
+use starling_protocol::NodeId;
 use tokio::sync::watch;
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
     silence::watch_for_silence,
 };
 use crate::{
-    call::choose::{Candidate, Experience, Reach},
+    call::choose::{Candidate, KnownPeer, KnownPeers},
     identity::Identity,
     port::endpoint::MeshEndpoint,
 };
@@ -29,49 +29,41 @@ enum Slot {
     Ready(Connection),
 }
 
-#[derive(Default)]
+/// A peer as one worker has it.
 struct PeerSlot {
-    reach: Arc<Reach>,
-    /// By service.
-    instances: Mutex<HashMap<Name, Arc<Experience>>>,
+    known: Arc<KnownPeer>,
     slot: Mutex<Slot>,
 }
 
-impl PeerSlot {
-    fn experience(&self, service: &Name) -> Arc<Experience> {
-        let mut instances = lock(&self.instances);
-        match instances.get(service) {
-            Some(known) => known.clone(),
-            None => {
-                instances.retain(|_, experience| !experience.is_forgotten());
-                instances.entry(service.clone()).or_insert_with(|| Arc::new(Experience::new())).clone()
-            }
-        }
-    }
-}
-
-/// The pool of one worker.
+/// The connections of one worker.
 pub(crate) struct Pool {
     identity: Arc<Identity>,
     endpoint: MeshEndpoint,
+    known: Arc<KnownPeers>,
     peers: Mutex<HashMap<NodeId, Arc<PeerSlot>>>,
 }
 
 impl Pool {
-    pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint) -> Self {
-        Self { identity, endpoint, peers: Mutex::default() }
+    pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint, known: Arc<KnownPeers>) -> Self {
+        Self { identity, endpoint, known, peers: Mutex::default() }
+    }
+
+    fn peer(&self, id: &NodeId) -> Arc<PeerSlot> {
+        let mut peers = lock(&self.peers);
+        let new = || Arc::new(PeerSlot { known: self.known.peer(id), slot: Mutex::default() });
+        peers.entry(*id).or_insert_with(new).clone()
     }
 
     /// Pairs instances with what is known of them and their peers. Those that were out of reach for a while are dialled
     /// again, beside the call: it has others to go to.
     pub(crate) fn candidates(self: &Arc<Self>, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
-        let (mut peers, now) = (lock(&self.peers), Instant::now());
+        let now = Instant::now();
         instances
             .map(|instance| {
-                let peer = peers.entry(instance.node).or_default();
-                let (is_out, is_due) = peer.reach.look(now);
+                let known = self.peer(&instance.node).known.clone();
+                let (is_out, is_due) = known.reach.look(now);
                 if is_due {
-                    let (pool, reach, instance) = (self.clone(), peer.reach.clone(), instance.clone());
+                    let (pool, reach, instance) = (self.clone(), known.reach.clone(), instance.clone());
                     tokio::spawn(async move {
                         // It may be there already: what fell silent was an older one, of a former life.
                         if pool.connection(&instance).await.is_ok() {
@@ -79,32 +71,20 @@ impl Pool {
                         }
                     });
                 }
-                let experience = peer.experience(&instance.service);
-                Candidate { peer: peer.reach.clone(), is_out, experience, instance }
+                let experience = known.experience(&instance.service);
+                Candidate { peer: known.reach.clone(), is_out, experience, instance }
             })
             .collect()
     }
 
-    /// Whether calls keep away from that instance, or from all of its peer.
-    pub(crate) fn is_ejected(&self, id: &NodeId, service: &Name) -> bool {
-        lock(&self.peers).get(id).is_some_and(|peer| {
-            peer.reach.is_out() || lock(&peer.instances).get(service).is_some_and(|instance| instance.is_ejected())
-        })
-    }
-
-    /// Calls in flight to all peers.
-    pub(crate) fn in_flight(&self) -> usize {
-        lock(&self.peers).values().map(|peer| peer.reach.in_flight() as usize).sum()
-    }
-
     /// Forgets peers that are not in the mesh any more.
     pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
-        lock(&self.peers).retain(|id, peer| keep(id) || peer.reach.in_flight() > 0);
+        lock(&self.peers).retain(|id, peer| keep(id) || peer.known.reach.in_flight() > 0);
     }
 
     /// A connection to the instance's node: the one that is there, or a new one. Cancel safe; the dial goes on for others.
     pub(crate) async fn connection(self: &Arc<Self>, instance: &Arc<Instance>) -> Result<Connection, DialError> {
-        let peer = lock(&self.peers).entry(instance.node).or_default().clone();
+        let peer = self.peer(&instance.node);
         let deadline = Instant::now() + DIAL_TIMEOUT;
         loop {
             let mut dialled = {
@@ -145,14 +125,14 @@ impl Pool {
     ) {
         let outcome = match dial(&self.identity, &self.endpoint, &instance).await {
             Ok(made) => {
-                peer.reach.reached();
-                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.reach.clone()));
+                peer.known.reach.reached();
+                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.known.reach.clone()));
                 *lock(&peer.slot) = Slot::Ready(made);
                 Ok(())
             }
             Err(error) => {
                 tracing::debug!(node = %instance.node_name, addr = %instance.addr, %error, "cannot connect");
-                peer.reach.unreachable();
+                peer.known.reach.unreachable();
                 *lock(&peer.slot) = Slot::Idle;
                 Err(error)
             }

@@ -1,7 +1,7 @@
 //! A peer that answers no more.
 
 use std::{
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -31,7 +31,8 @@ pub(super) async fn watch_for_silence(of: Weak<State>, peer: Arc<Reach>) {
         let mut heard = connection.stats().udp_rx.datagrams;
         let mut sent_then = connection.stats().udp_tx.datagrams;
         let mut since: Option<Instant> = None;
-        while peer.in_flight() > 0 && connection.close_reason().is_none() {
+        let has_calls = || of.upgrade().is_some_and(|state| state.calls.load(Relaxed) > 0);
+        while has_calls() && connection.close_reason().is_none() {
             let slept = Instant::now();
             tokio::time::sleep(WATCH_PERIOD).await;
             let stats = connection.stats();

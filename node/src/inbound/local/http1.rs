@@ -22,7 +22,7 @@ const MARGIN: Duration = Duration::from_secs(1);
 pub(super) struct Pool {
     idle: Arc<Idle>,
     keep: Duration,
-    pub(super) repeats: Repeats,
+    repeats: Arc<Repeats>,
 }
 
 #[derive(Default)]
@@ -52,8 +52,8 @@ impl Connection {
 
 impl Pool {
     /// `keep` is how long connections are kept.
-    pub(super) fn new(keep: Duration) -> Self {
-        Self { idle: Arc::default(), keep, repeats: Repeats::default() }
+    pub(super) fn new(keep: Duration, repeats: Arc<Repeats>) -> Self {
+        Self { idle: Arc::default(), keep, repeats }
     }
 
     pub(super) async fn send(

@@ -57,6 +57,9 @@ struct PairArgs {
     /// The Starling to measure, or `none` [default: release/starling in the target directory].
     #[arg(long, value_name = "PATH")]
     starling: Option<PathBuf>,
+    /// Workers of each node of the Starling to measure; the earlier build has one.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    workers: u32,
     /// Length of the answers' bodies.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=64 << 20))]
     body_bytes: u32,
@@ -105,11 +108,15 @@ fn pair(args: &PairArgs) -> Result<bool> {
     let mut targets = vec![bare];
     if args.starling.as_ref().is_none_or(|path| path.as_os_str() != "none") {
         let program = args.starling.clone().map_or_else(starling::default_path, Ok)?;
-        targets.push(starling::start("Starling", &program, entry, scratch.path()).context("the pair of Starlings")?);
+        targets.push(
+            starling::start("Starling", &program, args.workers, entry, scratch.path())
+                .context("the pair of Starlings")?,
+        );
     }
     if let Some(program) = &args.before {
         let name = "Starling, before";
-        targets.push(starling::start(name, program, entry, scratch.path()).context("the earlier pair of Starlings")?);
+        targets
+            .push(starling::start(name, program, 1, entry, scratch.path()).context("the earlier pair of Starlings")?);
     }
     if args.peer == Peer::Envoy {
         match args.envoy.clone().or_else(envoy::find) {

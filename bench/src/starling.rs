@@ -29,8 +29,14 @@ pub(crate) fn version(program: &Path) -> Result<String> {
     Ok(run(program, "--version", ["--version"])?.trim().to_owned())
 }
 
-/// Makes a mesh of two nodes, with one worker each, and waits until a call through them is answered.
-pub(crate) fn start(name: &'static str, program: &Path, backend: SocketAddr, scratch: &Path) -> Result<Target> {
+/// Makes a mesh of two nodes, with so many workers each, and waits until a call through them is answered.
+pub(crate) fn start(
+    name: &'static str,
+    program: &Path,
+    workers: u32,
+    backend: SocketAddr,
+    scratch: &Path,
+) -> Result<Target> {
     let version = version(program)?;
     let dir = scratch.join(name.replace([',', ' '], "-"));
     std::fs::create_dir(&dir)?;
@@ -38,12 +44,12 @@ pub(crate) fn start(name: &'static str, program: &Path, backend: SocketAddr, scr
     let (a_state, b_state) = (dir.join("a"), dir.join("b"));
 
     init(program, &a_state)?;
-    let a = Node { name: "a", state: &a_state, listen: a_listen, outbound: a_outbound, admin: a_admin };
+    let a = Node { name: "a", workers, state: &a_state, listen: a_listen, outbound: a_outbound, admin: a_admin };
     let a = a.start(program, &dir, [])?;
 
     let token = token(program, &a_state, a_listen, ["--service", "web"])?;
 
-    let b = Node { name: "b", state: &b_state, listen: b_listen, outbound: b_outbound, admin: b_admin };
+    let b = Node { name: "b", workers, state: &b_state, listen: b_listen, outbound: b_outbound, admin: b_admin };
     let (seed, service) = (a_listen.to_string(), format!("web={backend}"));
     let b = b.start(program, &dir, ["--seed", &seed, "--token", &token, "--service", &service])?;
 
@@ -54,6 +60,7 @@ pub(crate) fn start(name: &'static str, program: &Path, backend: SocketAddr, scr
 
 struct Node<'a> {
     name: &'static str,
+    workers: u32,
     state: &'a Path,
     listen: SocketAddr,
     outbound: SocketAddr,
@@ -63,7 +70,8 @@ struct Node<'a> {
 impl Node<'_> {
     fn start<const N: usize>(self, program: &Path, dir: &Path, more: [&str; N]) -> Result<Process> {
         let addresses = [("--listen", self.listen), ("--outbound", self.outbound), ("--admin", self.admin)];
-        let args = ["node", "--name", self.name, "--workers", "1", "--state"]
+        let workers = self.workers.to_string();
+        let args = ["node", "--name", self.name, "--workers", &workers, "--state"]
             .map(OsString::from)
             .into_iter()
             .chain([self.state.as_os_str().to_owned()])

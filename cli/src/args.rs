@@ -294,7 +294,7 @@ pub(crate) struct NodeArgs {
     /// TCP address of the admin API
     #[arg(long, env = "STARLING_ADMIN_LISTEN", value_name = "IP:PORT")]
     pub(crate) admin: Option<SocketAddr>,
-    /// Threads that carry calls; one a core if absent, at most 8
+    /// Threads that carry calls; one if absent
     #[arg(long, env = "STARLING_WORKERS", value_name = "N")]
     pub(crate) workers: Option<usize>,
 }

@@ -5,10 +5,7 @@ use std::{num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
-use starling_http::{
-    accept::Sources,
-    shared_port::{self, UdpGroup},
-};
+use starling_http::shared_port::{self, UdpGroup};
 use starling_node::{ExtraRoutes, Node, StartError, StateDir, config::Config};
 use starling_protocol::{NodeKind, admin};
 
@@ -103,19 +100,20 @@ impl Edge {
         watch::spawn(node.reloader(), path, keys_path, seen);
 
         let drain = node.drain_signal().clone();
-        let (shelf, places, connected) = (listener::shelf(), listener::places(), Sources::default());
+        let places = listener::places();
+        let shelves: Vec<_> = node.workers().iter().map(|_| listener::shelf(node.workers().len())).collect();
         let mut public = Vec::new();
-        for (worker, socket) in node.workers().iter().zip(sockets) {
+        for ((worker, shelf), socket) in node.workers().iter().zip(&shelves).zip(sockets) {
             let _runtime = worker.runtime().enter();
-            let endpoint = listener::quic_endpoint(socket, worker.index(), quic.clone())
+            let endpoint = listener::quic_endpoint(socket, worker.number(), quic.clone())
                 .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
-            let gateway = Gateway(shared.clone(), worker.client().clone());
-            let (shelf, drain, connected) = (shelf.clone(), drain.clone(), connected.clone());
-            worker.runtime().spawn(listener::serve_quic(endpoint.clone(), endpoints, connected, gateway, shelf, drain));
+            let gateway = Gateway { standing: shared.clone(), client: worker.client().clone() };
+            let (shelf, drain) = (shelf.clone(), drain.clone());
+            worker.runtime().spawn(listener::serve_quic(endpoint.clone(), endpoints, gateway, shelf, drain));
             public.push(endpoint);
         }
-        for (worker, tcp) in node.workers().iter().zip(tcp) {
-            let gateway = Gateway(shared.clone(), worker.client().clone());
+        for ((worker, shelf), tcp) in node.workers().iter().zip(&shelves).zip(tcp) {
+            let gateway = Gateway { standing: shared.clone(), client: worker.client().clone() };
             let (tls, places, shelf, drain) = (tls.clone(), places.clone(), shelf.clone(), drain.clone());
             worker.runtime().spawn(async move {
                 match tokio::net::TcpListener::from_std(tcp) {

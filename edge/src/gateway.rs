@@ -145,7 +145,11 @@ struct Admitted {
 
 /// Answers public requests, on one worker. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Gateway(pub(crate) Arc<Standing>, pub(crate) MeshClient);
+pub(crate) struct Gateway {
+    pub(crate) standing: Arc<Standing>,
+    /// Of its worker.
+    pub(crate) client: MeshClient,
+}
 
 pub(crate) struct Standing {
     pub(crate) policy: ArcSwap<Policy>,
@@ -191,7 +195,7 @@ impl Gateway {
         }
         // The service's own would lead past us.
         response.headers_mut().remove(header::ALT_SVC);
-        if let Some(alt_svc) = self.0.alt_svc.clone().filter(|_| arrival.protocol != PublicProtocol::Http3) {
+        if let Some(alt_svc) = self.standing.alt_svc.clone().filter(|_| arrival.protocol != PublicProtocol::Http3) {
             response.headers_mut().insert(header::ALT_SVC, alt_svc);
         }
         if let Ok(id) = HeaderValue::from_str(&entry.request_id) {
@@ -200,8 +204,8 @@ impl Gateway {
         entry.status = response.status().as_u16();
         entry.cut = !http_body::Body::is_end_stream(response.body()) && method != Method::HEAD;
         let service = entry.service.as_deref().unwrap_or("unknown");
-        self.0.metrics.client_call(service, &method, response.status(), begun.elapsed());
-        let log = self.0.log.clone();
+        self.standing.metrics.client_call(service, &method, response.status(), begun.elapsed());
+        let log = self.standing.log.clone();
         response.map(|body| body.map_guard(|carried| Logged { entry: Some(entry), begun, log, _carried: carried }))
     }
 
@@ -221,11 +225,11 @@ impl Gateway {
         let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
         let host = &route::bare_host(&checked.authority);
         entry.host.clone_from(host);
-        if arrival.sni.as_deref().is_some_and(|sni| !self.0.certificates.covers(sni, host)) {
+        if arrival.sni.as_deref().is_some_and(|sni| !self.standing.certificates.covers(sni, host)) {
             let detail = "this connection is not for that host; open another one";
             return Err(Problem::policy(StatusCode::MISDIRECTED_REQUEST, "misdirected", detail));
         }
-        let policy = self.0.policy.load_full();
+        let policy = self.standing.policy.load_full();
         let Aim { route, path, picker, named } = policy.aim(host, parts.uri.path())?;
         entry.service = Some(route.service.to_string());
 
@@ -265,7 +269,7 @@ impl Gateway {
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service: route.service.clone(), version, request, limits };
-        let mut response = self.1.call(call).await.map_err(|error| {
+        let mut response = self.client.call(call).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
             Problem { detail: detail.into(), ..Problem::from(error) }
@@ -309,7 +313,7 @@ impl Gateway {
         for method in &route.auth {
             match method {
                 AuthMethod::ApiKey => match api_key::presented(fields) {
-                    Ok(Some(key)) => match self.0.keys.current().verify(key) {
+                    Ok(Some(key)) => match self.standing.keys.current().verify(key) {
                         Some(key) => {
                             let consumer = Some(key.consumer.to_string());
                             return Ok(Caller { consumer, plan: key.plan.clone() });
@@ -352,14 +356,14 @@ impl Gateway {
             return Ok(Ok(claims));
         }
         let (address, now) = (address_key(client), Instant::now());
-        if let Some(after) = self.0.failures.spent(&address, now) {
+        if let Some(after) = self.standing.failures.spent(&address, now) {
             let detail = "too many tokens that are not valid came from this address";
             let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
             return Err(problem.retry_after(after));
         }
         let verified = verifier.verify(token);
         if verified.is_err() {
-            self.0.failures.take(&address, now);
+            self.standing.failures.take(&address, now);
         }
         Ok(verified)
     }

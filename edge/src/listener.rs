@@ -12,7 +12,7 @@ use quinn::crypto::rustls::QuicServerConfig;
 use rustls::crypto::CryptoProvider;
 use starling_http::{
     Body, Drain, Problem, ProxyError, Shelf, Transport,
-    accept::{self, Room, Sources, TcpPlaces, TcpRoom},
+    accept::{self, Room, TcpPlaces, TcpRoom},
     h3,
     shared_port::OwnedBy,
     tcp::{self, Limits, Socket, Speaks},
@@ -61,9 +61,9 @@ const TRANSPORT: Transport = Transport {
     between_nodes: false,
 };
 
-/// Where uploads stand that nobody takes, over all connections.
-pub(crate) fn shelf() -> Shelf {
-    Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into())
+/// Where uploads stand that nobody takes, over all connections of one of so many workers.
+pub(crate) fn shelf(workers: usize) -> Shelf {
+    Shelf::new(STANDING_BYTES / workers as u64, STREAM_WINDOW_BYTES.into())
 }
 
 /// Room for connections over TCP, on all workers.
@@ -148,13 +148,12 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
 pub(crate) async fn serve_quic(
     endpoint: quinn::Endpoint,
     endpoints: usize,
-    connected: Sources,
     gateway: Gateway,
     shelf: Shelf,
     drain: Drain,
 ) {
     let of = drain.clone();
-    let accepting = accept::quic(endpoint, ROOM.shared_by(endpoints), connected, move |connection| {
+    let accepting = accept::quic(endpoint, ROOM.shared_by(endpoints), move |connection| {
         let (gateway, shelf, of) = (gateway.clone(), shelf.clone(), of.clone());
         async move {
             let _ = of.clone().spawn(serve_h3(connection, gateway, shelf, of)).await;
@@ -185,7 +184,7 @@ pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drai
     let of = drain.clone();
     accept::tcp(listener, places(), drain, move |stream, _| {
         let answer = move |request| async move { redirect(request, public_port) };
-        tcp::serve(stream, Speaks::Http1, limits(shelf()), of.clone(), answer)
+        tcp::serve(stream, Speaks::Http1, limits(shelf(1)), of.clone(), answer)
     })
     .await;
 }

@@ -171,6 +171,7 @@ impl MeshClient {
         self.node.snapshot.borrow().clone()
     }
 
+    /// Forgets peers that are not in the mesh any more. To be done on the worker's own thread.
     pub(crate) fn forget_strangers(&self) {
         let snapshot = self.snapshot();
         let is_member = |id: &NodeId| snapshot.member(id).is_some();

@@ -55,7 +55,7 @@ pub struct NodeConfig {
     pub token_file: Option<PathBuf>,
     /// Where this node stands; calls prefer instances in the same zone.
     pub zone: String,
-    /// Threads that carry calls. Default: one a core, at most 8.
+    /// Threads that carry calls. Default: one.
     pub workers: usize,
     /// On issuers: how long the certificates they sign are good. Default 24 h.
     #[serde(deserialize_with = "duration")]
@@ -65,8 +65,6 @@ pub struct NodeConfig {
     pub drain_timeout: Duration,
 }
 
-/// Threads that carry calls, if nobody says how many: at most.
-const DEFAULT_WORKERS: usize = 8;
 /// More than machines have cores that would be of use.
 const MAX_WORKERS: usize = 64;
 
@@ -81,7 +79,7 @@ impl Default for NodeConfig {
             token: None,
             token_file: None,
             zone: String::new(),
-            workers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(DEFAULT_WORKERS)),
+            workers: 1,
             cert_ttl: crate::identity::authority::DEFAULT_CERT_LIFE,
             drain_timeout: Duration::from_secs(15),
         }
@@ -327,7 +325,7 @@ impl Config {
         let mut found = Vec::new();
         let mut problem = |key: String, what: String| found.push((key, what));
         if !(1..=MAX_WORKERS).contains(&self.node.workers) {
-            let what = format!("from 1 to {MAX_WORKERS}; leave it out for one a core");
+            let what = format!("from 1 to {MAX_WORKERS}; leave it out for one");
             problem("node.workers".into(), what);
         }
         if self.node.zone.len() > 64 {

@@ -42,9 +42,9 @@ pub(crate) fn places() -> TcpPlaces {
     ROOM.places()
 }
 
-/// Where its uploads stand that the mesh does not take.
-pub(crate) fn shelf() -> Shelf {
-    Shelf::new(STANDING_BYTES, STREAM_WINDOW_BYTES.into())
+/// Where its uploads stand that the mesh does not take, on one of so many workers.
+pub(crate) fn shelf(workers: usize) -> Shelf {
+    Shelf::new(STANDING_BYTES / workers as u64, STREAM_WINDOW_BYTES.into())
 }
 
 impl Door {

@@ -132,13 +132,12 @@ impl Node {
         let io_error = |e| StartError::bind(MESH_PORT, listen, e);
 
         let windows = Windows::of(config.gossip.profile);
-        let endpoint =
-            |socket, index| MeshEndpoint::new(socket, listen, index, &identity, &reset_key, windows).map_err(io_error);
-        let control = endpoint(Some(control_socket), CONTROL)?;
-        let sockets: Vec<_> = match worker_sockets.is_empty() {
-            true => vec![None],
-            false => worker_sockets.into_iter().map(Some).collect(),
+        // Where ports cannot be shared, the main thread takes everything.
+        let takes_calls = worker_sockets.iter().all(Option::is_none);
+        let endpoint = |socket, index, takes_calls| {
+            MeshEndpoint::new(socket, listen, index, takes_calls, &identity, &reset_key, windows).map_err(io_error)
         };
+        let control = endpoint(Some(control_socket), CONTROL, takes_calls)?;
 
         let me = Ident { id: identity.id(), addr: advertise, generation };
         let mut remembered = remembered_peers(&state);
@@ -165,12 +164,13 @@ impl Node {
         let calls = Arc::new(Calls::new(gossip.watch(), zone_of(config, &identity), own.clone(), introduction));
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
         let start = |(index, socket)| {
-            let thread = Thread::start(index);
-            let endpoint = thread.enter(|| endpoint(socket, index))?;
+            let number = index - CONTROL - 1;
+            let thread = Thread::start(number);
+            let endpoint = thread.enter(|| endpoint(socket, index, true))?;
             let client = MeshClient::on(calls.clone(), identity.clone(), endpoint.clone());
-            Ok(Worker { thread, index, endpoint, client, inbound: inbound.for_another() })
+            Ok(Worker { thread, number, endpoint, client, inbound: inbound.for_another() })
         };
-        let workers = (CONTROL + 1..).zip(sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
+        let workers = (CONTROL + 1..).zip(worker_sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
         let condition = Condition::new(&config.service, gossip.clone());
         let drain = Drain::default();
         let doors_drain = Drain::default();
@@ -206,28 +206,28 @@ impl Node {
 
         let admission = Admission::new(identity, authority, gossip.clone(), running.documents.clone(), control.clone());
         let strangers = Sources::default();
-        let connected = Sources::default();
         let reception = |inbound: &Inbound| Reception {
             running: running.clone(),
             inbound: inbound.clone(),
             admission: admission.clone(),
             strangers: strangers.clone(),
-            connected: connected.clone(),
         };
-        let endpoints = workers.len() + 1;
         if let Some(listening) = control.listening() {
-            tokio::spawn(reception(&inbound).accept(listening.clone(), endpoints));
+            tokio::spawn(reception(&inbound).accept(listening.clone(), 1));
         }
         for worker in &workers {
-            tokio::spawn(worker::watch(worker.runtime().clone(), worker.index()));
+            tokio::spawn(worker::watch(worker.runtime().clone(), worker.number()));
             if let Some(listening) = worker.endpoint.listening() {
-                worker.runtime().spawn(reception(&worker.inbound).accept(listening.clone(), endpoints));
+                worker.runtime().spawn(reception(&worker.inbound).accept(listening.clone(), workers.len()));
             }
         }
         tokio::spawn(names::run(admission.clone()));
         tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
         tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
-        tokio::spawn(take_stock(running.clone(), workers.iter().map(|worker| worker.client.clone()).collect()));
+        tokio::spawn(take_stock(
+            running.clone(),
+            workers.iter().map(|worker| (worker.runtime().clone(), worker.client.clone())).collect(),
+        ));
         tokio::spawn(memory::give_back());
         health::spawn(&config.service, &condition);
         tokio::spawn(reachability::watch(gossip.clone(), links.clone(), condition));
@@ -239,10 +239,17 @@ impl Node {
         tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
 
         for DoorFrame { service, limits, listeners } in doors {
-            let (places, shelf) = (outbound::places(), outbound::shelf());
+            let places = outbound::places();
             for (worker, listener) in workers.iter().zip(listeners) {
                 let (client, service, metrics) = (worker.client.clone(), service.clone(), metrics.clone());
-                let door = Door { client, service, limits, metrics, places: places.clone(), shelf: shelf.clone() };
+                let door = Door {
+                    client,
+                    service,
+                    limits,
+                    metrics,
+                    places: places.clone(),
+                    shelf: outbound::shelf(workers.len()),
+                };
                 let of = doors_drain.clone();
                 worker.runtime().spawn(async move {
                     match tokio_listener(listener) {

@@ -1,10 +1,10 @@
 //! More than one thread for calls: any number of them, one that stands still, and systems that cannot share a port.
 
-use std::{process::Stdio, time::Duration};
+use std::{collections::BTreeMap, process::Stdio, time::Duration};
 
-use starling_chaos::{Client, Cluster, NodeSpec, wait_for};
+use starling_chaos::{Client, Cluster, NodeSpec, Process, free_port, wait_for};
 use starling_protocol::admin::MemberStatus;
-use starling_tests::{binary, call, client_script, namespace, program, sample, skip};
+use starling_tests::{binary, call, client_script, listening, namespace, program, python, run, sample, skip};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     process::Command,
@@ -17,19 +17,19 @@ fn with_workers(name: &str, workers: usize) -> NodeSpec {
     NodeSpec::named(name).flag("--workers").flag(workers.to_string())
 }
 
-/// Names of a node's threads that carry calls.
-fn workers(cluster: &Cluster, node: &str) -> Vec<String> {
+/// A node's threads that carry calls, and how often each of them has waited for something to do.
+fn workers(cluster: &Cluster, node: &str) -> BTreeMap<String, u64> {
     let pid = cluster.node(node).process.pid().unwrap();
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let names = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
-    let mut workers: Vec<String> =
-        names.map(|name| name.trim().to_string()).filter(|name| name.starts_with("worker-")).collect();
-    workers.sort();
-    workers
+    let status = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("status")).ok());
+    let line = |text: &str, key: &str| text.lines().find_map(|line| Some(line.strip_prefix(key)?.trim().to_string()));
+    let threads =
+        status.filter_map(|text| Some((line(&text, "Name:")?, line(&text, "voluntary_ctxt_switches:")?.parse().ok()?)));
+    threads.filter(|(name, _)| name.starts_with("worker-")).collect()
 }
 
 /// A mesh of a caller with so many workers, and a service behind a node with as many.
-async fn mesh(workers: usize) -> (Cluster, starling_chaos::Process) {
+async fn mesh(workers: usize) -> (Cluster, Process) {
     let mut cluster = Cluster::start(binary()).await.unwrap();
     let (service, addr) = sample(cluster.dir(), "x").await;
     cluster.add(&with_workers("near", workers)).await.unwrap();
@@ -42,19 +42,53 @@ async fn mesh(workers: usize) -> (Cluster, starling_chaos::Process) {
 async fn calls_work_with_any_number_of_workers_and_all_of_them_carry() {
     for count in [1, 2, 3, 5] {
         let (cluster, _service) = mesh(count).await;
-        let names: Vec<String> = (0..count).map(|index| format!("worker-{index}")).collect();
-        assert_eq!((workers(&cluster, "near"), workers(&cluster, "far")), (names.clone(), names), "{count}");
+        let names: Vec<String> = (0..count).map(|number| format!("worker-{number}")).collect();
+        let before = workers(&cluster, "near");
+        assert_eq!(before.keys().cloned().collect::<Vec<_>>(), names);
+        assert_eq!(workers(&cluster, "far").len(), count);
         let outbound = cluster.node("near").outbound;
-        // Each client has a connection of its own, so that the kernel deals them out.
-        let mut calls = JoinSet::new();
-        for _ in 0..48 {
-            calls.spawn(async move {
-                Client::plain().get(outbound, "orders.mesh.internal", "/hello").await.unwrap().status
-            });
+        // Each call comes on a connection of its own, so that the kernel deals them out, and wakes its worker more than once.
+        for _ in 0..80 {
+            let answer = Client::plain().get(outbound, "orders.mesh.internal", "/hello").await.unwrap();
+            assert_eq!(answer.status, 200, "{count} workers");
         }
-        while let Some(status) = calls.join_next().await {
-            assert_eq!(status.unwrap(), 200, "{count} workers");
+        let after = workers(&cluster, "near");
+        for (name, woken) in &after {
+            assert!(woken - before[name] > 5, "{name} of {count} has nothing to do: {before:?} -> {after:?}");
         }
+    }
+}
+
+/// What one worker keeps of a service that takes few connections does not shut the others out.
+#[tokio::test]
+async fn a_service_with_one_connection_is_there_for_every_worker() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let Some(python) = python() else { return };
+    let (script, grpc) = (client_script("grpc_echo.py"), free_port());
+    let args = [&script, "serve", "--port", &grpc.port().to_string()];
+    let _grpc = Process::start(&python, args, &cluster.dir().join("grpc.log")).unwrap();
+    listening(grpc).await;
+    let (_service, http) = sample(cluster.dir(), "x").await;
+    let file = cluster.dir().join("few.toml");
+    let service = |name, addr, protocol| {
+        format!("[[service]]\nname = \"{name}\"\naddr = \"{addr}\"\nprotocol = \"{protocol}\"\nmax_connections = 1\n")
+    };
+    std::fs::write(&file, service("plain", http, "http1") + &service("grpc", grpc, "h2c")).unwrap();
+    let token = cluster.token(&["--service", "plain", "--service", "grpc"]).await.unwrap();
+    let spec = with_workers("far", 3).flag("--config").flag(file.to_string_lossy());
+    cluster.add_with_token(&spec, &token).await.unwrap();
+    // One caller a worker, each with a connection of its own to one of the three.
+    for name in ["c1", "c2", "c3", "c4", "c5", "c6"] {
+        cluster.add(&NodeSpec::named(name)).await.unwrap();
+    }
+    cluster.converge().await.unwrap();
+    for name in ["c1", "c2", "c3", "c4", "c5", "c6"] {
+        let door = cluster.node(name).outbound;
+        assert_eq!(call(door, "plain", "/hello").await.status, 200, "{name}");
+        let args =
+            [&script, "call", "--target", &door.to_string(), "--authority", "grpc.mesh.internal", "--only", "unary"];
+        let (ok, out, err) = run(&python, &args);
+        assert!(ok, "{name}: {out} {err}");
     }
 }
 
@@ -98,12 +132,21 @@ faults = [{ burst = { times = 10 } }]
 }
 
 #[tokio::test]
-async fn a_worker_that_stands_still_holds_up_nobody_else() {
+async fn a_callers_worker_that_stands_still_holds_up_nobody_else() {
+    stands_still("near").await;
+}
+
+#[tokio::test]
+async fn a_worker_of_the_other_node_that_stands_still_holds_up_nobody_else() {
+    stands_still("far").await;
+}
+
+async fn stands_still(node: &str) {
     let Some(python) = program("python3") else { return };
     let (cluster, _service) = mesh(2).await;
     let outbound = cluster.node("near").outbound;
     assert_eq!(call(outbound, "orders", "/hello").await.status, 200);
-    let pid = cluster.node("near").process.pid().unwrap().to_string();
+    let pid = cluster.node(node).process.pid().unwrap().to_string();
     let mut still = Command::new(python);
     still.args([client_script("stand_still.py").as_str(), &pid, "worker-1", "5"]).stdout(Stdio::piped());
     let mut still = still.kill_on_drop(true).spawn().unwrap();
@@ -113,7 +156,8 @@ async fn a_worker_that_stands_still_holds_up_nobody_else() {
         return skip("may not stop a single thread of a process");
     }
 
-    // Those whom the kernel gives to the other worker are answered meanwhile; the rest when theirs turns again.
+    // Those whom the kernel gives to the other worker are answered meanwhile; the rest when theirs turns again, or by an
+    // error, if it is the other node's that does not answer.
     let mut calls = JoinSet::new();
     for _ in 0..32 {
         calls.spawn(async move {
@@ -122,19 +166,26 @@ async fn a_worker_that_stands_still_holds_up_nobody_else() {
             stream.write_all(request.as_bytes()).await.unwrap();
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await.unwrap();
-            answer.starts_with("HTTP/1.1 200")
+            answer
         });
     }
     let mut meanwhile = 0;
     while meanwhile < 5 {
-        assert!(calls.join_next().await.expect("some go to the other worker").unwrap());
+        let answer = calls.join_next().await.expect("some go to the other worker").unwrap();
         assert!(still.try_wait().unwrap().is_none(), "only {meanwhile} calls were answered while a worker stood still");
-        meanwhile += 1;
+        meanwhile += usize::from(answer.starts_with("HTTP/1.1 200"));
     }
     still.wait().await.unwrap();
-    while let Some(answered) = calls.join_next().await {
-        assert!(answered.unwrap());
+    while let Some(answer) = calls.join_next().await {
+        let answer = answer.unwrap();
+        assert!(node == "far" || answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
+    wait_for("it is as before", LIMIT, async || {
+        let answers = [call(outbound, "orders", "/hello").await, call(outbound, "orders", "/hello").await];
+        if answers.iter().all(|answer| answer.status == 200) { Ok(()) } else { Err(format!("{answers:?}")) }
+    })
+    .await
+    .unwrap();
     for observer in ["seed", "near", "far"] {
         let members = cluster.members(observer).await.unwrap();
         assert!(members.iter().all(|m| m.status == MemberStatus::Alive), "{observer} shows {members:?}");
@@ -142,7 +193,7 @@ async fn a_worker_that_stands_still_holds_up_nobody_else() {
         assert!(!log.contains("Suspect"), "{observer}: {log}");
     }
     wait_for("the log says it", LIMIT, async || {
-        let log = cluster.node("near").process.log();
+        let log = cluster.node(node).process.log();
         let said = log.contains("a worker does not answer") && log.contains("the worker is back");
         if said { Ok(()) } else { Err(log) }
     })
@@ -158,7 +209,7 @@ async fn where_a_port_cannot_be_shared_one_thread_carries_everything() {
     // Less than the program that steers packets takes.
     std::fs::write("/proc/sys/net/core/optmem_max", "160").unwrap();
     let (cluster, _service) = mesh(3).await;
-    assert_eq!(workers(&cluster, "near"), ["worker-0"]);
+    assert_eq!(workers(&cluster, "near").into_keys().collect::<Vec<_>>(), ["worker-0"]);
     assert_eq!(call(cluster.node("near").outbound, "orders", "/hello").await.status, 200);
     let log = cluster.node("near").process.log();
     assert!(log.contains("cannot share the mesh port among threads"), "{log}");

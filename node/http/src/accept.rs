@@ -63,8 +63,9 @@ where
     let (mut failed, mut full) = (Seldom::default(), Seldom::default());
     loop {
         let accepted = async {
-            let place = places.free.clone().acquire_owned().await;
-            (place, listener.accept().await)
+            // In this order: an acceptor to whom nobody comes must not hold a place that another one needs.
+            let accepted = listener.accept().await;
+            (places.free.clone().acquire_owned().await, accepted)
         };
         let (place, accepted) = tokio::select! {
             accepted = accepted => accepted,
@@ -125,7 +126,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// The share of one of so many endpoints on a port.
+    /// The share of one of so many endpoints on a port. Clients choose whose it is, so that each is held to its own.
     #[must_use]
     pub fn shared_by(self, endpoints: usize) -> Self {
         let share = |all: usize| all.div_ceil(endpoints.max(1));
@@ -133,7 +134,8 @@ impl Room {
             connections: share(self.connections),
             unproven: share(self.unproven),
             unproven_handshakes: share(self.unproven_handshakes),
-            ..self
+            handshakes_of_one: share(self.handshakes_of_one),
+            of_one: share(self.of_one),
         }
     }
 
@@ -223,13 +225,13 @@ pub fn source_of(ip: IpAddr) -> IpAddr {
 }
 
 /// Accepts connections until the endpoint closes or the future is dropped. Each is served by a task of its own, which
-/// outlives that. `connected` counts those of all endpoints on the port, by where they come from.
-pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, connected: Sources, serve: S)
+/// outlives that.
+pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, serve: S)
 where
     S: Fn(quinn::Connection) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
-    let handshakes = Sources::default();
+    let (handshakes, connected) = (Sources::default(), Sources::default());
     let full = Arc::new(Mutex::new(Seldom::default()));
     while let Some(incoming) = endpoint.accept().await {
         let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };

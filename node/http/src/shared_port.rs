@@ -43,21 +43,25 @@ pub fn udp(addr: SocketAddr, fixed: usize, shared: usize) -> io::Result<UdpGroup
     let first = new_udp(addr)?;
     first.bind(&addr.into())?;
     let mut sockets = vec![UdpSocket::from(first)];
-    if fixed + shared > 1 {
-        let bound = sockets[0].local_addr()?;
-        SockRef::from(&sockets[0]).set_reuse_port(true)?;
-        for _ in 1..fixed + shared {
-            let socket = new_udp(bound)?;
-            socket.set_reuse_port(true)?;
-            socket.bind(&bound.into())?;
-            sockets.push(socket.into());
-        }
-        if let Err(error) = steer_by_connection_id(&sockets[0], fixed, shared) {
-            sockets.truncate(1);
-            return Ok(UdpGroup { sockets, alone: Some(error) });
-        }
+    if fixed + shared > 1
+        && let Err(error) = complete(&mut sockets, fixed, shared)
+    {
+        sockets.truncate(1);
+        return Ok(UdpGroup { sockets, alone: Some(error) });
     }
     Ok(UdpGroup { sockets, alone: None })
+}
+
+fn complete(sockets: &mut Vec<UdpSocket>, fixed: usize, shared: usize) -> io::Result<()> {
+    let bound = sockets[0].local_addr()?;
+    SockRef::from(&sockets[0]).set_reuse_port(true)?;
+    for _ in 1..fixed + shared {
+        let socket = new_udp(bound)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&bound.into())?;
+        sockets.push(socket.into());
+    }
+    steer_by_connection_id(&sockets[0], fixed, shared)
 }
 
 /// TCP listeners on one address; the kernel deals out connections among them.

@@ -7,7 +7,7 @@ mod stream;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -57,7 +57,8 @@ enum Connections {
 
 impl LocalService {
     pub(crate) fn new(service: &ServiceConfig) -> Self {
-        let dialler = Dialler { addr: service.addr, places: Arc::new(Semaphore::new(service.max_connections)) };
+        let places = Arc::new(Semaphore::new(service.max_connections));
+        let dialler = Dialler { addr: service.addr, places, connections: Mutex::default() };
         Self::with_own_connections(Arc::new(State {
             dialler,
             protocol: service.protocol.0,
@@ -81,7 +82,9 @@ impl LocalService {
                 Connections::Http1(http1::Pool::new(service.keep_idle, service.repeats.clone()))
             }
         };
-        Self { service, connections: Arc::new(connections) }
+        let connections = Arc::new(connections);
+        service.dialler.all().push(Arc::downgrade(&connections));
+        Self { service, connections }
     }
 
     /// How long its answers may take, by its operator's word.
@@ -138,16 +141,31 @@ impl Repeats {
     }
 }
 
-/// Makes connections to the service, so many at a time.
+/// Makes connections to the service, so many at a time over all workers.
 struct Dialler {
     addr: SocketAddr,
     places: Arc<Semaphore>,
+    /// Those of all workers.
+    connections: Mutex<Vec<Weak<Connections>>>,
 }
 
 /// Room for one connection; given back with the last of whoever holds it.
 type Room = Arc<OwnedSemaphorePermit>;
 
 impl Dialler {
+    fn all(&self) -> MutexGuard<'_, Vec<Weak<Connections>>> {
+        self.connections.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Where there may be no more connections, one of another worker: what one keeps must not shut the others out.
+    fn borrow<T>(&self, of: impl Fn(&Connections) -> Option<T>) -> Option<T> {
+        if self.places.available_permits() > 0 {
+            return None;
+        }
+        let all: Vec<_> = self.all().iter().filter_map(Weak::upgrade).collect();
+        all.iter().find_map(|connections| of(connections))
+    }
+
     async fn dial(&self) -> Result<(ServiceStream, Room), LocalError> {
         let Ok(room) = self.places.clone().try_acquire_owned() else {
             let detail = "the service has as many connections as it may have";

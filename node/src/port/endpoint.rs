@@ -121,11 +121,13 @@ pub(crate) struct MeshEndpoint {
 }
 
 impl MeshEndpoint {
-    /// Puts a socket of the group to work on the current runtime. `like` is an address of the mesh port.
+    /// Puts a socket of the group to work on the current runtime, where calls are taken or only gossip. `like` is an address of
+    /// the mesh port.
     pub(crate) fn new(
         socket: Option<UdpSocket>,
         like: SocketAddr,
         index: u8,
+        takes_calls: bool,
         identity: &Arc<Identity>,
         reset_key: &[u8; 32],
         windows: Windows,
@@ -134,7 +136,7 @@ impl MeshEndpoint {
             let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
             config.cid_generator(move || Box::new(OwnedBy(index)));
             let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
-            let known = if index == CONTROL { GOSSIP_IN } else { windows.on(CALLS_IN) };
+            let known = if takes_calls { windows.on(CALLS_IN) } else { GOSSIP_IN };
             let stranger = Transport {
                 bidi_streams: STRANGER_STREAMS,
                 uni_streams: STRANGER_STREAMS,

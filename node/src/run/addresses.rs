@@ -22,8 +22,9 @@ pub(super) struct Bound {
     /// What others are told.
     pub(super) advertise: SocketAddr,
     pub(super) control_socket: UdpSocket,
-    /// One a worker; none where the system cannot steer: then the control thread takes all connections.
-    pub(super) worker_sockets: Vec<UdpSocket>,
+    /// One a worker. Where the system cannot steer there is one worker, without a socket: the main thread takes all
+    /// connections.
+    pub(super) worker_sockets: Vec<Option<UdpSocket>>,
     pub(super) admin_listener: std::net::TcpListener,
     pub(super) doors: Vec<DoorFrame>,
 }
@@ -45,12 +46,14 @@ impl Bound {
         let UdpGroup { sockets, alone } = shared_port::udp(wanted, 1, config.node.workers).map_err(failed)?;
         let mut sockets = sockets.into_iter();
         let control_socket = sockets.next().ok_or_else(|| failed(io::ErrorKind::Other.into()))?;
-        let worker_sockets: Vec<_> = sockets.collect();
+        let mut worker_sockets: Vec<_> = sockets.map(Some).collect();
         if let Some(error) = alone {
             tracing::warn!(%error, "the system cannot share the mesh port among threads: one thread carries everything");
         }
-        // None has a socket: then there is one.
-        let workers = worker_sockets.len().max(1);
+        if worker_sockets.is_empty() {
+            worker_sockets.push(None);
+        }
+        let workers = worker_sockets.len();
         let listen = control_socket.local_addr().map_err(failed)?;
         let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
         let mut doors = Vec::new();

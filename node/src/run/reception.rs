@@ -34,16 +34,12 @@ pub(super) struct Reception {
     pub(super) inbound: Inbound,
     pub(super) admission: Admission,
     pub(super) strangers: Sources,
-    /// Connections of all threads.
-    pub(super) connected: Sources,
 }
 
 impl Reception {
-    /// Takes those of one of `endpoints`.
+    /// Takes those of one of so many `endpoints` that share the room.
     pub(super) async fn accept(self, endpoint: quinn::Endpoint, endpoints: usize) {
-        let connected = self.connected.clone();
-        accept::quic(endpoint, ROOM.shared_by(endpoints), connected, move |connection| self.clone().lead(connection))
-            .await;
+        accept::quic(endpoint, ROOM.shared_by(endpoints), move |connection| self.clone().lead(connection)).await;
     }
 
     async fn lead(self, connection: quinn::Connection) {

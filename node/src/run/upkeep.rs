@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use starling_gossip::GossipHandle;
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 
 use super::Running;
 use crate::MeshClient;
@@ -35,11 +35,14 @@ pub(super) async fn resolve_seeds(
     }
 }
 
-pub(super) async fn take_stock(running: Arc<Running>, clients: Vec<MeshClient>) {
+pub(super) async fn take_stock(running: Arc<Running>, workers: Vec<(Handle, MeshClient)>) {
     let mut watch = running.gossip.watch();
     while watch.changed().await.is_ok() {
         let snapshot = watch.borrow_and_update().clone();
-        clients.iter().for_each(MeshClient::forget_strangers);
+        for (runtime, client) in &workers {
+            let client = client.clone();
+            runtime.spawn(async move { client.forget_strangers() });
+        }
         running.links.forget_unreachable(&snapshot.members.iter().filter(|m| m.is_live()).map(|m| m.addr).collect());
     }
 }

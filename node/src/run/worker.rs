@@ -17,7 +17,7 @@ pub(super) struct Thread {
 }
 
 impl Thread {
-    pub(super) fn start(index: u8) -> Self {
+    pub(super) fn start(number: u8) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -26,7 +26,7 @@ impl Thread {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         std::thread::Builder::new()
-            .name(format!("worker-{}", index - 1))
+            .name(format!("worker-{number}"))
             .spawn(move || runtime.block_on(stopped.cancelled()))
             .expect("the system has resources for a thread");
         Self { runtime: handle, stop }
@@ -42,8 +42,7 @@ impl Thread {
 /// One of the threads that carry calls, with all that is its own: nothing of it is touched by the others.
 pub struct Worker {
     pub(super) thread: Thread,
-    /// Its index in connection ids, from 1.
-    pub(super) index: u8,
+    pub(super) number: u8,
     pub(super) endpoint: MeshEndpoint,
     pub(super) client: MeshClient,
     pub(super) inbound: Inbound,
@@ -60,9 +59,9 @@ impl Worker {
         &self.client
     }
 
-    /// Its index among the workers, from 0.
-    pub fn index(&self) -> u8 {
-        self.index - 1
+    /// Which of the workers it is, from 0.
+    pub fn number(&self) -> u8 {
+        self.number
     }
 
     pub(super) fn stop(&self) {
@@ -71,17 +70,23 @@ impl Worker {
 }
 
 /// Says when a worker stands still, and when it turns again: its calls wait meanwhile, and nobody else's.
-pub(super) async fn watch(runtime: Handle, index: u8) {
+pub(super) async fn watch(runtime: Handle, number: u8) {
     loop {
         tokio::time::sleep(LOOK).await;
         let mut answer = runtime.spawn(async {});
         let asked = tokio::time::Instant::now();
-        if tokio::time::timeout(LOOK, &mut answer).await.is_err() {
-            tracing::warn!(worker = index, "a worker does not answer; its calls wait");
-            if answer.await.is_err() {
-                return;
+        let answered = match tokio::time::timeout(LOOK, &mut answer).await {
+            Ok(answered) => answered,
+            Err(_) => {
+                tracing::warn!(worker = number, "a worker does not answer; its calls wait");
+                let answered = answer.await;
+                tracing::warn!(worker = number, after = ?asked.elapsed(), "the worker is back");
+                answered
             }
-            tracing::warn!(worker = index, after = ?asked.elapsed(), "the worker is back");
+        };
+        if answered.is_err() {
+            // Its event loop has ended, with the node.
+            return;
         }
     }
 }

@@ -16,7 +16,7 @@ use super::{
     silence::watch_for_silence,
 };
 use crate::{
-    call::choose::{Candidate, KnownPeer, KnownPeers},
+    call::choose::{Candidate, KnownPeer, KnownPeers, Reach},
     identity::Identity,
     port::endpoint::MeshEndpoint,
 };
@@ -32,6 +32,7 @@ enum Slot {
 /// A peer as one worker has it.
 struct PeerSlot {
     known: Arc<KnownPeer>,
+    reach: Arc<Reach>,
     slot: Mutex<Slot>,
 }
 
@@ -50,7 +51,10 @@ impl Pool {
 
     fn peer(&self, id: &NodeId) -> Arc<PeerSlot> {
         let mut peers = lock(&self.peers);
-        let new = || Arc::new(PeerSlot { known: self.known.peer(id), slot: Mutex::default() });
+        let new = || {
+            let known = self.known.peer(id);
+            Arc::new(PeerSlot { reach: known.reach(), known, slot: Mutex::default() })
+        };
         peers.entry(*id).or_insert_with(new).clone()
     }
 
@@ -60,10 +64,10 @@ impl Pool {
         let now = Instant::now();
         instances
             .map(|instance| {
-                let known = self.peer(&instance.node).known.clone();
-                let (is_out, is_due) = known.reach.look(now);
+                let peer = self.peer(&instance.node);
+                let (is_out, is_due) = peer.reach.look(now);
                 if is_due {
-                    let (pool, reach, instance) = (self.clone(), known.reach.clone(), instance.clone());
+                    let (pool, reach, instance) = (self.clone(), peer.reach.clone(), instance.clone());
                     tokio::spawn(async move {
                         // It may be there already: what fell silent was an older one, of a former life.
                         if pool.connection(&instance).await.is_ok() {
@@ -71,15 +75,15 @@ impl Pool {
                         }
                     });
                 }
-                let experience = known.experience(&instance.service);
-                Candidate { peer: known.reach.clone(), is_out, experience, instance }
+                let experience = peer.known.experience(&instance.service);
+                Candidate { peer: peer.reach.clone(), is_out, experience, instance }
             })
             .collect()
     }
 
     /// Forgets peers that are not in the mesh any more.
     pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
-        lock(&self.peers).retain(|id, peer| keep(id) || peer.known.reach.in_flight() > 0);
+        lock(&self.peers).retain(|id, peer| keep(id) || peer.reach.in_flight() > 0);
     }
 
     /// A connection to the instance's node: the one that is there, or a new one. Cancel safe; the dial goes on for others.
@@ -125,14 +129,14 @@ impl Pool {
     ) {
         let outcome = match dial(&self.identity, &self.endpoint, &instance).await {
             Ok(made) => {
-                peer.known.reach.reached();
-                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.known.reach.clone()));
+                peer.reach.reached();
+                tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.reach.clone()));
                 *lock(&peer.slot) = Slot::Ready(made);
                 Ok(())
             }
             Err(error) => {
                 tracing::debug!(node = %instance.node_name, addr = %instance.addr, %error, "cannot connect");
-                peer.known.reach.unreachable();
+                peer.reach.unreachable();
                 *lock(&peer.slot) = Slot::Idle;
                 Err(error)
             }

@@ -10,7 +10,7 @@ use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
 use starling_http::{Body, Guarded, Interim, normal};
 
-use super::{Dialler, LocalError, MAX_HEAD_BYTES, Repeats, Room, failed, stream::Glance, terminated};
+use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Repeats, Room, failed, stream::Glance, terminated};
 use crate::Sent;
 
 /// Connections kept for the next request, at most.
@@ -68,7 +68,11 @@ impl Pool {
                 interim.pass_on(early.status(), early.headers().clone(), normal::Origin::Outside);
             });
         }
-        if let Some(kept) = self.idle.take() {
+        let elsewhere = |all: &Connections| match all {
+            Connections::Http1(pool) => pool.idle.take(),
+            Connections::Http2(_) => None,
+        };
+        if let Some(kept) = self.idle.take().or_else(|| dialler.borrow(elsewhere)) {
             // A kept connection may be closed by the service at the very moment it is used. Then the request comes back
             // unsent, or is sent once more if that is harmless: without a body, and idempotent.
             let repeatable = http_body::Body::is_end_stream(request.body()) && request.method().is_idempotent();

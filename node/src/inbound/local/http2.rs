@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use starling_http::{Body, Guarded, Shelf};
 use tokio::sync::Notify;
 
-use super::{Dialler, LocalError, MAX_HEAD_BYTES, Room, failed};
+use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Room, failed};
 
 /// What one answer may hold that nobody reads.
 const STREAM_WINDOW_BYTES: u32 = 64 << 10;
@@ -81,7 +81,11 @@ impl Pool {
         mut request: Request<Body>,
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
         *request.version_mut() = Version::HTTP_2;
-        let place = match self.enter() {
+        let elsewhere = |all: &Connections| match all {
+            Connections::Http2(pool) => pool.enter(),
+            Connections::Http1(_) => None,
+        };
+        let place = match self.enter().or_else(|| dialler.borrow(elsewhere)) {
             Some(place) => place,
             None => {
                 let _turn = self.dialling.lock().await;

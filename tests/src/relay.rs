@@ -47,7 +47,7 @@ async fn shuffle(from: &UdpSocket, to: &UdpSocket) {
 }
 
 /// Stands where a node is advertised, and parts what comes for it as the node's own sockets do: by the first byte of the
-/// connection id, calls to `calls` and all else to `control`.
+/// connection id, 0 to `control` and all else to `calls`.
 pub async fn parting_relay(at: SocketAddr, control: SocketAddr, calls: SocketAddr) {
     let front = Arc::new(UdpSocket::bind(at).await.expect("the port is free"));
     tokio::spawn(async move {
@@ -57,7 +57,7 @@ pub async fn parting_relay(at: SocketAddr, control: SocketAddr, calls: SocketAdd
             let Ok((length, client)) = front.recv_from(&mut buffer).await else { continue };
             let packet = &buffer[..length];
             let is_long = packet.first().is_some_and(|first| first & 0x80 != 0);
-            let to = if packet.get(if is_long { 6 } else { 1 }) == Some(&1) { calls } else { control };
+            let to = if packet.get(if is_long { 6 } else { 1 }) == Some(&0) { control } else { calls };
             let way = match ways.entry((client, to)) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => {

@@ -49,22 +49,20 @@ impl Pool {
         Self { identity, endpoint, known, peers: Mutex::default() }
     }
 
-    fn peer(&self, id: &NodeId) -> Arc<PeerSlot> {
-        let mut peers = lock(&self.peers);
-        let new = || {
+    fn slot<'a>(&self, peers: &'a mut HashMap<NodeId, Arc<PeerSlot>>, id: &NodeId) -> &'a Arc<PeerSlot> {
+        peers.entry(*id).or_insert_with(|| {
             let known = self.known.peer(id);
             Arc::new(PeerSlot { reach: known.reach(), known, slot: Mutex::default() })
-        };
-        peers.entry(*id).or_insert_with(new).clone()
+        })
     }
 
     /// Pairs instances with what is known of them and their peers. Those that were out of reach for a while are dialled
     /// again, beside the call: it has others to go to.
     pub(crate) fn candidates(self: &Arc<Self>, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
-        let now = Instant::now();
+        let (mut peers, now) = (lock(&self.peers), Instant::now());
         instances
             .map(|instance| {
-                let peer = self.peer(&instance.node);
+                let peer = self.slot(&mut peers, &instance.node);
                 let (is_out, is_due) = peer.reach.look(now);
                 if is_due {
                     let (pool, reach, instance) = (self.clone(), peer.reach.clone(), instance.clone());
@@ -88,7 +86,7 @@ impl Pool {
 
     /// A connection to the instance's node: the one that is there, or a new one. Cancel safe; the dial goes on for others.
     pub(crate) async fn connection(self: &Arc<Self>, instance: &Arc<Instance>) -> Result<Connection, DialError> {
-        let peer = self.peer(&instance.node);
+        let peer = self.slot(&mut lock(&self.peers), &instance.node).clone();
         let deadline = Instant::now() + DIAL_TIMEOUT;
         loop {
             let mut dialled = {

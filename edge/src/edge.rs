@@ -59,12 +59,12 @@ impl Edge {
         let workers = config.node.workers;
         let bind =
             |what, addr, listeners| shared_port::tcp(addr, listeners).map_err(|e| StartError::bind(what, addr, e));
-        let tcp = bind("the public port (TCP)", listen, workers)?;
-        let bound = tcp[0].local_addr().map_err(|e| StartError::bind("the public port (TCP)", listen, e))?;
-        // Where they cannot be shared out among threads there is one, and the node says so.
+        // Where ports cannot be shared there is one socket of each kind; the node says so of its own.
         let UdpGroup { sockets, .. } =
-            shared_port::udp(bound, 0, workers).map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
+            shared_port::udp(listen, 0, workers).map_err(|e| StartError::bind("the public port (UDP)", listen, e))?;
         let endpoints = sockets.len();
+        let bound = sockets[0].local_addr().map_err(|e| StartError::bind("the public port (UDP)", listen, e))?;
+        let tcp = bind("the public port (TCP)", bound, endpoints)?;
         let redirect = match sections.edge.redirect {
             Some(addr) => bind("the redirect port", addr, 1)?.pop(),
             None => None,

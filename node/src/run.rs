@@ -12,6 +12,7 @@ mod upkeep;
 mod worker;
 
 use std::{
+    io,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -119,6 +120,9 @@ impl Node {
 
         let Bound { listen, advertise, control_socket, worker_sockets, admin_listener, doors } = Bound::all(config)?;
 
+        let threads = (0..worker_sockets.len() as u8).map(Thread::start).collect::<io::Result<Vec<_>>>();
+        let threads = threads.map_err(StartError::Threads)?;
+
         let authority = Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl)));
         let Established { identity, peers: peers_told } = establish_identity(config, kind, &state, &authority).await?;
         // A join may just have made this node an issuer.
@@ -163,14 +167,12 @@ impl Node {
         let introduction = Introduction::new(!config.node.seeds.is_empty() || knows_peers);
         let calls = Arc::new(Calls::new(gossip.watch(), zone_of(config, &identity), own.clone(), introduction));
         let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
-        let start = |(index, socket)| {
-            let number = index - CONTROL - 1;
-            let thread = Thread::start(number);
-            let endpoint = thread.enter(|| endpoint(socket, index, true))?;
+        let start = |((number, thread), socket): ((u8, Thread), _)| {
+            let endpoint = thread.enter(|| endpoint(socket, CONTROL + 1 + number, true))?;
             let client = MeshClient::on(calls.clone(), identity.clone(), endpoint.clone());
             Ok(Worker { thread, number, endpoint, client, inbound: inbound.for_another() })
         };
-        let workers = (CONTROL + 1..).zip(worker_sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
+        let workers = (0..).zip(threads).zip(worker_sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
         let condition = Condition::new(&config.service, gossip.clone());
         let drain = Drain::default();
         let doors_drain = Drain::default();

@@ -17,6 +17,11 @@ pub enum StartError {
         /// What to do.
         problem: String,
     },
+    /// Threads for calls.
+    #[error(
+        "cannot start the threads that carry calls: {0}; ask for fewer with --workers, or raise the limit of processes"
+    )]
+    Threads(io::Error),
     /// No state directory.
     #[error("no state directory; give --state DIR")]
     NoState,

@@ -1,6 +1,6 @@
 //! The threads that carry calls.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -17,19 +17,15 @@ pub(super) struct Thread {
 }
 
 impl Thread {
-    pub(super) fn start(number: u8) -> Self {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("the system has resources for an event loop");
+    pub(super) fn start(number: u8) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         std::thread::Builder::new()
             .name(format!("worker-{number}"))
-            .spawn(move || runtime.block_on(stopped.cancelled()))
-            .expect("the system has resources for a thread");
-        Self { runtime: handle, stop }
+            .spawn(move || runtime.block_on(stopped.cancelled()))?;
+        Ok(Self { runtime: handle, stop })
     }
 
     /// Does something that needs its event loop.
@@ -80,7 +76,9 @@ pub(super) async fn watch(runtime: Handle, number: u8) {
             Err(_) => {
                 tracing::warn!(worker = number, "a worker does not answer; its calls wait");
                 let answered = answer.await;
-                tracing::warn!(worker = number, after = ?asked.elapsed(), "the worker is back");
+                if answered.is_ok() {
+                    tracing::warn!(worker = number, after = ?asked.elapsed(), "the worker is back");
+                }
                 answered
             }
         };

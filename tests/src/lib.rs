@@ -35,6 +35,9 @@ pub fn binary() -> &'static Path {
     })
 }
 
+/// How long a chaos run of a test may take.
+const CHAOS_LIMIT: Duration = Duration::from_secs(240);
+
 /// Says that a test cannot run here, and why; where everything is required, that is a failure.
 pub fn skip(why: &str) {
     assert!(std::env::var_os("STARLING_REQUIRE_ALL").is_none(), "required here: {why}");
@@ -143,4 +146,19 @@ pub async fn listening(addr: SocketAddr) {
 pub async fn call(outbound: SocketAddr, service: &str, path: &str) -> starling_chaos::Answer {
     let host = format!("{service}.mesh.internal");
     Client::plain().get(outbound, &host, path).await.expect("the outbound listener answers")
+}
+
+/// Runs `starling chaos` in a directory, which also gets what is temporary: exit code, stdout, stderr.
+pub async fn chaos(dir: &Path, args: &[&str]) -> (i32, String, String) {
+    chaos_with(dir, args, &[]).await
+}
+
+/// The same, with variables.
+pub async fn chaos_with(dir: &Path, args: &[&str], variables: &[(&str, &str)]) -> (i32, String, String) {
+    let mut command = tokio::process::Command::new(binary());
+    command.arg("chaos").args(args).current_dir(dir).env("TMPDIR", dir).envs(variables.iter().copied());
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(CHAOS_LIMIT, command.output()).await.expect("it ends").expect("it runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use starling_chaos::wait_for;
-use starling_tests::{binary, skip};
+use starling_tests::{binary, chaos, skip};
 use tokio::process::{Child, Command};
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -39,14 +39,6 @@ fn plan_in(dir: &Path, text: &str) -> String {
     let path = dir.join("short.toml");
     std::fs::write(&path, text).unwrap();
     path.to_string_lossy().into_owned()
-}
-
-async fn chaos(dir: &Path, args: &[&str]) -> (i32, String, String) {
-    let mut command = Command::new(binary());
-    command.arg("chaos").args(args).current_dir(dir).env("TMPDIR", dir).stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(LIMIT * 2, command.output()).await.expect("it ends").unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
 }
 
 fn results(report: &Path) -> serde_json::Value {

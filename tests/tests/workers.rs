@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, process::Stdio, time::Duration};
 
 use starling_chaos::{Client, Cluster, NodeSpec, Process, free_port, wait_for};
 use starling_protocol::admin::MemberStatus;
-use starling_tests::{binary, call, client_script, listening, namespace, program, python, run, sample, skip};
+use starling_tests::{
+    binary, call, chaos_with, client_script, listening, namespace, program, python, run, sample, skip,
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     process::Command,
@@ -120,14 +122,11 @@ faults = [{ burst = { times = 10 } }]
     let plan = dir.path().join("workers.toml");
     std::fs::write(&plan, PLAN).unwrap();
     for workers in ["1", "3"] {
-        let mut run = Command::new(binary());
-        run.args(["chaos", "run"]).arg(&plan).args(["--backend", "relay"]).current_dir(dir.path());
-        run.env("STARLING_WORKERS", workers).stdin(Stdio::null()).kill_on_drop(true);
-        let output = tokio::time::timeout(LIMIT, run.output()).await.expect("it ends").unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let args = ["run", &plan.to_string_lossy(), "--backend", "relay"];
+        let (code, said, _) = chaos_with(dir.path(), &args, &[("STARLING_WORKERS", workers)]).await;
         // A machine that is too slow for the flood cannot tell (2); what it can tell must be well.
         let acted = said.lines().any(|line| line.contains("another source port") && line.contains("acted"));
-        assert!(output.status.code() != Some(1) && acted, "{workers} workers: {said}");
+        assert!(code != 1 && acted, "{workers} workers: {said}");
     }
 }
 

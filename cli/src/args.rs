@@ -297,6 +297,12 @@ pub(crate) struct NodeArgs {
     /// Threads that carry calls; one if absent
     #[arg(long, env = "STARLING_WORKERS", value_name = "N")]
     pub(crate) workers: Option<usize>,
+    /// Base URL of a collector for traces and metrics (OTLP over HTTP), like `http://127.0.0.1:4318`
+    #[arg(long, env = "STARLING_OTLP", value_name = "URL")]
+    pub(crate) otlp: Option<String>,
+    /// Share of the traces that begin here which are recorded, 0 to 1 [default: 0.01]
+    #[arg(long, env = "STARLING_SAMPLE", value_name = "SHARE")]
+    pub(crate) sample: Option<f64>,
 }
 
 #[derive(Debug, Args)]

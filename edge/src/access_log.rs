@@ -19,6 +19,7 @@ const MAX_WAITING: usize = 8192;
 pub(crate) struct Entry {
     pub(crate) time: String,
     pub(crate) request_id: String,
+    pub(crate) trace_id: String,
     pub(crate) client: String,
     pub(crate) protocol: &'static str,
     pub(crate) method: String,

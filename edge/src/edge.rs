@@ -82,7 +82,6 @@ impl Edge {
             keys,
             certificates,
             log: AccessLog::start().map_err(|e| EdgeError::Config(format!("the access log: {e}")))?,
-            metrics: node.metrics().clone(),
             alt_svc: match sections.edge.alt_svc {
                 true => HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).ok(),
                 false => None,
@@ -107,13 +106,13 @@ impl Edge {
             let _runtime = worker.runtime().enter();
             let endpoint = listener::quic_endpoint(socket, worker.number(), quic.clone())
                 .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
-            let gateway = Gateway { standing: shared.clone(), client: worker.client().clone() };
+            let gateway = Gateway::on(worker, shared.clone());
             let (shelf, drain) = (shelf.clone(), drain.clone());
             worker.runtime().spawn(listener::serve_quic(endpoint.clone(), endpoints, gateway, shelf, drain));
             public.push(endpoint);
         }
         for ((worker, shelf), tcp) in node.workers().iter().zip(&shelves).zip(tcp) {
-            let gateway = Gateway { standing: shared.clone(), client: worker.client().clone() };
+            let gateway = Gateway::on(worker, shared.clone());
             let (tls, places, shelf, drain) = (tls.clone(), places.clone(), shelf.clone(), drain.clone());
             worker.runtime().spawn(async move {
                 match tokio::net::TcpListener::from_std(tcp) {

@@ -14,7 +14,7 @@ use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError, accept, is_grpc,
     normal::{self, Origin},
 };
-use starling_node::{Call, Carried, Fault, MadeByNode, MeshClient, Metrics};
+use starling_node::{Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, Worker, trace};
 use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -149,6 +149,8 @@ pub(crate) struct Gateway {
     pub(crate) standing: Arc<Standing>,
     /// Of its worker.
     pub(crate) client: MeshClient,
+    /// Of its worker.
+    pub(crate) observer: Observer,
 }
 
 pub(crate) struct Standing {
@@ -156,21 +158,32 @@ pub(crate) struct Standing {
     pub(crate) keys: Arc<KeyFile>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) log: AccessLog,
-    pub(crate) metrics: Metrics,
     pub(crate) alt_svc: Option<HeaderValue>,
     /// Of addresses that send tokens which do not verify.
     pub(crate) failures: Limiter,
 }
 
 impl Gateway {
+    pub(crate) fn on(worker: &Worker, standing: Arc<Standing>) -> Self {
+        Self { standing, client: worker.client().clone(), observer: worker.observer().clone() }
+    }
+
     /// Answers a request, whatever is wrong with it.
-    pub(crate) async fn answer(&self, request: Request<Body>, arrival: &Arrival) -> Response<Guarded<Logged>> {
-        let begun = Instant::now();
+    pub(crate) async fn answer(
+        &self,
+        request: Request<Body>,
+        arrival: &Arrival,
+    ) -> Response<Guarded<Answered<Logged>>> {
         let grpc = is_grpc(request.headers());
         let method = request.method().clone();
+        let (mut parts, body) = request.into_parts();
+        let mut observed = self.observer.outgoing(&method, &mut parts.headers, trace::Origin::Public);
+        let request = Request::from_parts(parts, observed.counting(body));
+        let begun = observed.begun();
         let mut entry = Entry {
             time: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
             request_id: request_id(),
+            trace_id: observed.context().trace_id(),
             client: arrival.client.ip().to_string(),
             protocol: arrival.protocol.as_str(),
             method: method.to_string(),
@@ -178,7 +191,7 @@ impl Gateway {
             ..Entry::default()
         };
         let mut extra = HeaderMap::new();
-        let mut response = match self.pass(request, arrival, &mut entry, &mut extra).await {
+        let mut response = match self.pass(request, arrival, &mut entry, &mut extra, &mut observed).await {
             Ok(response) => response,
             Err(problem) => {
                 entry.error = Some(problem.detail.clone());
@@ -203,10 +216,10 @@ impl Gateway {
         }
         entry.status = response.status().as_u16();
         entry.cut = !http_body::Body::is_end_stream(response.body()) && method != Method::HEAD;
-        let service = entry.service.as_deref().unwrap_or("unknown");
-        self.standing.metrics.client_call(service, &method, response.status(), begun.elapsed());
+        observed.tell("starling.request_id", || entry.request_id.clone());
         let log = self.standing.log.clone();
-        response.map(|body| body.map_guard(|carried| Logged { entry: Some(entry), begun, log, _carried: carried }))
+        let log = |carried| Logged { entry: Some(entry), begun, log, carried };
+        observed.answered(response.map(|body| body.map_guard(log)))
     }
 
     /// The steps. `extra` collects fields of the answer, whatever becomes of the request.
@@ -216,6 +229,7 @@ impl Gateway {
         arrival: &Arrival,
         entry: &mut Entry,
         extra: &mut HeaderMap,
+        observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
         if parts.headers.keys().any(|name| name.as_str().contains('_')) {
@@ -232,6 +246,8 @@ impl Gateway {
         let policy = self.standing.policy.load_full();
         let Aim { route, path, picker, named } = policy.aim(host, parts.uri.path())?;
         entry.service = Some(route.service.to_string());
+        observed.is_for(route.service.as_str());
+        observed.tell("http.route", || route.path.clone());
 
         let is_preflight = cors::is_preflight(&parts.method, &parts.headers);
         if let Some(cors) = &route.cors {
@@ -269,7 +285,7 @@ impl Gateway {
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service: route.service.clone(), version, request, limits };
-        let mut response = self.client.call(call).await.map_err(|error| {
+        let mut response = self.client.call(call, observed).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
             Problem { detail: detail.into(), ..Problem::from(error) }
@@ -483,11 +499,12 @@ pub(crate) struct Logged {
     entry: Option<Entry>,
     begun: Instant,
     log: AccessLog,
-    _carried: Option<Carried>,
+    carried: Option<Carried>,
 }
 
 impl Guard for Logged {
     fn ended(&mut self) {
+        self.carried.ended();
         if let Some(entry) = &mut self.entry {
             entry.cut = false;
         }

@@ -28,7 +28,14 @@ use self::{
     choose::{Candidate, KnownPeers, pick},
     connect::Pool,
 };
-use crate::{identity::Identity, port::endpoint::MeshEndpoint};
+use crate::{
+    identity::Identity,
+    observe::{
+        observer::Observed,
+        trace::{OpenSpan, Value},
+    },
+    port::endpoint::MeshEndpoint,
+};
 
 pub use self::{
     attempt::{Carried, MadeByNode},
@@ -179,8 +186,8 @@ impl MeshClient {
         self.node.known.retain(is_member);
     }
 
-    /// Makes a call. Dropping the future cancels it at the service's node too.
-    pub async fn call(&self, call: Call) -> Result<Response<Guarded<Carried>>, CallError> {
+    /// Makes a call, for the one that `observed` notes. Dropping the future cancels it at the service's node too.
+    pub async fn call(&self, call: Call, observed: &mut Observed) -> Result<Response<Guarded<Carried>>, CallError> {
         let Call { service, version, request, limits } = call;
         let (mut parts, body) = request.into_parts();
         let earlier = attempts_so_far(&parts.headers);
@@ -209,7 +216,10 @@ impl MeshClient {
             let attempt = (tried.len() - dead.len()) as u32 + 1;
             tried.push(candidate.instance.node);
             parts.headers.insert(headers::ATTEMPT, HeaderValue::from(earlier + attempt));
-            let outcome = self.attempt(&candidate, &mut parts, terms).await;
+            observed.attempted();
+            let span = observed.departure(&mut parts.headers);
+            let span = span.map(|span| of_attempt(span, &service, &candidate, attempt));
+            let outcome = self.attempt(&candidate, &mut parts, terms, span).await;
 
             let may_repeat = |sent: Sent, broken: u32| {
                 attempt - broken < MAX_ATTEMPTS
@@ -302,6 +312,15 @@ impl MeshClient {
             None => unavailable(format!("no instance of {service} is alive")),
         })
     }
+}
+
+/// What is told of an attempt before it is made.
+fn of_attempt(mut span: Box<OpenSpan>, service: &Name, candidate: &Candidate, attempt: u32) -> Box<OpenSpan> {
+    span.name(format!("attempt {service}"));
+    span.tell("server.address", service.to_string());
+    span.tell("starling.instance", candidate.instance.node_name.to_string());
+    span.tell("starling.attempt", Value::Number(attempt.into()));
+    span
 }
 
 fn attempts_so_far(fields: &HeaderMap) -> u32 {

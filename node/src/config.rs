@@ -1,13 +1,14 @@
 //! A node's configuration: plain structs as in the TOML file, and diagnostics with lines.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
+use http::HeaderMap;
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
 use starling_gossip::Profile;
 use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
 use toml::de::DeTable;
 
-use crate::LimitSettings;
+use crate::{LimitSettings, observe::otlp};
 
 /// Everything that a node can be told.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -25,6 +26,47 @@ pub struct Config {
     pub upstream: Vec<UpstreamConfig>,
     /// How members watch each other.
     pub gossip: GossipConfig,
+    /// Where traces and metrics go.
+    pub telemetry: TelemetryConfig,
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryConfig {
+    /// Base URL of a collector that takes OTLP over HTTP, like `http://127.0.0.1:4318`. Nothing is exported if absent.
+    pub otlp: Option<String>,
+    /// Share of the traces that begin here which are recorded, 0 to 1. Others are recorded as their beginner said. Default 0.01.
+    pub sample: f64,
+    /// How often metrics are exported. Default 60 s.
+    #[serde(deserialize_with = "duration")]
+    pub metrics_interval: Duration,
+    /// Fields that the collector wants with everything, such as an authorization.
+    pub headers: BTreeMap<String, Secret>,
+    /// Certificates to trust the collector by, in PEM. Default: the system's.
+    pub ca: Option<PathBuf>,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { otlp: None, sample: 0.01, metrics_interval: Duration::from_secs(60), headers: BTreeMap::new(), ca: None }
+    }
+}
+
+impl TelemetryConfig {
+    /// How to reach the collector, if there is one; else what is wrong, by key.
+    pub(crate) fn collector(&self) -> Result<Option<otlp::Settings>, (String, String)> {
+        let Some(url) = &self.otlp else { return Ok(None) };
+        let wrong = |key: String, why: &str| (format!("telemetry.{key}"), why.to_string());
+        let address = url.parse().map_err(|why: &str| wrong("otlp".into(), why))?;
+        let mut headers = HeaderMap::new();
+        for (name, value) in &self.headers {
+            let (name, value) =
+                otlp::field(name, value.expose()).map_err(|why| wrong(format!("headers.{name}"), why))?;
+            headers.insert(name, value);
+        }
+        Ok(Some(otlp::Settings { address, headers, ca: self.ca.clone() }))
+    }
 }
 
 /// `[gossip]`
@@ -304,6 +346,8 @@ fn max_connections() -> usize {
 
 /// Longest limit of time: more is a slip of the pen.
 const MAX_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// More often says no more.
+const MIN_METRICS_INTERVAL: Duration = Duration::from_secs(1);
 /// Most connections to a service: more than a host has ports.
 const MAX_CONNECTIONS: usize = 65_536;
 
@@ -370,6 +414,16 @@ impl Config {
             if service.health.as_ref().is_some_and(|h| !h.path.starts_with('/')) {
                 problem(format!("service[{i}].health"), "path must start with '/'".into());
             }
+        }
+        let telemetry = &self.telemetry;
+        if let Err((key, what)) = telemetry.collector() {
+            problem(key, what);
+        }
+        if !(0.0..=1.0).contains(&telemetry.sample) {
+            problem("telemetry.sample".into(), "a share, from 0 to 1; 0.01 is one trace of a hundred".into());
+        }
+        if !(MIN_METRICS_INTERVAL..=MAX_LIMIT).contains(&telemetry.metrics_interval) {
+            problem("telemetry.metrics_interval".into(), "from 1 s to 30 days; 60 s is usual".into());
         }
         if self.service.len() > starling_protocol::MAX_SERVICES {
             problem(

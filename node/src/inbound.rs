@@ -27,7 +27,11 @@ use crate::{
     config::ServiceConfig,
     identity::tls::Peer,
     inbound::local::{LocalService, Place},
-    observe::metrics::Metrics,
+    observe::{
+        caller_name,
+        ledger::Page,
+        observer::{Answered, Observer},
+    },
     port::endpoint::{self, Windows},
 };
 
@@ -43,22 +47,22 @@ struct Services {
     pseudonym: String,
     /// On all workers.
     in_flight: Arc<AtomicUsize>,
-    metrics: Metrics,
+    observer: Observer,
     windows: Windows,
 }
 
 impl Inbound {
-    pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, metrics: Metrics, windows: Windows) -> Self {
+    pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, observer: Observer, windows: Windows) -> Self {
         let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s))).collect();
-        Self(Arc::new(Services { services, pseudonym, in_flight: Arc::default(), metrics, windows }))
+        Self(Arc::new(Services { services, pseudonym, in_flight: Arc::default(), observer, windows }))
     }
 
     /// The same for another worker: with connections of its own to the services.
-    pub(crate) fn for_another(&self) -> Self {
-        let Services { services, pseudonym, in_flight, metrics, windows } = &*self.0;
+    pub(crate) fn for_another(&self, observer: Observer) -> Self {
+        let Services { services, pseudonym, in_flight, windows, .. } = &*self.0;
         let services = services.iter().map(|(name, service)| (name.clone(), service.for_another())).collect();
-        let (pseudonym, in_flight, metrics) = (pseudonym.clone(), in_flight.clone(), metrics.clone());
-        Self(Arc::new(Services { services, pseudonym, in_flight, metrics, windows: *windows }))
+        let (pseudonym, in_flight) = (pseudonym.clone(), in_flight.clone());
+        Self(Arc::new(Services { services, pseudonym, in_flight, observer, windows: *windows }))
     }
 
     /// Calls in flight.
@@ -76,29 +80,43 @@ impl Inbound {
         let ascii = |text: &str| HeaderValue::from_str(text).expect("names are ASCII");
         let services = peer.services.iter().map(Name::as_str).collect::<Vec<_>>().join(",");
         let services = (!services.is_empty()).then(|| ascii(&services));
+        let page = self.0.observer.of_caller(&caller_name(&peer.services, &peer.name));
         let caller = Caller { name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
         endpoint::welcome_to_calls(&connection, self.0.windows);
         let limits = server::Limits { shelf: self.0.windows.shelf(), idle: None, order: self.0.windows.order() };
         server::serve(connection, limits, drain, move |request| {
-            let (inbound, caller) = (self.clone(), caller.clone());
-            async move { inbound.answer(request, origin, caller).await }
+            let (inbound, caller, page) = (self.clone(), caller.clone(), page.clone());
+            async move { inbound.answer(request, origin, caller, &page).await }
         })
         .await;
     }
 
-    async fn answer(&self, request: Request<Body>, origin: Origin, caller: Caller) -> Response<Guarded<Served>> {
+    async fn answer(
+        &self,
+        request: Request<Body>,
+        origin: Origin,
+        caller: Caller,
+        page: &Arc<Page>,
+    ) -> Response<Guarded<Answered<Served>>> {
         let mut counted = Counted::new(self.0.clone());
         let grpc = is_grpc(request.headers());
-        let method = request.method().clone();
-        let begun = Instant::now();
-        let (parts, body) = request.into_parts();
-        let (service, outcome) = match self.plan(parts, origin, caller) {
+        let (mut parts, body) = request.into_parts();
+        let mut observed = self.0.observer.incoming(page, &parts.method, &mut parts.headers);
+        observed.tell("starling.caller", || String::from_utf8_lossy(caller.name.as_bytes()).into_owned());
+        let body = observed.counting(body);
+        let outcome = match self.plan(parts, origin, caller) {
             Ok(plan) => {
                 counted.is_for(plan.local);
-                (Some(plan.service), plan.carry_out(body).await)
+                observed.is_for(plan.service.as_str());
+                plan.carry_out(body).await
             }
-            Err((service, problem)) => (service, Err((Sent::No, problem))),
+            Err((service, problem)) => {
+                if let Some(service) = service {
+                    observed.is_for(service.as_str());
+                }
+                Err((Sent::No, problem))
+            }
         };
         let mut response = match outcome {
             Ok(response) => response,
@@ -110,9 +128,7 @@ impl Inbound {
             }
         };
         response.headers_mut().insert(headers::LOAD, HeaderValue::from(counted.others()));
-        let service = service.map_or("unknown", Name::as_str);
-        self.0.metrics.server_call(service, &method, response.status(), begun.elapsed());
-        response.map(|body| body.map_guard(|place| Served { _counted: counted, place }))
+        observed.answered(response.map(|body| body.map_guard(|place| Served { _counted: counted, place })))
     }
 
     /// Decides everything about a call before anything of it is sent. A refusal names the service, if it is one of ours.

@@ -26,6 +26,9 @@ pub use identity::{
     unix_now,
 };
 pub use mesh::documents::Documents;
-pub use observe::metrics::Metrics;
+pub use observe::{
+    observer::{Answered, Observed, Observer},
+    trace,
+};
 pub use run::{Node, StartError, Worker};
 pub use state::{StateDir, StateError, StateLock};

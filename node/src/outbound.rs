@@ -1,6 +1,6 @@
 //! The doors for the local application: the outbound listener, which routes by host name, and a port for each upstream.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{Request, Response, StatusCode};
 use starling_http::{
@@ -13,7 +13,13 @@ use starling_http::{
 use starling_protocol::{Name, service_of_host};
 use tokio::net::TcpListener;
 
-use crate::{Call, Carried, LimitSettings, MeshClient, observe::metrics::Metrics};
+use crate::{
+    Call, Carried, LimitSettings, MeshClient,
+    observe::{
+        observer::{Answered, Observed, Observer},
+        trace,
+    },
+};
 
 /// The application is trusted with more than the internet.
 const MAX_STREAMS: u32 = 1024;
@@ -32,7 +38,7 @@ pub(crate) struct Door {
     /// The service that this door leads to; by host name if `None`.
     pub(crate) service: Option<Name>,
     pub(crate) limits: LimitSettings,
-    pub(crate) metrics: Metrics,
+    pub(crate) observer: Observer,
     pub(crate) places: TcpPlaces,
     pub(crate) shelf: Shelf,
 }
@@ -67,24 +73,22 @@ impl Door {
         .await;
     }
 
-    async fn answer(&self, request: Request<Body>) -> Response<Guarded<Carried>> {
+    async fn answer(&self, request: Request<Body>) -> Response<Guarded<Answered<Carried>>> {
         let grpc = is_grpc(request.headers());
-        let method = request.method().clone();
-        let begun = Instant::now();
-        let mut service = None;
-        let response = match self.call(request, &mut service).await {
+        let (mut parts, body) = request.into_parts();
+        let mut observed = self.observer.outgoing(&parts.method, &mut parts.headers, trace::Origin::Ours);
+        let request = Request::from_parts(parts, observed.counting(body));
+        let response = match self.call(request, &mut observed).await {
             Ok(response) => response,
             Err(problem) => problem.into_response(self.client.pseudonym(), grpc).map(Guarded::from),
         };
-        let service = service.as_ref().map_or("unknown", Name::as_str);
-        self.metrics.client_call(service, &method, response.status(), begun.elapsed());
-        response
+        observed.answered(response)
     }
 
     async fn call(
         &self,
         request: Request<Body>,
-        called: &mut Option<Name>,
+        observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
         let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
@@ -98,11 +102,13 @@ impl Door {
                 })?
             }
         };
-        // Only names that the mesh knows become labels of metrics.
-        *called = self.client.snapshot().instances(&service).is_some().then(|| service.clone());
+        // Only names that the mesh knows are counted by name.
+        if self.client.snapshot().instances(&service).is_some() {
+            observed.is_for(service.as_str());
+        }
         let limits = self.limits.of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service, version: None, request, limits };
-        Ok(self.client.call(call).await?)
+        Ok(self.client.call(call, observed).await?)
     }
 }

@@ -14,8 +14,8 @@ mod worker;
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, atomic::AtomicBool},
+    time::{Duration, Instant, SystemTime},
 };
 
 use starling_gossip::{Gossip, GossipHandle, Ident, Memory};
@@ -25,7 +25,7 @@ use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Documents, MeshClient, Metrics,
+    Documents, MeshClient,
     admin::{self, ExtraRoutes, Subject},
     call::{Calls, Introduction},
     config::Config,
@@ -37,6 +37,12 @@ use crate::{
     },
     inbound::{Inbound, condition::Condition, health},
     mesh::{links::Links, reachability},
+    observe::{
+        caller_name,
+        otlp::{self, Collectors, Export, ExportCounts},
+        readings::Books,
+        trace::Tracer,
+    },
     outbound::{self, Door},
     port::endpoint::{CONTROL, MeshEndpoint, Windows, load_or_create_reset_key},
     state::{StateDir, StateLock},
@@ -63,6 +69,8 @@ const LEAVE_GRACE: Duration = Duration::from_millis(300);
 pub struct Node {
     running: Arc<Running>,
     workers: Vec<Worker>,
+    /// Ends with the node.
+    export: Mutex<Option<Export>>,
     drain_asked: CancellationToken,
     _lock: StateLock,
 }
@@ -78,7 +86,9 @@ struct Running {
     calls: Arc<Calls>,
     /// Of the control thread: it takes calls where nobody else can.
     inbound: Inbound,
-    metrics: Metrics,
+    books: Books,
+    /// Whether the last reload was taken.
+    reloaded: AtomicBool,
     /// Of what takes calls from others, and from the public.
     drain: Drain,
     /// Of the application's doors, which last as long as calls that it may need them for.
@@ -115,6 +125,13 @@ impl Node {
         if let Err(error) = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable) {
             tracing::debug!(%error, "this process can be dumped");
         }
+        let collectors =
+            match config.telemetry.collector().map_err(|(key, problem)| StartError::Config { key, problem })? {
+                Some(settings) => {
+                    Some(Collectors::new(&settings).map_err(|error| StartError::Collector(error.to_string()))?)
+                }
+                None => None,
+            };
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
         let lock = state.lock()?;
 
@@ -162,15 +179,25 @@ impl Node {
         tokio::spawn(links.clone().run(outgoing, gossip.durable(), state.clone()));
         tokio::spawn(documents.clone().run(gossip.durable()));
 
-        let metrics = Metrics::new();
+        let (tracer, recorded) = match collectors {
+            Some(collectors) => {
+                let (tracer, spans) = Tracer::recording(config.telemetry.sample);
+                (tracer, Some((collectors, spans)))
+            }
+            None => Default::default(),
+        };
+        let counts = Arc::<ExportCounts>::default();
+        let books = Books::new(caller_name(&identity.grants().services, identity.name()), tracer, counts.clone());
         let own = pseudonym(identity.name());
         let introduction = Introduction::new(!config.node.seeds.is_empty() || knows_peers);
         let calls = Arc::new(Calls::new(gossip.watch(), zone_of(config, &identity), own.clone(), introduction));
-        let inbound = Inbound::new(&config.service, own, metrics.clone(), windows);
+        let inbound = Inbound::new(&config.service, own, books.observer(), windows);
         let start = |((number, thread), socket): ((u8, Thread), _)| {
             let endpoint = thread.enter(|| endpoint(socket, CONTROL + 1 + number, true))?;
             let client = MeshClient::on(calls.clone(), identity.clone(), endpoint.clone());
-            Ok(Worker { thread, number, endpoint, client, inbound: inbound.for_another() })
+            let observer = books.observer();
+            let inbound = inbound.for_another(observer.clone());
+            Ok(Worker { thread, number, endpoint, client, observer, inbound })
         };
         let workers = (0..).zip(threads).zip(worker_sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
         let condition = Condition::new(&config.service, gossip.clone());
@@ -185,7 +212,8 @@ impl Node {
             control: control.clone(),
             calls,
             inbound: inbound.clone(),
-            metrics: metrics.clone(),
+            books,
+            reloaded: AtomicBool::new(true),
             drain: drain.clone(),
             doors_drain: doors_drain.clone(),
             drain_asked: drain_asked.clone(),
@@ -206,6 +234,25 @@ impl Node {
             identity: identity.clone(),
         });
 
+        let export = recorded.map(|(collectors, spans)| {
+            let reader = running.clone();
+            let sources = otlp::Sources {
+                spans,
+                counts,
+                readings: move || {
+                    let running = reader.clone();
+                    async move { running.readings().await }
+                },
+                interval: config.telemetry.metrics_interval,
+                resource: otlp::Resource::of(
+                    identity.mesh().as_str(),
+                    identity.name().as_str(),
+                    &zone_of(config, &identity),
+                ),
+                since: SystemTime::now(),
+            };
+            Export::start(collectors, sources)
+        });
         let admission = Admission::new(identity, authority, gossip.clone(), running.documents.clone(), control.clone());
         let strangers = Sources::default();
         let reception = |inbound: &Inbound| Reception {
@@ -243,12 +290,12 @@ impl Node {
         for DoorFrame { service, limits, listeners } in doors {
             let places = outbound::places();
             for (worker, listener) in workers.iter().zip(listeners) {
-                let (client, service, metrics) = (worker.client.clone(), service.clone(), metrics.clone());
+                let (client, service, observer) = (worker.client.clone(), service.clone(), worker.observer.clone());
                 let door = Door {
                     client,
                     service,
                     limits,
-                    metrics,
+                    observer,
                     places: places.clone(),
                     shelf: outbound::shelf(workers.len()),
                 };
@@ -261,7 +308,7 @@ impl Node {
                 });
             }
         }
-        Ok(Self { running, workers, drain_asked, _lock: lock })
+        Ok(Self { running, workers, export: Mutex::new(export), drain_asked, _lock: lock })
     }
 
     /// The threads that carry calls: listeners of an edge run there too.
@@ -277,11 +324,6 @@ impl Node {
     /// Mesh documents, to follow.
     pub fn documents(&self) -> &Documents {
         &self.running.documents
-    }
-
-    /// Where metrics are counted.
-    pub fn metrics(&self) -> &Metrics {
-        &self.running.metrics
     }
 
     /// Name of the node.
@@ -347,6 +389,10 @@ impl Node {
         running.gossip.leave().await;
         tokio::time::sleep(LEAVE_GRACE).await;
         running.documents.acquit();
+        let export = self.export.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(export) = export {
+            export.finish().await;
+        }
         let endpoints = self.workers.iter().map(|worker| &worker.endpoint).chain([&self.running.control]);
         let mut closing: JoinSet<()> =
             endpoints.cloned().map(|endpoint| async move { endpoint.close().await }).collect();

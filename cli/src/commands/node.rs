@@ -111,6 +111,8 @@ fn configuration(args: &NodeArgs) -> Result<Config, Failure> {
         config.upstream.clone_from(&args.upstreams);
     }
     config.outbound.listen = args.outbound.or(config.outbound.listen);
+    config.telemetry.otlp = args.otlp.clone().or(config.telemetry.otlp);
+    config.telemetry.sample = args.sample.unwrap_or(config.telemetry.sample);
     config.admin.listen = args.admin.unwrap_or(config.admin.listen);
     Ok(config)
 }

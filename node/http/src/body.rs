@@ -3,7 +3,10 @@
 use std::{
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -50,6 +53,8 @@ pub struct Body {
     pace: Option<Box<Pace>>,
     /// It is told in trailers that it broke off.
     grpc: bool,
+    /// Where its bytes are counted.
+    count: Option<Arc<AtomicU64>>,
 }
 
 /// How long a body may be silent, and how long it may take.
@@ -184,6 +189,12 @@ impl Body {
         self
     }
 
+    /// Counts its bytes as they are read.
+    pub fn counted(mut self, bytes: Arc<AtomicU64>) -> Self {
+        self.count = Some(bytes);
+        self
+    }
+
     /// Puts the body on a shelf: it may be ended when nobody reads it.
     pub fn shelved(mut self, shelf: &Shelf) -> Self {
         if !self.is_end_stream() && !self.kind.is_all_here() {
@@ -284,6 +295,9 @@ impl http_body::Body for Body {
         Poll::Ready(match frame {
             Some(Ok(frame)) => Some(match frame.into_data() {
                 Ok(data) => {
+                    if let Some(count) = &self.count {
+                        count.fetch_add(data.len() as u64, Relaxed);
+                    }
                     if let Some(length) = &mut self.length {
                         length.seen += data.len() as u64;
                         if length.seen > length.promised {
@@ -363,7 +377,7 @@ fn reason(error: &hyper::Error) -> String {
 
 impl From<Kind> for Body {
     fn from(kind: Kind) -> Self {
-        Self { kind, peeked: None, length: None, pace: None, grpc: false }
+        Self { kind, peeked: None, length: None, pace: None, grpc: false, count: None }
     }
 }
 

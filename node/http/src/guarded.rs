@@ -13,6 +13,9 @@ use crate::{Body, BodyError, Source};
 
 /// What a body keeps alive: a count, a connection, an entry of a log. Dropped when the body has ended or is dropped itself.
 pub trait Guard: Send + Unpin + 'static {
+    /// So many bytes of the body went on.
+    fn passed(&mut self, _bytes: usize) {}
+
     /// The body has ended whole. Not called when it broke off or was dropped before its end.
     fn ended(&mut self) {}
 }
@@ -20,6 +23,12 @@ pub trait Guard: Send + Unpin + 'static {
 impl Guard for () {}
 
 impl<G: Guard> Guard for Option<G> {
+    fn passed(&mut self, bytes: usize) {
+        if let Some(guard) = self {
+            guard.passed(bytes);
+        }
+    }
+
     fn ended(&mut self) {
         if let Some(guard) = self {
             guard.ended();
@@ -80,7 +89,11 @@ impl<G: Guard> http_body::Body for Guarded<G> {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         match &frame {
-            Some(Ok(frame)) if !frame.is_trailers() => {}
+            Some(Ok(frame)) if !frame.is_trailers() => {
+                if let (Some(guard), Some(data)) = (&mut self.guard, frame.data_ref()) {
+                    guard.passed(data.len());
+                }
+            }
             Some(Err(_)) => self.guard = None,
             // Nothing comes behind trailers, and not everybody asks.
             Some(Ok(_)) | None => {

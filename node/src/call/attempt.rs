@@ -20,6 +20,7 @@ use super::{
     choose::{Candidate, PendingCall},
     connect::{Connection, InUse},
 };
+use crate::observe::trace::{OpenSpan, Value};
 
 /// What all attempts of a call have in common.
 #[derive(Clone, Copy)]
@@ -37,6 +38,21 @@ impl MeshClient {
         candidate: &Candidate,
         parts: &mut request::Parts,
         terms: Terms<'_>,
+        mut span: Option<Box<OpenSpan>>,
+    ) -> Result<Attempted, CallError> {
+        let outcome = self.made(candidate, parts, terms, &mut span).await;
+        if let (Err(error), Some(span)) = (&outcome, &mut span) {
+            span.fail(error.to_string());
+        }
+        outcome
+    }
+
+    async fn made(
+        &self,
+        candidate: &Candidate,
+        parts: &mut request::Parts,
+        terms: Terms<'_>,
+        span: &mut Option<Box<OpenSpan>>,
     ) -> Result<Attempted, CallError> {
         let Terms { service, source, due, idle, until } = terms;
         let Candidate { instance, experience, .. } = candidate;
@@ -53,6 +69,9 @@ impl MeshClient {
         let pending = candidate.begin();
         let connection = connection.begin();
         let begun = Instant::now();
+        if let Some(span) = span {
+            span.tell_time("starling.queue_us", span.begun());
+        }
         tell_deadline(parts, due);
         let outcome = exchange(&connection, instance, parts, terms).await;
         // A slow upload is nobody's latency but the caller's.
@@ -100,7 +119,15 @@ impl MeshClient {
             }
             false => body.with_length(length).with_pace(idle, until, source),
         };
-        let carried = Carried { _pending: pending, _connection: connection, _upload: upload };
+        if let Some(span) = span {
+            span.tell("http.response.status_code", Value::Number(head.status.as_u16().into()));
+            span.tell_time("starling.head_us", begun);
+            if head.status.is_client_error() || head.status.is_server_error() {
+                span.fail(head.status.as_str().to_string());
+            }
+        }
+        let span = span.take();
+        let carried = Carried { _pending: pending, _connection: connection, _upload: upload, span };
         Ok(Attempted {
             response: Response::from_parts(head, Guarded::new(body, carried)),
             unanswered,
@@ -114,9 +141,23 @@ pub struct Carried {
     _pending: PendingCall,
     _connection: InUse,
     _upload: Option<AbortOnDropHandle<()>>,
+    /// Of the attempt: it ends with the answer.
+    span: Option<Box<OpenSpan>>,
 }
 
-impl Guard for Carried {}
+impl Guard for Carried {
+    fn ended(&mut self) {
+        self.span = None;
+    }
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        if let Some(span) = &mut self.span {
+            span.fail("cut");
+        }
+    }
+}
 
 /// What an attempt brought: a response, and whether it was made by the service's node in place of the service.
 pub(super) struct Attempted {

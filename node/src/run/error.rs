@@ -22,6 +22,9 @@ pub enum StartError {
         "cannot start the threads that carry calls: {0}; ask for fewer with --workers, or raise the limit of processes"
     )]
     Threads(io::Error),
+    /// The collector of traces and metrics.
+    #[error("{0}")]
+    Collector(String),
     /// No state directory.
     #[error("no state directory; give --state DIR")]
     NoState,

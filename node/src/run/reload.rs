@@ -22,10 +22,11 @@ impl Running {
                 c.admin.listen,
                 c.outbound.listen,
                 c.node.workers,
+                c.telemetry.clone(),
             )
         };
         if fixed(old) != fixed(new) {
-            let what = "name, addresses, workers, and which services and upstreams there are";
+            let what = "name, addresses, workers, telemetry, and which services and upstreams there are";
             return Err(format!("{what} change only with a restart; nothing was changed"));
         }
         let bound = self.identity.grants().zone;

@@ -16,7 +16,10 @@ use crate::{
     call::Calls,
     identity::{admission::Admission, names, unix_now},
     mesh::{documents, survey},
-    observe::metrics::GossipFigures,
+    observe::{
+        readings::{GossipFigures, OfNode, Reading},
+        text,
+    },
 };
 
 /// What is said to who asks about names where none are given.
@@ -28,6 +31,33 @@ impl Running {
     fn admission(&self) -> Admission {
         let (identity, authority, gossip) = (self.identity.clone(), self.authority.clone(), self.gossip.clone());
         Admission::new(identity, authority, gossip, self.documents.clone(), self.control.clone())
+    }
+
+    /// All that this node can tell in figures.
+    pub(super) async fn readings(&self) -> Vec<Reading> {
+        let cert_left = self.identity.validity().1 as i64 - unix_now() as i64;
+        let (of_links, snapshot) = (self.links.counters(), self.snapshot());
+        let figures = GossipFigures {
+            counters: self.gossip.counters().await,
+            streams_refused: of_links.streams_refused.load(Relaxed),
+            flood: of_links.flood.load(Relaxed),
+            dropped: self.gossip.dropped(),
+            of_members: self
+                .gossip
+                .details()
+                .await
+                .iter()
+                .map(|d| (admin::name_of(&snapshot, &d.id), d.refused))
+                .collect(),
+        };
+        self.books.read(&OfNode {
+            snapshot: &snapshot,
+            calls: &self.calls,
+            repeats: self.inbound.repeats(),
+            gossip: &figures,
+            cert_left,
+            reloaded: self.reloaded.load(Relaxed),
+        })
     }
 
     fn phase(&self) -> &'static str {
@@ -86,22 +116,7 @@ impl Subject for Running {
     }
 
     async fn metrics(&self) -> String {
-        let left = self.identity.validity().1 as i64 - unix_now() as i64;
-        let (of_links, snapshot) = (self.links.counters(), self.snapshot());
-        let figures = GossipFigures {
-            counters: self.gossip.counters().await,
-            streams_refused: of_links.streams_refused.load(Relaxed),
-            flood: of_links.flood.load(Relaxed),
-            dropped: self.gossip.dropped(),
-            of_members: self
-                .gossip
-                .details()
-                .await
-                .iter()
-                .map(|d| (admin::name_of(&snapshot, &d.id), d.refused))
-                .collect(),
-        };
-        self.metrics.text(&snapshot, &self.calls, self.inbound.repeats(), &figures, left)
+        text::render(self.readings().await)
     }
 
     async fn members(&self, detailed: bool) -> Vec<json::Member> {
@@ -216,7 +231,7 @@ impl Subject for Running {
             return Err(why.into());
         };
         let outcome = reload();
-        self.metrics.reloaded(outcome.is_ok());
+        self.reloaded.store(outcome.is_ok(), Relaxed);
         extra.reload_error = outcome.clone().err();
         match &outcome {
             Ok(()) => tracing::info!("configuration reloaded"),

@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{MeshClient, inbound::Inbound, port::endpoint::MeshEndpoint};
+use crate::{MeshClient, Observer, inbound::Inbound, port::endpoint::MeshEndpoint};
 
 /// How often each worker is asked whether it still turns, and how long it may take to say so.
 const LOOK: Duration = Duration::from_secs(1);
@@ -41,6 +41,7 @@ pub struct Worker {
     pub(super) number: u8,
     pub(super) endpoint: MeshEndpoint,
     pub(super) client: MeshClient,
+    pub(super) observer: Observer,
     pub(super) inbound: Inbound,
 }
 
@@ -53,6 +54,11 @@ impl Worker {
     /// Calls services from this thread.
     pub fn client(&self) -> &MeshClient {
         &self.client
+    }
+
+    /// Notes the calls of this thread.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
     }
 
     /// Which of the workers it is, from 0.

@@ -237,7 +237,7 @@ impl Gateway {
             return Err(bad_request("underscores in field names are not accepted"));
         }
         let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
-        let host = &route::bare_host(&checked.authority);
+        let host = &route::bare_host(checked.authority.as_str());
         entry.host.clone_from(host);
         if arrival.sni.as_deref().is_some_and(|sni| !self.standing.certificates.covers(sni, host)) {
             let detail = "this connection is not for that host; open another one";
@@ -280,7 +280,7 @@ impl Gateway {
         };
         entry.version.clone_from(&version);
 
-        let dress = Dress { path: &path, route, caller: &caller, arrival, authority: &checked.authority };
+        let dress = Dress { path: &path, route, caller: &caller, arrival, authority: checked.authority.as_str() };
         dress.put_on(&mut parts, &entry.request_id)?;
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));

@@ -17,7 +17,7 @@ use http::{HeaderValue, Request, Response, StatusCode, Uri, request, uri};
 use starling_http::{
     Body, Drain, Due, Guard, Guarded, Late, Problem, ProxyError, Source,
     h3::server,
-    is_grpc,
+    is_grpc, names,
     normal::{self, Origin, number},
 };
 use starling_protocol::{Name, headers, service_of_host};
@@ -123,11 +123,11 @@ impl Inbound {
             Err((sent, problem)) => {
                 let mut response = problem.into_response(&self.0.pseudonym, grpc).map(Guarded::from);
                 let sent = if sent == Sent::No { "no" } else { "maybe" };
-                response.headers_mut().insert(headers::SENT, HeaderValue::from_static(sent));
+                response.headers_mut().insert(names::SENT.clone(), HeaderValue::from_static(sent));
                 response
             }
         };
-        response.headers_mut().insert(headers::LOAD, HeaderValue::from(counted.others()));
+        response.headers_mut().insert(names::LOAD.clone(), names::numeral(counted.others() as u64));
         observed.answered(response.map(|body| body.map_guard(|place| Served { _counted: counted, place })))
     }
 
@@ -155,23 +155,25 @@ impl Inbound {
             return Err((Some(service), too_late(Duration::ZERO)));
         }
         // What the local service reads: who called, and nothing else of ours.
-        parts.headers.remove(headers::DEADLINE);
-        parts.headers.remove(headers::ATTEMPT);
-        parts.headers.insert(headers::CALLER, caller.name);
-        parts.headers.remove(headers::CALLER_SERVICES);
+        parts.headers.remove(&names::DEADLINE);
+        parts.headers.remove(&names::ATTEMPT);
+        parts.headers.insert(names::CALLER.clone(), caller.name);
+        parts.headers.remove(&names::CALLER_SERVICES);
         if let Some(services) = caller.services {
-            parts.headers.insert(headers::CALLER_SERVICES, services);
+            parts.headers.insert(names::CALLER_SERVICES.clone(), services);
         }
         // An edge says what its client asked for: redirects and absolute links of the service stay right with that.
-        let told = parts.headers.remove(headers::HOST);
-        let authority = told.as_ref().and_then(|host| host.to_str().ok()).unwrap_or(&checked.authority);
-        let target = parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/"));
-        parts.uri = Uri::builder()
-            .scheme(uri::Scheme::HTTP)
-            .authority(authority)
-            .path_and_query(target)
-            .build()
-            .map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
+        let told = parts.headers.remove(&names::HOST);
+        let bad_target = |_| (Some(service), normal::Malformed::bad_target().into());
+        let authority = match told {
+            Some(host) => uri::Authority::try_from(host.as_bytes()).map_err(bad_target)?,
+            None => checked.authority,
+        };
+        let mut target = uri::Parts::default();
+        target.path_and_query =
+            Some(parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/")));
+        (target.scheme, target.authority) = (Some(uri::Scheme::HTTP), Some(authority));
+        parts.uri = Uri::from_parts(target).map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
         Ok(Plan { service, local, parts, length: checked.length, head })
     }
 }

@@ -16,7 +16,7 @@ use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 
 use crate::{
-    Problem, ProxyError, Source,
+    Problem, ProxyError, Source, h1,
     h3::{Receiver, UploadBody},
     normal,
     replay::Replay,
@@ -72,6 +72,7 @@ pub(crate) enum Kind {
     Empty,
     Full(Bytes),
     Hyper(hyper::body::Incoming),
+    Http1(Box<h1::Receiver>),
     Http2(Box<Http2Body>),
     Http3(Box<Receiver>),
     Upload(UploadBody),
@@ -91,6 +92,7 @@ impl Kind {
                 Poll::Ready((!bytes.is_empty()).then_some(Ok(Frame::data(bytes))))
             }
             Self::Hyper(incoming) => Pin::new(incoming).poll_frame(cx).map_err(|e| BodyError::Broken(reason(&e))),
+            Self::Http1(receiver) => receiver.poll_frame(cx),
             Self::Http2(body) => body.poll_frame(cx),
             Self::Http3(receiver) => receiver.poll_frame(cx).map_err(BodyError::from),
             Self::Upload(upload) => upload.poll_frame(cx),
@@ -105,6 +107,7 @@ impl Kind {
             Self::Empty => true,
             Self::Full(bytes) => bytes.is_empty(),
             Self::Hyper(incoming) => incoming.is_end_stream(),
+            Self::Http1(receiver) => receiver.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
             Self::Http3(receiver) => receiver.has_ended(),
             Self::Upload(upload) => upload.is_end_stream(),
@@ -129,6 +132,7 @@ impl Kind {
             Self::Empty => SizeHint::with_exact(0),
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Hyper(incoming) => incoming.size_hint(),
+            Self::Http1(receiver) => receiver.size_hint(),
             Self::Replay(replay) => replay.size_hint(),
             Self::Shelved(standing) => standing.peek(Self::size_hint),
             _ => SizeHint::default(),
@@ -384,6 +388,12 @@ impl From<Kind> for Body {
 impl From<Receiver> for Body {
     fn from(receiver: Receiver) -> Self {
         if receiver.has_ended() { Self::empty() } else { Self::from(Kind::Http3(Box::new(receiver))) }
+    }
+}
+
+impl From<h1::Receiver> for Body {
+    fn from(receiver: h1::Receiver) -> Self {
+        Self::from(Kind::Http1(Box::new(receiver)))
     }
 }
 

@@ -15,7 +15,9 @@ mod stall;
 mod transport;
 
 pub mod accept;
+pub mod h1;
 pub mod h3;
+pub mod names;
 pub mod normal;
 pub mod shared_port;
 pub mod tcp;

@@ -2,7 +2,6 @@
 
 mod http1;
 mod http2;
-mod stream;
 
 use std::{
     net::SocketAddr,
@@ -14,14 +13,14 @@ use std::{
 };
 
 use http::{Request, Response, StatusCode};
-use starling_http::{Body, Guard, Guarded, Problem, ProxyError};
+use starling_http::{Body, Guard, Guarded, Problem, ProxyError, h1::ServerStream};
 use starling_protocol::Protocol;
 use tokio::{
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use crate::{LimitSettings, Sent, call::RetryBudget, config::ServiceConfig, inbound::local::stream::ServiceStream};
+use crate::{LimitSettings, Sent, call::RetryBudget, config::ServiceConfig};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest head of a response, in bytes.
@@ -166,17 +165,14 @@ impl Dialler {
         all.iter().find_map(|connections| of(connections))
     }
 
-    async fn dial(&self) -> Result<(ServiceStream, Room), LocalError> {
+    async fn dial(&self) -> Result<(ServerStream, Room), LocalError> {
         let Ok(room) = self.places.clone().try_acquire_owned() else {
             let detail = "the service has as many connections as it may have";
             let problem = Problem::proxy(StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable, detail);
             return Err(LocalError { sent: Sent::No, problem: problem.retry_after(Duration::from_secs(1)) });
         };
         match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.addr)).await {
-            Ok(Ok(stream)) => {
-                let _ = stream.set_nodelay(true);
-                Ok((ServiceStream::new(stream), Arc::new(room)))
-            }
+            Ok(Ok(stream)) => Ok((ServerStream::new(stream), Arc::new(room))),
             Ok(Err(error)) => Err(not_connected(&error)),
             Err(_) => Err(refused("no answer".into())),
         }
@@ -204,11 +200,17 @@ fn refused(why: String) -> LocalError {
 
 fn failed(error: &hyper::Error, unsent: bool) -> LocalError {
     if error.is_parse() || error.is_parse_too_large() {
-        let detail = format!("the service's answer is not valid HTTP: {error}");
-        let problem = Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail);
-        return LocalError { sent: Sent::Maybe, problem };
+        return not_http(error);
     }
     terminated(&error.to_string(), if unsent { Sent::No } else { Sent::Maybe })
+}
+
+fn not_http(why: &dyn std::fmt::Display) -> LocalError {
+    let detail = format!("the service's answer is not valid HTTP: {why}");
+    LocalError {
+        sent: Sent::Maybe,
+        problem: Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail),
+    }
 }
 
 fn terminated(why: &str, sent: Sent) -> LocalError {

@@ -37,13 +37,56 @@ pub(super) fn check_coding(fields: &HeaderMap) -> Result<(), &'static str> {
     }
 }
 
+/// Whether a message has any of the fields that need work, found in one look at each: most have none.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Found {
+    /// Fields between neighbours.
+    pub(super) hop_by_hop: bool,
+    /// Our own, or those of other proxies that are as good.
+    pub(super) own: bool,
+}
+
+impl Found {
+    pub(super) fn among(fields: &HeaderMap) -> Self {
+        let mut found = Self::default();
+        for name in fields.keys() {
+            let name = name.as_str();
+            found.hop_by_hop |= HOP_BY_HOP.contains(&name);
+            found.own |= is_own(name) || name == headers::XFCC;
+        }
+        found
+    }
+}
+
+const HOP_BY_HOP: [&str; 9] = [
+    "connection",
+    "proxy-connection",
+    "keep-alive",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "http2-settings",
+];
+
+/// Some servers read `_` as `-`, so an alias is as good as the name.
+fn is_own(name: &str) -> bool {
+    let prefix = headers::PREFIX.as_bytes();
+    let alike = |(byte, own): (&u8, &u8)| byte == own || (*byte == b'_' && *own == b'-');
+    name.len() >= prefix.len() && name.as_bytes().iter().zip(prefix).all(alike)
+}
+
 pub(super) fn remove_hop_by_hop(fields: &mut HeaderMap) {
     let named: Vec<HeaderName> = fields
         .get_all(header::CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
+        .map(str::trim)
+        // Gone in a moment anyhow, or the name of none.
+        .filter(|name| !name.eq_ignore_ascii_case("keep-alive") && !name.eq_ignore_ascii_case("close"))
+        .filter_map(|name| name.parse().ok())
         // What frames or routes the message is never the sender's to remove.
         .filter(|name: &HeaderName| *name != header::HOST && *name != header::CONTENT_LENGTH)
         .collect();
@@ -52,26 +95,21 @@ pub(super) fn remove_hop_by_hop(fields: &mut HeaderMap) {
     }
     // `TE: trailers` is a hop's own word; each hop of ours carries trailers, and gRPC servers insist on reading it.
     let trailers = fields.get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
-    for name in [
-        "connection",
-        "proxy-connection",
-        "keep-alive",
-        "te",
-        "transfer-encoding",
-        "upgrade",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "http2-settings",
-    ] {
+    for name in HOP_BY_HOP {
         fields.remove(name);
     }
     if trailers {
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
     }
-    collapse_content_length(fields);
 }
 
+/// Several lengths that agree become one.
 pub(super) fn collapse_content_length(fields: &mut HeaderMap) {
+    let mut lengths = fields.get_all(header::CONTENT_LENGTH).iter();
+    let is_one = lengths.next().is_none_or(|first| !first.as_bytes().contains(&b',')) && lengths.next().is_none();
+    if is_one {
+        return;
+    }
     if let Entry::Occupied(mut entry) = fields.entry(header::CONTENT_LENGTH) {
         let first = entry.get().to_str().ok().and_then(|v| v.split(',').next()).map(str::trim);
         if let Some(value) = first.and_then(|v| HeaderValue::from_str(v).ok()) {
@@ -84,8 +122,7 @@ pub(super) fn collapse_content_length(fields: &mut HeaderMap) {
 pub(super) fn remove_own_fields(fields: &mut HeaderMap, origin: Origin, from_mesh: &[&str]) {
     let own: Vec<HeaderName> = fields
         .keys()
-        // Some servers read `_` as `-`, so an alias is as good as the name.
-        .filter(|name| name.as_str().replace('_', "-").starts_with(headers::PREFIX))
+        .filter(|name| is_own(name.as_str()))
         .filter(|name| origin == Origin::Outside || !from_mesh.contains(&name.as_str()))
         .cloned()
         .collect();

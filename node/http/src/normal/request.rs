@@ -8,14 +8,14 @@ use starling_protocol::headers;
 
 use super::{
     Malformed, Origin, bad,
-    fields::{check_coding, content_length, remove_hop_by_hop, remove_own_fields},
+    fields::{Found, check_coding, collapse_content_length, content_length, remove_hop_by_hop, remove_own_fields},
 };
 
 /// What a checked request says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
     /// The one authority: `host` or `host:port`, in lower case.
-    pub authority: String,
+    pub authority: Authority,
     /// Length of the body, if the head promises one.
     pub length: Option<u64>,
 }
@@ -23,10 +23,11 @@ pub struct Checked {
 impl Checked {
     /// The authority's host, without its port.
     pub fn host(&self) -> &str {
-        match self.authority.rsplit_once(':') {
+        let authority = self.authority.as_str();
+        match authority.rsplit_once(':') {
             Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
             // An IPv6 address, whose last part is no port.
-            _ => &self.authority,
+            _ => authority,
         }
     }
 }
@@ -51,11 +52,14 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
         (None, _) => PathAndQuery::from_static("/"),
         _ => return Err(bad("the request target is not a path")),
     };
-    check_connection_fields(&parts.headers, parts.version)?;
-    check_coding(&parts.headers).map_err(|reason| Malformed { status: StatusCode::NOT_IMPLEMENTED, reason })?;
+    let found = Found::among(&parts.headers);
     let length = content_length(&parts.headers)?;
-    if length.is_some() && parts.headers.contains_key(header::TRANSFER_ENCODING) {
-        return Err(bad("both Content-Length and Transfer-Encoding"));
+    if found.hop_by_hop {
+        check_connection_fields(&parts.headers, parts.version)?;
+        check_coding(&parts.headers).map_err(|reason| Malformed { status: StatusCode::NOT_IMPLEMENTED, reason })?;
+        if length.is_some() && parts.headers.contains_key(header::TRANSFER_ENCODING) {
+            return Err(bad("both Content-Length and Transfer-Encoding"));
+        }
     }
     // Every hop answers `Expect: 100-continue` itself, so it ends here; another expectation nobody can meet.
     if let Some(expect) = parts.headers.remove(header::EXPECT)
@@ -63,14 +67,19 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
     {
         return Err(Malformed { status: StatusCode::EXPECTATION_FAILED, reason: "unknown expectation" });
     }
-    remove_hop_by_hop(&mut parts.headers);
+    if found.hop_by_hop {
+        remove_hop_by_hop(&mut parts.headers);
+    }
+    collapse_content_length(&mut parts.headers);
     let believed: &[&str] = match origin {
         Origin::Outside => &[],
         Origin::Mesh => &[headers::DEADLINE, headers::ATTEMPT],
         Origin::Edge => &[headers::DEADLINE, headers::ATTEMPT, headers::CONSUMER, headers::HOST],
     };
-    remove_own_fields(&mut parts.headers, origin, believed);
-    parts.headers.remove(headers::XFCC);
+    if found.own {
+        remove_own_fields(&mut parts.headers, origin, believed);
+        parts.headers.remove(headers::XFCC);
+    }
     parts.uri = Uri::from(target);
     Ok(Checked { authority, length })
 }
@@ -84,7 +93,7 @@ fn rooted(target: &PathAndQuery) -> Result<PathAndQuery, Malformed> {
     }
 }
 
-fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {
+fn take_authority(parts: &mut request::Parts) -> Result<Authority, Malformed> {
     let mut hosts = parts.headers.get_all(header::HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
         (_, Some(_)) => return Err(bad("more than one Host")),
@@ -113,7 +122,10 @@ fn take_authority(parts: &mut request::Parts) -> Result<String, Malformed> {
         return Err(bad("empty host"));
     }
     parts.headers.remove(header::HOST);
-    Ok(authority.as_str().to_ascii_lowercase())
+    if authority.as_str().bytes().any(|byte| byte.is_ascii_uppercase()) {
+        return authority.as_str().to_ascii_lowercase().parse().map_err(|_| bad("Host is not a host name"));
+    }
+    Ok(authority)
 }
 
 fn same_authority(a: &Authority, b: &Authority, scheme: Option<&str>) -> bool {

@@ -5,7 +5,7 @@ use starling_protocol::headers;
 
 use super::{
     Malformed, Origin,
-    fields::{check_coding, content_length, remove_hop_by_hop, remove_own_fields},
+    fields::{Found, check_coding, collapse_content_length, content_length, remove_hop_by_hop, remove_own_fields},
 };
 
 /// Leaves of an interim response's fields what may go on.
@@ -28,15 +28,23 @@ pub fn normalise_response(
         return Err(Malformed { status: StatusCode::BAD_GATEWAY, reason: "too many header fields in the response" });
     }
     let bad = |reason| Malformed { status: StatusCode::BAD_GATEWAY, reason };
-    check_coding(&parts.headers).map_err(bad)?;
+    let found = Found::among(&parts.headers);
+    if found.hop_by_hop {
+        check_coding(&parts.headers).map_err(bad)?;
+    }
     if parts.status.is_informational() {
         return Err(bad("an interim answer in place of the final one"));
     }
     let bad_gateway = |m: Malformed| Malformed { status: StatusCode::BAD_GATEWAY, ..m };
     let length = content_length(&parts.headers).map_err(bad_gateway)?;
-    remove_hop_by_hop(&mut parts.headers);
-    parts.headers.remove(header::TE);
-    remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
+    if found.hop_by_hop {
+        remove_hop_by_hop(&mut parts.headers);
+        parts.headers.remove(header::TE);
+    }
+    collapse_content_length(&mut parts.headers);
+    if found.own {
+        remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
+    }
     let bodiless =
         *method == Method::HEAD || parts.status == StatusCode::NO_CONTENT || parts.status == StatusCode::NOT_MODIFIED;
     if parts.status == StatusCode::NO_CONTENT {

@@ -18,7 +18,7 @@ use super::{
     Limits, MAX_HEAD_BYTES,
     watched::{Busy, Progress, Watched},
 };
-use crate::{Body, BodyError, Drain, normal};
+use crate::{Body, BodyError, Drain};
 
 pub(super) async fn serve<S, H, F, B>(stream: S, limits: &Limits, drain: Drain, handler: H)
 where
@@ -51,7 +51,7 @@ where
     });
     let connection = Builder::new()
         .max_buf_size(MAX_HEAD_BYTES)
-        .max_headers(normal::MAX_FIELDS)
+        // `normal::MAX_FIELDS` at most, by default; to say so would move its table of them to the heap, for each request.
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let served = tokio::select! {

@@ -5,18 +5,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, Request, Response, Version, header};
-use hyper::client::conn::http1::{Builder, SendRequest};
-use hyper_util::rt::TokioIo;
-use starling_http::{Body, Guarded, Interim, normal};
+use http::{HeaderMap, Request, Response, uri};
+use starling_http::{
+    Body, Guarded, Interim,
+    h1::{self, ExchangeError, Head, Outgoing},
+    normal,
+};
 
-use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Repeats, Room, failed, stream::Glance, terminated};
+use super::{Connections, Dialler, LocalError, Repeats, Room, not_http, terminated};
 use crate::Sent;
 
 /// Connections kept for the next request, at most.
 const MAX_IDLE: usize = 256;
 /// We close so much before the service says that it will.
 const MARGIN: Duration = Duration::from_secs(1);
+/// How often kept connections are looked at, which the service may have closed.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// The kept connections.
 pub(super) struct Pool {
@@ -37,17 +41,10 @@ struct Kept {
 }
 
 struct Connection {
-    sender: SendRequest<Body>,
-    glance: Glance,
+    http: h1::Connection,
     /// Until when it may be used, once it is kept.
     until: Instant,
-    _room: Room,
-}
-
-impl Connection {
-    fn is_over(&self, now: Instant) -> bool {
-        now >= self.until || self.sender.is_closed()
-    }
+    room: Room,
 }
 
 impl Pool {
@@ -62,79 +59,73 @@ impl Pool {
         request: Request<Body>,
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
         self.repeats.budget.earn();
-        let mut request = origin_form(request);
-        if let Some(interim) = request.extensions().get::<Interim>().cloned() {
-            hyper::ext::on_informational(&mut request, move |early| {
-                interim.pass_on(early.status(), early.headers().clone(), normal::Origin::Outside);
-            });
-        }
+        let (mut parts, body) = request.into_parts();
+        normal::join_cookies(&mut parts.headers);
+        let head = Head {
+            method: &parts.method,
+            authority: parts.uri.authority().map_or("", uri::Authority::as_str),
+            target: parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str),
+            fields: &parts.headers,
+        };
+        let interim = Interim::of(&parts);
+        // A kept connection may be closed by the service at the very moment it is used. Then the request comes back unsent,
+        // or is sent once more if that is harmless: without a body, and idempotent.
+        let repeatable = http_body::Body::is_end_stream(&body) && parts.method.is_idempotent();
+        let mut outgoing = Outgoing::new(&head, body);
         let elsewhere = |all: &Connections| match all {
             Connections::Http1(pool) => pool.idle.take(),
             Connections::Http2(_) => None,
         };
         if let Some(kept) = self.idle.take().or_else(|| dialler.borrow(elsewhere)) {
-            // A kept connection may be closed by the service at the very moment it is used. Then the request comes back
-            // unsent, or is sent once more if that is harmless: without a body, and idempotent.
-            let repeatable = http_body::Body::is_end_stream(request.body()) && request.method().is_idempotent();
-            let copy = repeatable.then(|| copy_bodiless(&request));
-            match self.exchange(kept, request).await {
+            match self.exchange(kept, outgoing, interim).await {
                 Ok(response) => return Ok(response),
-                Err((error, unsent)) => {
+                Err(error) => {
                     // What it went through, the others most likely did, too.
                     self.idle.clear();
-                    request = match (unsent, copy) {
-                        (Some(unsent), _) => *unsent,
-                        (None, Some(copy)) if !error.is_parse() && self.repeats.allow() => copy,
-                        (None, _) => return Err(failed(&error, false)),
+                    outgoing = match error {
+                        ExchangeError::Unsent(unsent) => *unsent,
+                        ExchangeError::Closed(_) if repeatable && self.repeats.allow() => {
+                            Outgoing::new(&head, Body::empty())
+                        }
+                        error => return Err(failed(&error)),
                     };
                 }
             }
         }
         let (stream, room) = dialler.dial().await?;
-        let glance = stream.glance();
-        let (mut sender, connection) = Builder::new()
-            .max_buf_size(MAX_HEAD_BYTES)
-            .handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| failed(&e, true))?;
-        tokio::spawn(connection);
-        sender.ready().await.map_err(|_| terminated("closed the connection at once", Sent::No))?;
-        let fresh = Connection { sender, glance, until: Instant::now(), _room: room };
-        self.exchange(fresh, request).await.map_err(|(error, unsent)| failed(&error, unsent.is_some()))
+        let fresh = Connection { http: h1::Connection::new(stream), until: Instant::now(), room };
+        self.exchange(fresh, outgoing, interim).await.map_err(|error| failed(&error))
     }
 
     async fn exchange(
         &self,
-        mut connection: Connection,
-        request: Request<Body>,
-    ) -> Result<Response<Guarded<super::Place>>, (hyper::Error, Option<Box<Request<Body>>>)> {
-        match connection.sender.try_send_request(request).await {
-            Ok(response) => {
-                let keep = keep_alive(response.headers()).map_or(self.keep, |said| said.min(self.keep));
-                let place = Place { connection: Some(connection), keep, idle: self.idle.clone() };
-                Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Http1(place))))
-            }
-            Err(mut failed) => {
-                let unsent = failed.take_message().map(Box::new);
-                Err((failed.into_error(), unsent))
-            }
-        }
+        connection: Connection,
+        request: Outgoing,
+        interim: Option<&Interim>,
+    ) -> Result<Response<Guarded<super::Place>>, ExchangeError> {
+        let response = connection.http.exchange(request, interim).await?;
+        let keep = keep_alive(response.headers()).map_or(self.keep, |said| said.min(self.keep));
+        let place = Place { connection: Some(connection), keep, idle: self.idle.clone() };
+        Ok(response.map(|body| Guarded::new(body, super::Place::Http1(place))))
+    }
+}
+
+fn failed(error: &ExchangeError) -> LocalError {
+    match error {
+        ExchangeError::Offence(offence) => not_http(offence),
+        ExchangeError::Unsent(_) => terminated(&error.to_string(), Sent::No),
+        ExchangeError::Closed(Some(why)) => terminated(&format!("{error}: {why}"), Sent::Maybe),
+        ExchangeError::Closed(None) | ExchangeError::Upload(_) => terminated(&error.to_string(), Sent::Maybe),
     }
 }
 
 impl Idle {
     /// The newest that can be used: the others then come to the end of their time. Only those are looked at that are newer, for
-    /// a look is a call of the kernel; and all of them, if a new one is to take the place of one that is over.
+    /// a look is a call of the kernel.
     fn take(&self) -> Option<Connection> {
         let (mut kept, now) = (self.lock(), Instant::now());
-        for at in (0..kept.connections.len()).rev() {
-            let connection = &kept.connections[at];
-            // Its request is still being written, though its answer has ended: whoever took it would wait for an upload.
-            if !connection.is_over(now) && !connection.sender.is_ready() {
-                continue;
-            }
-            let connection = kept.connections.remove(at);
-            if !connection.is_over(now) && connection.glance.is_quiet() {
+        while let Some(connection) = kept.connections.pop() {
+            if now < connection.until && connection.http.is_quiet() {
                 return Some(connection);
             }
         }
@@ -147,10 +138,6 @@ impl Idle {
 
     fn put(self: &Arc<Self>, connection: Connection) {
         let mut kept = self.lock();
-        if kept.connections.len() >= MAX_IDLE {
-            // One that somebody's upload holds is no use to anybody.
-            kept.connections.retain(|connection| connection.sender.is_ready());
-        }
         if kept.connections.len() < MAX_IDLE {
             kept.connections.push(connection);
         }
@@ -165,10 +152,10 @@ impl Idle {
         loop {
             let next = {
                 let (mut kept, now) = (self.lock(), Instant::now());
-                kept.connections.retain(|connection| !connection.is_over(now));
+                kept.connections.retain(|connection| now < connection.until && connection.http.is_quiet());
                 kept.swept = !kept.connections.is_empty();
                 match kept.connections.iter().map(|connection| connection.until).min() {
-                    Some(next) => next,
+                    Some(next) => next.min(now + LOOK),
                     None => return,
                 }
             };
@@ -191,9 +178,9 @@ pub(crate) struct Place {
 
 impl Place {
     pub(super) fn ended(&mut self) {
-        if let Some(mut connection) = self.connection.take().filter(|c| !c.sender.is_closed()) {
-            connection.until = Instant::now() + self.keep;
-            self.idle.put(connection);
+        let Some(Connection { http, room, .. }) = self.connection.take() else { return };
+        if let Some(http) = http.again() {
+            self.idle.put(Connection { http, until: Instant::now() + self.keep, room });
         }
     }
 }
@@ -206,37 +193,10 @@ fn keep_alive(fields: &HeaderMap) -> Option<Duration> {
     Some(said.saturating_sub(MARGIN).max(said / 4))
 }
 
-/// HTTP/1.1 wants the path as the target and the authority in Host.
-fn origin_form(mut request: Request<Body>) -> Request<Body> {
-    normal::join_cookies(request.headers_mut());
-    let host = request.uri().authority().and_then(|a| http::HeaderValue::from_str(a.as_str()).ok());
-    if let Some(host) = host {
-        request.headers_mut().insert(header::HOST, host);
-    }
-    if let Some(target) = request.uri().path_and_query().cloned() {
-        *request.uri_mut() = http::Uri::from(target);
-    }
-    // hyper takes a GET without a length for one without a body.
-    if !http_body::Body::is_end_stream(request.body()) && !request.headers().contains_key(header::CONTENT_LENGTH) {
-        let chunked = http::HeaderValue::from_static("chunked");
-        request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
-    }
-    *request.version_mut() = Version::HTTP_11;
-    request
-}
-
-fn copy_bodiless(request: &Request<Body>) -> Request<Body> {
-    let mut copy = Request::new(Body::empty());
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.version_mut() = request.version();
-    copy.headers_mut().clone_from(request.headers());
-    copy.extensions_mut().clone_from(request.extensions());
-    copy
-}
-
 #[cfg(test)]
 mod tests {
+    use http::header;
+
     use super::*;
 
     #[test]

@@ -1,12 +1,12 @@
 //! Heads and trailers: field sections to and from what the `http` crate has, with the rules of RFC 9114 §4.2 and §4.3 checked
 //! where order and duplicates still show.
 
+use crate::names;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, request, response,
     uri::{Authority, PathAndQuery, Scheme},
 };
-use starling_protocol::headers;
 
 use super::{
     frame,
@@ -186,14 +186,12 @@ fn decode(section: &[u8], max_section_bytes: u64, te: &[u8]) -> Result<(Pseudo, 
 }
 
 fn read_name(name: &Text) -> Result<HeaderName, Fault> {
-    Ok(match name.as_bytes() {
-        // Our own fields come with every call between nodes.
-        b"starling-deadline" => HeaderName::from_static(headers::DEADLINE),
-        b"starling-attempt" => HeaderName::from_static(headers::ATTEMPT),
-        b"starling-load" => HeaderName::from_static(headers::LOAD),
-        bytes => HeaderName::from_lowercase(bytes)
-            .map_err(|_| Fault::malformed("a field name that is empty, in upper case or no token"))?,
-    })
+    let bytes = name.as_bytes();
+    match names::known(bytes) {
+        Some(name) => Ok(name),
+        None => HeaderName::from_lowercase(bytes)
+            .map_err(|_| Fault::malformed("a field name that is empty, in upper case or no token")),
+    }
 }
 
 /// RFC 9114 §4.2: these say something of an HTTP/1.1 connection.

@@ -1,0 +1,14 @@
+//! HTTP/1.1 (RFC 9112) as a client speaks it, in the task of the call itself: to the service beside a node.
+//!
+//! [`codec`] makes and reads messages without I/O, [`client`] exchanges them over a [`ServerStream`].
+
+mod client;
+mod codec;
+mod stream;
+
+pub(crate) use self::client::Receiver;
+pub use self::{
+    client::{Connection, ExchangeError, Head, Outgoing},
+    codec::Offence,
+    stream::ServerStream,
+};

@@ -1,0 +1,139 @@
+//! A TCP connection to a server.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+};
+
+use bytes::BufMut;
+use rustix::net::{RecvFlags, Shutdown};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    net::TcpStream,
+};
+
+use crate::tcp::notice_when_gone;
+
+/// A connection on which an answer is read although writing has failed. Clones are the same connection, for one that reads and
+/// one that writes; it closes with the last of them, or when it is told to.
+#[derive(Debug, Clone)]
+pub struct ServerStream(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    stream: TcpStream,
+    /// The server takes no more of the request. It may have answered before it stopped reading, and that answer counts
+    /// (RFC 9112 §9.5): what is still written goes nowhere, and what is read tells how it ended.
+    deaf: AtomicBool,
+}
+
+impl ServerStream {
+    /// Takes a connection that was made.
+    pub fn new(stream: TcpStream) -> Self {
+        let _ = stream.set_nodelay(true);
+        notice_when_gone(&stream);
+        Self(Arc::new(Inner { stream, deaf: AtomicBool::new(false) }))
+    }
+
+    /// Whether the server has neither closed the connection nor said anything unasked.
+    pub(super) fn is_quiet(&self) -> bool {
+        let mut byte = [0u8];
+        let found = rustix::net::recv(&self.0.stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        matches!(found, Err(rustix::io::Errno::WOULDBLOCK))
+    }
+
+    pub(super) fn is_deaf(&self) -> bool {
+        self.0.deaf.load(Relaxed)
+    }
+
+    /// Closes it for everybody.
+    pub(super) fn close(&self) {
+        let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Both);
+    }
+
+    /// Reads what is there, at most as much as there is room for; nothing at the end.
+    pub(super) fn poll_read_into(
+        &self,
+        cx: &mut Context<'_>,
+        into: &mut impl BufMut,
+        room: usize,
+    ) -> Poll<io::Result<usize>> {
+        let stream = &self.0.stream;
+        loop {
+            ready!(stream.poll_read_ready(cx))?;
+            match stream.try_read_buf(&mut into.limit(room)) {
+                Ok(read) => {
+                    if 0 < read && read < room {
+                        // There is no more, and who reads on need not ask the kernel to learn that. What comes just now is
+                        // not missed, because this thread is the one that looks for it.
+                        let _ = stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+                    }
+                    return Poll::Ready(Ok(read));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Writes some; all of it goes nowhere once the server is deaf.
+    pub(super) fn poll_write_some(&self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let length = bufs.iter().map(|buf| buf.len()).sum();
+        while !self.is_deaf() {
+            let stream = &self.0.stream;
+            let written = match ready!(stream.poll_write_ready(cx)) {
+                Ok(()) => stream.try_write_vectored(bufs),
+                Err(error) => Err(error),
+            };
+            match written {
+                Ok(written) => return Poll::Ready(Ok(written)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => self.0.deaf.store(true, Relaxed),
+            }
+        }
+        Poll::Ready(Ok(length))
+    }
+}
+
+/// Read at a time for a protocol that has its own buffers: so much of an answer waits that nobody takes, in each of a few
+/// places.
+const MAX_READ_BYTES: usize = 16 << 10;
+
+impl AsyncRead for ServerStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let room = buf.remaining().min(MAX_READ_BYTES);
+        self.poll_read_into(cx, buf, room).map_ok(drop)
+    }
+}
+
+impl AsyncWrite for ServerStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_some(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_some(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Write);
+        Poll::Ready(Ok(()))
+    }
+}

@@ -19,13 +19,13 @@ use std::{
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
 use rand::RngExt;
 use starling_gossip::Snapshot;
-use starling_http::{Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grpc, normal::number};
+use starling_http::{Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grpc, names, normal::number};
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
 use self::{
     attempt::Terms,
-    choose::{Candidate, KnownPeers, pick},
+    choose::{Candidate, KnownPeers, Wish, pick},
     connect::Pool,
 };
 use crate::{
@@ -215,7 +215,7 @@ impl MeshClient {
             };
             let attempt = (tried.len() - dead.len()) as u32 + 1;
             tried.push(candidate.instance.node);
-            parts.headers.insert(headers::ATTEMPT, HeaderValue::from(earlier + attempt));
+            parts.headers.insert(names::ATTEMPT.clone(), names::numeral((earlier + attempt).into()));
             observed.attempted();
             let span = observed.departure(&mut parts.headers);
             let span = span.map(|span| of_attempt(span, &service, &candidate, attempt));
@@ -296,7 +296,7 @@ impl MeshClient {
             let status = StatusCode::SERVICE_UNAVAILABLE;
             CallError::new(Fault::Mesh, Sent::No, status, ProxyError::DestinationUnavailable, detail)
         };
-        let Some(instances) = snapshot.instances(service) else {
+        let Some(candidates) = self.pool.candidates(&snapshot, service) else {
             return Err(CallError::new(
                 Fault::Caller,
                 Sent::No,
@@ -305,9 +305,10 @@ impl MeshClient {
                 format!("no node of the mesh serves {service}"),
             ));
         };
-        let matching = instances.iter().filter(|i| version.is_none_or(|v| i.version == v)).cloned();
-        let candidates = self.pool.candidates(matching);
-        pick(&candidates, &self.node.zone, tried, dead, &mut rand::rng()).cloned().ok_or_else(|| match version {
+        let wish = Wish { version, zone: &self.node.zone, tried, dead };
+        let picked =
+            pick(&candidates, wish, Instant::now(), &mut rand::rng(), |lost| self.pool.look_for(lost)).cloned();
+        picked.ok_or_else(|| match version {
             Some(version) => unavailable(format!("no instance of {service} {version} is alive")),
             None => unavailable(format!("no instance of {service} is alive")),
         })

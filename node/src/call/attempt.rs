@@ -10,6 +10,7 @@ use starling_http::{
         Broken, Code,
         client::{self, Head, RequestError},
     },
+    names,
     normal::{self, Origin, number},
 };
 use starling_protocol::{Name, headers};
@@ -102,11 +103,11 @@ impl MeshClient {
             experience.told(told);
         }
         // Only a node sets this field, on answers of its own making: the service's word is never taken for it.
-        let sent = head.headers.remove(headers::SENT).map(|v| if v == "no" { Sent::No } else { Sent::Maybe });
+        let sent = head.headers.remove(&names::SENT).map(|v| if v == "no" { Sent::No } else { Sent::Maybe });
         // What is wrong with the request itself is wrong everywhere.
         let elsewhere = head.status.is_server_error() || head.status == StatusCode::NOT_FOUND;
         let unanswered = sent.filter(|_| elsewhere);
-        head.headers.remove(headers::LOAD);
+        head.headers.remove(&names::LOAD);
         head.version = http::Version::HTTP_11;
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
@@ -184,9 +185,9 @@ pub struct MadeByNode;
 
 /// Tells the node how long it is waited for, and the service, too, if it understands that.
 fn tell_deadline(parts: &mut request::Parts, due: &Due) {
-    let Some(left) = due.left() else { return drop(parts.headers.remove(headers::DEADLINE)) };
+    let Some(left) = due.left() else { return drop(parts.headers.remove(&names::DEADLINE)) };
     let left_ms = left.as_millis() as u64;
-    parts.headers.insert(headers::DEADLINE, HeaderValue::from(left_ms));
+    parts.headers.insert(names::DEADLINE.clone(), names::numeral(left_ms));
     if grpc_timeout(&parts.headers).is_some() {
         // Eight digits at most, says the protocol.
         let value = if left_ms < 100_000_000 { format!("{left_ms}m") } else { format!("{}S", left_ms / 1000) };

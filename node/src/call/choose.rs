@@ -7,5 +7,5 @@ mod pick;
 pub(crate) use self::{
     experience::{Experience, PendingCall, Reach},
     known::{KnownPeer, KnownPeers},
-    pick::{Candidate, pick},
+    pick::{Candidate, Wish, pick},
 };

@@ -10,10 +10,9 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderValue};
+use starling_http::names::{TRACEPARENT, TRACESTATE};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-const TRACEPARENT: &str = "traceparent";
-const TRACESTATE: &str = "tracestate";
 /// The flags of level 2 that are known: sampled, and that the trace's id is random.
 const SAMPLED: u8 = 1;
 const RANDOM: u8 = 2;
@@ -41,7 +40,7 @@ impl TraceContext {
 
     /// The context that fields carry; `None` where there is none, or none that is valid (W3C Trace Context §3.2).
     fn of(fields: &HeaderMap) -> Option<Self> {
-        let mut all = fields.get_all(TRACEPARENT).iter();
+        let mut all = fields.get_all(&TRACEPARENT).iter();
         let (Some(field), None) = (all.next(), all.next()) else { return None };
         let field = field.as_bytes();
         let version: [u8; 1] = hex(field.get(..2)?)?;
@@ -93,7 +92,7 @@ impl TraceContext {
         put(3, &self.trace);
         put(36, &self.span);
         put(53, &[self.flags]);
-        fields.insert(TRACEPARENT, HeaderValue::from_bytes(&text).expect("digits and dashes"));
+        fields.insert(TRACEPARENT.clone(), HeaderValue::from_bytes(&text).expect("digits and dashes"));
     }
 }
 
@@ -294,7 +293,7 @@ impl Tracer {
         };
         if continued.is_none() {
             // What others noted of a trace that is not this one.
-            fields.remove(TRACESTATE);
+            fields.remove(&TRACESTATE);
         }
         let threshold = self.0.as_ref().map_or(0, |recording| recording.threshold);
         let context = continued.unwrap_or_else(|| TraceContext::new(threshold));
@@ -308,7 +307,7 @@ impl Tracer {
         let context = context.child();
         context.write_to(fields);
         let span =
-            Span { link, state: fields.get(TRACESTATE).cloned(), ..Span::new(context, parent, SpanKind::Server) };
+            Span { link, state: fields.get(&TRACESTATE).cloned(), ..Span::new(context, parent, SpanKind::Server) };
         (context, Some(Box::new(recording.spans.open(span))))
     }
 }
@@ -341,7 +340,7 @@ mod tests {
     fn fields(traceparent: &[&str]) -> HeaderMap {
         let mut fields = HeaderMap::new();
         for value in traceparent {
-            fields.append(TRACEPARENT, HeaderValue::from_str(value).unwrap());
+            fields.append(&TRACEPARENT, HeaderValue::from_str(value).unwrap());
         }
         fields
     }
@@ -353,7 +352,7 @@ mod tests {
         assert_eq!(context.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
         let mut written = HeaderMap::new();
         context.write_to(&mut written);
-        assert_eq!(written[TRACEPARENT], VALID);
+        assert_eq!(written[&TRACEPARENT], VALID);
         for (later, sampled) in [
             ("01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-and-more", true),
             ("cc-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-ff", true),
@@ -399,7 +398,7 @@ mod tests {
     fn a_trace_goes_on_from_span_to_span() {
         let (tracer, mut spans) = Tracer::recording(0.0);
         let mut fields = fields(&[VALID]);
-        fields.insert(TRACESTATE, HeaderValue::from_static("a=1"));
+        fields.insert(&TRACESTATE, HeaderValue::from_static("a=1"));
         let (_, arrival) = tracer.arrival(&mut fields, Origin::Ours);
         let arrival = arrival.unwrap();
         let departure = arrival.departure(&mut fields);
@@ -410,17 +409,17 @@ mod tests {
         assert_eq!(client.parent, Some(server.context.span));
         assert_eq!(sent.span, client.context.span);
         assert!(server.context.trace == sent.trace && client.context.trace == sent.trace);
-        assert_eq!(fields[TRACESTATE], "a=1");
+        assert_eq!(fields[&TRACESTATE], "a=1");
     }
 
     #[test]
     fn the_word_of_strangers_is_linked_and_not_followed() {
         let (tracer, mut spans) = Tracer::recording(1.0);
         let mut fields = fields(&[VALID]);
-        fields.insert(TRACESTATE, HeaderValue::from_static("a=1"));
+        fields.insert(&TRACESTATE, HeaderValue::from_static("a=1"));
         let (context, span) = tracer.arrival(&mut fields, Origin::Public);
         assert_ne!(context.trace, TraceContext::of(&self::fields(&[VALID])).unwrap().trace);
-        assert!(!fields.contains_key(TRACESTATE));
+        assert!(!fields.contains_key(&TRACESTATE));
         drop(span);
         let span = spans.try_recv().unwrap();
         assert_eq!(span.link, TraceContext::of(&self::fields(&[VALID])));
@@ -432,7 +431,7 @@ mod tests {
         let tracer = Tracer::default();
         let mut fields = fields(&[VALID]);
         assert!(tracer.arrival(&mut fields, Origin::Ours).1.is_none());
-        assert_eq!(fields[TRACEPARENT], VALID);
+        assert_eq!(fields[&TRACEPARENT], VALID);
         let mut none = HeaderMap::new();
         let (context, _) = tracer.arrival(&mut none, Origin::Ours);
         assert_eq!(TraceContext::of(&none), Some(context), "and where there is none, one begins");

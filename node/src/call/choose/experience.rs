@@ -200,7 +200,11 @@ impl Experience {
     }
 
     pub(crate) fn is_ejected(&self) -> bool {
-        self.lock().ejection.is_out(Instant::now())
+        self.is_ejected_at(Instant::now())
+    }
+
+    pub(super) fn is_ejected_at(&self, now: Instant) -> bool {
+        self.lock().ejection.is_out(now)
     }
 
     /// Whether forgetting it would lose nothing.
@@ -210,11 +214,7 @@ impl Experience {
     }
 
     /// What a call is expected to cost: the time that it takes, for as many as are in line.
-    pub(super) fn cost(&self) -> f64 {
-        self.cost_at(Instant::now())
-    }
-
-    fn cost_at(&self, now: Instant) -> f64 {
+    pub(super) fn cost_at(&self, now: Instant) -> f64 {
         let state = self.lock();
         let told =
             state.told.filter(|(_, at)| now.saturating_duration_since(*at) < TOLD_FOR).map_or(0, |(load, _)| load);

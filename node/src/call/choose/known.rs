@@ -69,7 +69,7 @@ impl KnownPeer {
         match instances.get(service) {
             Some(known) => known.clone(),
             None => {
-                instances.retain(|_, experience| !experience.is_forgotten());
+                instances.retain(|_, known| Arc::strong_count(known) > 1 || !known.is_forgotten());
                 instances.entry(service.clone()).or_insert_with(|| Arc::new(Experience::new())).clone()
             }
         }

@@ -1,9 +1,9 @@
 //! Which instance gets a call: by chance, the likelier the less it is expected to cost, which is its latency, a moving
 //! average that peaks count in at once, times the calls that are in line, as in Finagle's and Linkerd's PeakEWMA.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use rand::{Rng, RngExt, seq::index::sample};
+use rand::{Rng, RngExt};
 use starling_gossip::Instance;
 use starling_protocol::NodeId;
 
@@ -17,8 +17,6 @@ const COMPARED: usize = 8;
 pub(crate) struct Candidate {
     pub(crate) instance: Arc<Instance>,
     pub(crate) peer: Arc<Reach>,
-    /// Whether its peer is out of reach.
-    pub(crate) is_out: bool,
     pub(crate) experience: Arc<Experience>,
 }
 
@@ -29,59 +27,121 @@ impl Candidate {
     }
 }
 
+/// What a call needs of an instance.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Wish<'a> {
+    /// That it has this version.
+    pub(crate) version: Option<&'a str>,
+    /// Better in this zone; none if empty.
+    pub(crate) zone: &'a str,
+    /// Better not one of these.
+    pub(crate) tried: &'a [NodeId],
+    /// Not one of these, which could not be reached a moment ago.
+    pub(crate) dead: &'a [NodeId],
+}
+
+/// How an instance stands at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// It does not come into question.
+    Unfit,
+    Usable,
+    /// Out for its answers.
+    Ejected,
+    /// Its peer is out of reach.
+    Lost,
+}
+
 /// Picks among `candidates`, which are callable by the mesh's word; `tried` ones only if nothing else is left, and `dead`
-/// ones, which could not be reached a moment ago, not at all. One whose peer is out of reach is left until nobody else is
-/// there: it would not answer, and the call would only wait for it. Of those within reach, never more than half are ejected
-/// for their answers: then our own view is the suspect. Same zone first.
+/// ones not at all. One whose peer is out of reach is left until nobody else is there: it would not answer, and the call would
+/// only wait for it. Of those within reach, never more than half are ejected for their answers: then our own view is the
+/// suspect. Same zone first. `due` gets the places of those whose peers are to be dialled again.
 pub(crate) fn pick<'a>(
     candidates: &'a [Candidate],
-    zone: &str,
-    tried: &[NodeId],
-    dead: &[NodeId],
+    wish: Wish<'_>,
+    now: Instant,
     rng: &mut impl Rng,
+    mut due: impl FnMut(&'a Candidate),
 ) -> Option<&'a Candidate> {
-    let (lost, near_enough): (Vec<&Candidate>, Vec<&Candidate>) = candidates.iter().partition(|c| c.is_out);
-    let ejected: Vec<bool> = near_enough.iter().map(|c| c.experience.is_ejected()).collect();
-    let panic = ejected.iter().filter(|out| **out).count() * 2 > near_enough.len();
-    let live: Vec<(&Candidate, bool)> = near_enough
-        .into_iter()
-        .zip(ejected)
-        .map(|(candidate, out)| (candidate, panic || !out))
-        .chain(lost.into_iter().map(|candidate| (candidate, false)))
-        .filter(|(candidate, _)| !dead.contains(&candidate.instance.node))
-        .collect();
-    let fresh = |c: &Candidate| !tried.contains(&c.instance.node);
-    let near = |c: &Candidate| !zone.is_empty() && c.instance.zone == zone;
+    let Wish { version, zone, tried, dead } = wish;
+    let mut standing_of = |candidate: &'a Candidate| {
+        let (instance, peer) = (&candidate.instance, &candidate.peer);
+        if version.is_some_and(|version| instance.version != version) {
+            return Standing::Unfit;
+        }
+        let (is_lost, is_due) = peer.look(now);
+        if is_due {
+            due(candidate);
+        }
+        match () {
+            () if is_lost => Standing::Lost,
+            () if candidate.experience.is_ejected_at(now) => Standing::Ejected,
+            () => Standing::Usable,
+        }
+    };
+    let mut standings: Vec<Standing> = candidates.iter().map(&mut standing_of).collect();
+    let count = |standing| standings.iter().filter(|s| **s == standing).count();
+    let ejected = count(Standing::Ejected);
+    let panic = ejected > count(Standing::Usable);
+    if !dead.is_empty() {
+        for (candidate, standing) in candidates.iter().zip(&mut standings) {
+            if dead.contains(&candidate.instance.node) {
+                *standing = Standing::Unfit;
+            }
+        }
+    }
+    let is_fresh = |c: &Candidate| !tried.contains(&c.instance.node);
+    let is_near = |c: &Candidate| !zone.is_empty() && c.instance.zone == zone;
     // Whether one must be fresh, usable, near.
     let tiers = [(true, true, true), (true, true, false), (true, false, false), (false, false, false)];
-    tiers.iter().find_map(|&(must_be_fresh, must_be_usable, must_be_near)| {
-        let fits = |c: &Candidate, is_usable: bool| {
-            (!must_be_fresh || fresh(c)) && (!must_be_usable || is_usable) && (!must_be_near || near(c))
+    let from = usize::from(zone.is_empty());
+    tiers[from..].iter().find_map(|&(must_be_fresh, must_be_usable, must_be_near)| {
+        let fits = |(candidate, standing): &(&Candidate, &Standing)| {
+            let is_usable = match **standing {
+                Standing::Unfit => return false,
+                Standing::Usable => true,
+                Standing::Ejected => panic,
+                Standing::Lost => false,
+            };
+            (!must_be_usable || is_usable)
+                && (!must_be_fresh || is_fresh(candidate))
+                && (!must_be_near || is_near(candidate))
         };
-        draw(live.iter().filter(|(c, usable)| fits(c, *usable)).map(|(c, _)| *c).collect(), rng)
+        draw(candidates.iter().zip(&standings).filter(fits).map(|(candidate, _)| candidate), now, rng)
     })
 }
 
 /// One of a few, drawn by its weight over the square of what it costs. Equals get equal shares, however close their costs;
 /// and one that is kept away from still gets a call now and then, by which it can show that it is better than its past. (Two
 /// random choices, of which the cheaper one is taken, would leave the second of two nearly equal instances with nothing.)
-fn draw<'a>(mut candidates: Vec<&'a Candidate>, rng: &mut impl Rng) -> Option<&'a Candidate> {
-    if candidates.len() > COMPARED {
-        candidates = sample(rng, candidates.len(), COMPARED).iter().map(|i| candidates[i]).collect();
+fn draw<'a>(
+    candidates: impl Iterator<Item = &'a Candidate>,
+    now: Instant,
+    rng: &mut impl Rng,
+) -> Option<&'a Candidate> {
+    // A sample of all (Vitter's algorithm R).
+    let mut compared = [None; COMPARED];
+    let mut seen = 0;
+    for candidate in candidates {
+        let at = if seen < COMPARED { seen } else { rng.random_range(0..=seen) };
+        if let Some(place) = compared.get_mut(at) {
+            *place = Some(candidate);
+        }
+        seen += 1;
     }
-    if let [only] = *candidates {
-        return Some(only);
+    if seen <= 1 {
+        return compared[0];
     }
-    let share = |c: &Candidate| f64::from(c.instance.weight.max(1)) / c.experience.cost().powi(2);
-    let shares: Vec<f64> = candidates.iter().map(|c| share(c)).collect();
+    let share = |c: &Candidate| f64::from(c.instance.weight.max(1)) / c.experience.cost_at(now).powi(2);
+    let shares = compared.map(|candidate| candidate.map_or(0.0, share));
     let mut at = rng.random::<f64>() * shares.iter().sum::<f64>();
-    for (candidate, share) in candidates.iter().zip(shares) {
+    for (candidate, share) in compared.iter().zip(shares) {
         at -= share;
         if at < 0.0 {
-            return Some(candidate);
+            return *candidate;
         }
     }
-    candidates.last().copied()
+    compared[seen.min(COMPARED) - 1]
 }
 
 #[cfg(test)]
@@ -105,12 +165,17 @@ mod tests {
             protocol: Protocol::Http1,
             weight: 100,
         };
-        Candidate {
-            instance: Arc::new(instance),
-            peer: Arc::default(),
-            is_out: false,
-            experience: Arc::new(Experience::new()),
-        }
+        Candidate { instance: Arc::new(instance), peer: Arc::default(), experience: Arc::new(Experience::new()) }
+    }
+
+    fn pick<'a>(
+        candidates: &'a [Candidate],
+        zone: &str,
+        tried: &[NodeId],
+        dead: &[NodeId],
+        rng: &mut impl Rng,
+    ) -> Option<&'a Candidate> {
+        super::pick(candidates, Wish { version: None, zone, tried, dead }, Instant::now(), rng, |_| {})
     }
 
     fn shares(candidates: &[Candidate], zone: &str, tried: &[NodeId]) -> Vec<usize> {
@@ -163,12 +228,12 @@ mod tests {
 
     #[test]
     fn the_unreachable_is_out_at_once_until_nobody_else_is_there() {
-        let mut all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
-        all[0].is_out = true;
+        let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
+        all[0].peer.unreachable();
         assert_eq!(shares(&all, "", &[])[0], 0);
-        all[1].is_out = true;
+        all[1].peer.unreachable();
         assert_eq!(shares(&all, "", &[]), [0, 0, 3000]);
-        all[2].is_out = true;
+        all[2].peer.unreachable();
         let counts = shares(&all, "", &[]);
         assert!(counts.iter().all(|n| *n > 0), "{counts:?}");
         let (last, rng) = (all[2].instance.node, &mut rand::rng());
@@ -179,12 +244,12 @@ mod tests {
 
     #[test]
     fn never_more_than_half_are_out_for_their_answers() {
-        let mut all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
+        let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
         let fail = |c: &Candidate| (0..5).for_each(|_| c.experience.answered(Duration::from_millis(1), true));
         fail(&all[0]);
         assert_eq!(shares(&all, "", &[])[0], 0);
         fail(&all[1]);
-        all[2].is_out = true;
+        all[2].peer.unreachable();
         let counts = shares(&all, "", &[]);
         assert!(counts[0] > 0 && counts[1] > 0 && counts[2] == 0, "{counts:?}: both within reach");
     }
@@ -196,5 +261,28 @@ mod tests {
         assert_eq!(shares(&all, "a", &[all[0].instance.node])[0], 0);
         let everybody: Vec<NodeId> = all.iter().map(|c| c.instance.node).collect();
         assert!(shares(&all, "a", &everybody).iter().all(|n| *n > 0));
+    }
+
+    #[test]
+    fn of_many_each_has_its_share() {
+        let all: Vec<Candidate> = (1..=40).map(|n| candidate(n, "")).collect();
+        let counts = shares(&all, "", &[]);
+        assert!(counts.iter().all(|n| (30..130).contains(n)), "{counts:?}");
+        let wish = Wish { version: Some("v2"), ..Wish::default() };
+        assert!(super::pick(&all, wish, Instant::now(), &mut rand::rng(), |_| {}).is_none());
+    }
+
+    #[test]
+    fn a_peer_whose_time_has_come_is_due_once() {
+        let all = [candidate(1, ""), candidate(2, "")];
+        all[0].peer.unreachable();
+        let later = Instant::now() + Duration::from_secs(2);
+        let due = || {
+            let mut due = Vec::new();
+            super::pick(&all, Wish::default(), later, &mut rand::rng(), |c| due.push(c.instance.node));
+            due
+        };
+        assert_eq!(due(), [all[0].instance.node]);
+        assert!(due().is_empty());
     }
 }

@@ -2,12 +2,12 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     time::Instant,
 };
 
-use starling_gossip::Instance;
-use starling_protocol::NodeId;
+use starling_gossip::{Instance, Snapshot};
+use starling_protocol::{Name, NodeId};
 use tokio::sync::watch;
 
 use super::{
@@ -42,11 +42,19 @@ pub(crate) struct Pool {
     endpoint: MeshEndpoint,
     known: Arc<KnownPeers>,
     peers: Mutex<HashMap<NodeId, Arc<PeerSlot>>>,
+    targets: Mutex<HashMap<Name, Target>>,
+}
+
+/// The instances of a service, with what is known of them, as long as the mesh does not change.
+struct Target {
+    /// When it was so. Held weakly: a mesh that is past is not to be kept for services that nobody calls.
+    at: Weak<Snapshot>,
+    candidates: Arc<[Candidate]>,
 }
 
 impl Pool {
     pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint, known: Arc<KnownPeers>) -> Self {
-        Self { identity, endpoint, known, peers: Mutex::default() }
+        Self { identity, endpoint, known, peers: Mutex::default(), targets: Mutex::default() }
     }
 
     fn slot<'a>(&self, peers: &'a mut HashMap<NodeId, Arc<PeerSlot>>, id: &NodeId) -> &'a Arc<PeerSlot> {
@@ -56,31 +64,43 @@ impl Pool {
         })
     }
 
-    /// Pairs instances with what is known of them and their peers. Those that were out of reach for a while are dialled
-    /// again, beside the call: it has others to go to.
-    pub(crate) fn candidates(self: &Arc<Self>, instances: impl Iterator<Item = Arc<Instance>>) -> Vec<Candidate> {
-        let (mut peers, now) = (lock(&self.peers), Instant::now());
-        instances
-            .map(|instance| {
-                let peer = self.slot(&mut peers, &instance.node);
-                let (is_out, is_due) = peer.reach.look(now);
-                if is_due {
-                    let (pool, reach, instance) = (self.clone(), peer.reach.clone(), instance.clone());
-                    tokio::spawn(async move {
-                        // It may be there already: what fell silent was an older one, of a former life.
-                        if pool.connection(&instance).await.is_ok() {
-                            reach.reached();
-                        }
-                    });
-                }
-                let experience = peer.known.experience(&instance.service);
-                Candidate { peer: peer.reach.clone(), is_out, experience, instance }
-            })
-            .collect()
+    /// The instances of a service with what is known of them and their peers; `None` if there is no such service.
+    pub(crate) fn candidates(&self, snapshot: &Arc<Snapshot>, service: &Name) -> Option<Arc<[Candidate]>> {
+        let mut targets = lock(&self.targets);
+        if let Some(target) = targets.get(service)
+            && std::ptr::eq(target.at.as_ptr(), Arc::as_ptr(snapshot))
+        {
+            return Some(target.candidates.clone());
+        }
+        let Some(instances) = snapshot.instances(service) else {
+            targets.remove(service);
+            return None;
+        };
+        let mut peers = lock(&self.peers);
+        let candidate = |instance: &Arc<Instance>| {
+            let peer = self.slot(&mut peers, &instance.node);
+            let experience = peer.known.experience(service);
+            Candidate { peer: peer.reach.clone(), experience, instance: instance.clone() }
+        };
+        let candidates: Arc<[Candidate]> = instances.iter().map(candidate).collect();
+        targets.insert(service.clone(), Target { at: Arc::downgrade(snapshot), candidates: candidates.clone() });
+        Some(candidates)
+    }
+
+    /// Dials one again that was out of reach for a while, beside a call that has others to go to.
+    pub(crate) fn look_for(self: &Arc<Self>, candidate: &Candidate) {
+        let (pool, reach, instance) = (self.clone(), candidate.peer.clone(), candidate.instance.clone());
+        tokio::spawn(async move {
+            // It may be there already: what fell silent was an older one, of a former life.
+            if pool.connection(&instance).await.is_ok() {
+                reach.reached();
+            }
+        });
     }
 
     /// Forgets peers that are not in the mesh any more.
     pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
+        lock(&self.targets).clear();
         lock(&self.peers).retain(|id, peer| keep(id) || peer.reach.in_flight() > 0);
     }
 

@@ -31,4 +31,4 @@ pub use problem::{Problem, ProxyError, grpc_timeout, is_grpc, pseudonym};
 pub use replay::Source;
 pub use shelf::{Shelf, TakenBack, taken_back};
 pub use tcp::{offence, was_refused};
-pub use transport::{Datagrams, Transport};
+pub use transport::{Datagrams, Transport, takes_large_packets};

@@ -14,6 +14,7 @@ use starling_http::{
     Datagrams, Shelf, Transport,
     h3::Order,
     shared_port::{self, OwnedBy},
+    takes_large_packets,
 };
 
 use crate::{
@@ -135,6 +136,7 @@ impl MeshEndpoint {
         let listen = |socket| {
             let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
             config.cid_generator(move || Box::new(OwnedBy(index)));
+            takes_large_packets(&mut config);
             let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
             let known = if takes_calls { windows.on(CALLS_IN) } else { GOSSIP_IN };
             let stranger = Transport {
@@ -147,12 +149,9 @@ impl MeshEndpoint {
             quinn::Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime))
         };
         let listening = socket.map(listen).transpose()?;
-        let dialling = quinn::Endpoint::new(
-            EndpointConfig::default(),
-            None,
-            shared_port::ephemeral(like)?,
-            Arc::new(TokioRuntime),
-        )?;
+        let mut config = EndpointConfig::default();
+        takes_large_packets(&mut config);
+        let dialling = quinn::Endpoint::new(config, None, shared_port::ephemeral(like)?, Arc::new(TokioRuntime))?;
         // Workers of a node aim at different ones, and nodes do not all aim at the same.
         let aim = match index {
             CONTROL => CONTROL,

@@ -120,7 +120,8 @@ where
             patience: self.patience.clone(),
             shelf: self.shelf.clone(),
         };
-        self.requests.spawn(exchange.run(self.handler.clone()));
+        // Boxed, because a task is copied several times when it is spawned and when it ends.
+        self.requests.spawn(Box::pin(exchange.run(self.handler.clone())));
         next
     }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -191,6 +192,15 @@ pub(crate) fn wait_until(
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Waits until something listens on that TCP address.
+pub(crate) fn wait_for_listener(address: SocketAddr, limit: Duration, process: &mut Process) -> Result<()> {
+    let what = format!("{} accepts connections", process.name);
+    wait_until(&what, limit, &mut [process], || {
+        let patience = Duration::from_secs(5);
+        TcpStream::connect_timeout(&address, patience).map(drop).with_context(|| format!("connect to {address}"))
+    })
 }
 
 fn tail(text: &str) -> String {

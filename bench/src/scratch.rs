@@ -1,6 +1,6 @@
 //! The bench's only traces on the machine: one temporary directory and some loopback ports.
 
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -53,18 +53,28 @@ impl Drop for Scratch {
 ///
 /// All of one call differ from each other; a later call may repeat one that nobody has bound by then.
 pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N]> {
-    const TRIES: usize = 100;
+    Ok(many_free_ports(N)?.try_into().expect("as many as asked for"))
+}
+
+/// The same, for a number that only the run knows.
+pub(crate) fn many_free_ports(count: usize) -> Result<Vec<u16>> {
+    let tries = 100 + 2 * count;
     let mut held = Vec::new();
-    for _ in 0..TRIES {
+    for _ in 0..tries {
         let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("bind a free TCP port on 127.0.0.1")?;
         let port = tcp.local_addr()?.port();
         let Ok(udp) = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)) else { continue };
         held.push((port, tcp, udp));
-        if held.len() == N {
-            return Ok(std::array::from_fn(|i| held[i].0));
+        if held.len() == count {
+            return Ok(held.iter().map(|(port, ..)| *port).collect());
         }
     }
-    bail!("no {N} free ports on 127.0.0.1 in {TRIES} tries")
+    bail!("no {count} free ports on 127.0.0.1 in {tries} tries")
+}
+
+/// That port on 127.0.0.1.
+pub(crate) fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
 #[cfg(test)]

@@ -33,7 +33,9 @@ pub(crate) fn find() -> Option<PathBuf> {
 /// What it says of its version.
 fn version(program: &Path) -> Result<String> {
     let text = process::run("envoy --version", process::bound(program).arg("--version"))?;
-    Ok(text.trim().to_owned())
+    // It puts its own path in front.
+    let words = text.trim();
+    Ok(words.split_once("version: ").map_or(words, |(_, version)| version).to_owned())
 }
 
 /// Starts both, with one worker thread each, and waits until a call through them is answered.

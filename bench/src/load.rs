@@ -50,12 +50,17 @@ impl Load {
             Generator::Oha(oha) => ("oha", oha.command(entry, seconds)),
         };
         let mut process = Process::start(name, &program, args, &self.dir)?;
-        let limit = Instant::now() + Duration::from_secs(seconds.into()) + OVERTIME;
+        let end = Instant::now() + Duration::from_secs(seconds.into());
+        let mut to_interrupt = matches!(&self.generator, Generator::Oha(oha) if oha.runs_until_interrupted());
         let status = loop {
             if let Some(status) = process.exit()? {
                 break status;
             }
-            ensure!(Instant::now() < limit, "{name} does not end:\n{}", process.output()?);
+            if to_interrupt && Instant::now() >= end {
+                process.interrupt()?;
+                to_interrupt = false;
+            }
+            ensure!(Instant::now() < end + OVERTIME, "{name} does not end:\n{}", process.output()?);
             watch()?;
             std::thread::sleep(WATCH_INTERVAL);
         };

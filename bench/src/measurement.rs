@@ -60,8 +60,7 @@ pub(crate) fn run(
     let mut samples = vec![Vec::new(); targets.len()];
     for round in 1..=schedule.rounds {
         for index in 0..targets.len() {
-            eprintln!("round {round} of {}: {}", schedule.rounds, targets[index].name);
-            samples[index].push(once(targets, index, backend, load, schedule)?);
+            samples[index].push(once(targets, index, backend, load, schedule, round)?);
         }
     }
     Ok(samples)
@@ -72,7 +71,7 @@ pub(crate) fn run_all(targets: &mut [Target], backend: &Process, load: &Load, sc
     let mut all = vec![Measured::default(); targets.len()];
     for round in 1..=schedule.rounds {
         for (index, measured) in all.iter_mut().enumerate() {
-            measured.add(round, once(targets, index, backend, load, schedule));
+            measured.add(round, once(targets, index, backend, load, schedule, round));
         }
     }
     all
@@ -99,8 +98,10 @@ pub(crate) fn once(
     backend: &Process,
     load: &Load,
     schedule: Schedule,
+    round: u32,
 ) -> Result<Sample> {
     let (name, entry) = (targets[index].name, targets[index].entry);
+    eprintln!("round {round} of {}: {name}", schedule.rounds);
     load.run(entry, schedule.warmup_seconds, || Ok(())).with_context(|| format!("warm up {name}"))?;
     let sample =
         sample(targets, index, backend, load, entry, schedule.seconds).with_context(|| format!("measure {name}"))?;

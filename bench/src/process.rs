@@ -73,8 +73,17 @@ impl Process {
 
     /// Asks it to end: SIGTERM. Whether it obeys is seen from [`Process::exit`].
     pub(crate) fn terminate(&self) -> Result<()> {
+        self.signal("TERM")
+    }
+
+    /// The same as Ctrl-C: SIGINT.
+    pub(crate) fn interrupt(&self) -> Result<()> {
+        self.signal("INT")
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
         let mut kill = Command::new("sh");
-        run("kill", kill.args(["-c", r#"kill -TERM "$1""#, "sh", &self.child.id().to_string()])).map(drop)
+        run("kill", kill.args(["-c", r#"kill -"$1" "$2""#, "sh", name, &self.child.id().to_string()])).map(drop)
     }
 
     /// What it holds in memory now, and held at most.

@@ -16,8 +16,6 @@ use crate::{envoy, haproxy, nginx, starling};
 
 /// Connections of the load that is as much as the pair takes.
 const CONNECTIONS: u32 = 64;
-/// Connections that carry long answers: enough to keep a pair busy, few enough that their buffers are not the measurement.
-const LONG_CONNECTIONS: u32 = 16;
 /// Calls a second at the fixed rate.
 const RATE: u32 = 1500;
 /// How long a pair that has answered one call is left alone before its memory at rest is read.
@@ -57,12 +55,11 @@ pub(super) fn run(bench: &Bench, output: &mut Output) -> Result<()> {
         Err(error) => output.say(&format!("the fixed rate is left out: {error:#}")),
     }
 
-    let middling = measure(bench.wrk(LONG_CONNECTIONS, format!("/{MIDDLING}"))?);
+    let middling = measure(bench.wrk(CONNECTIONS, format!("/{MIDDLING}"))?);
     grid.push_measured(CPU_MIDDLING, &middling, |sample| sample.cpu_us.iter().sum());
-    let large = measure(bench.wrk(LONG_CONNECTIONS, format!("/{LARGE}"))?);
+    let large = measure(bench.wrk(CONNECTIONS, format!("/{LARGE}"))?);
     let mib_per_request = LARGE as f64 / f64::from(1 << 20);
     grid.push_measured(MIB_LARGE, &large, |sample| sample.outcome.requests_per_second * mib_per_request);
-    grid.push_measured("128 B: other CPU %", &small, |sample| sample.elsewhere * 100.0);
     output.grid(grid);
     Ok(())
 }

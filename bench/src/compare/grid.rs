@@ -16,6 +16,8 @@ pub(super) struct Grid {
     /// Whether the columns after the first are peers that the first is compared with.
     compares: bool,
     lines: Vec<Line>,
+    /// The shares of the machine that went to others while the samples were taken.
+    elsewhere: Vec<f64>,
     notes: Vec<String>,
 }
 
@@ -56,12 +58,19 @@ impl Grid {
     pub(super) fn of_peers(title: impl Into<String>, targets: &[Target]) -> Self {
         let columns = targets.iter().map(|target| target.name.to_owned()).collect();
         let notes = targets.iter().map(|target| format!("{}: {}", target.name, target.version)).collect();
-        Self { title: title.into(), columns, compares: true, lines: Vec::new(), notes }
+        Self { title: title.into(), columns, compares: true, lines: Vec::new(), elsewhere: Vec::new(), notes }
     }
 
     /// A table of ours alone in several cases.
     pub(super) fn of_cases(title: impl Into<String>, columns: Vec<String>) -> Self {
-        Self { title: title.into(), columns, compares: false, lines: Vec::new(), notes: Vec::new() }
+        Self {
+            title: title.into(),
+            columns,
+            compares: false,
+            lines: Vec::new(),
+            elsewhere: Vec::new(),
+            notes: Vec::new(),
+        }
     }
 
     /// Adds a line with a cell for each column.
@@ -76,6 +85,7 @@ impl Grid {
             values: measured.samples.iter().map(&of).collect(),
             problems: measured.problems.clone(),
         };
+        self.elsewhere.extend(measured.iter().flat_map(|measured| &measured.samples).map(|sample| sample.elsewhere));
         self.push(what, measured.iter().map(cell).collect());
     }
 
@@ -135,6 +145,10 @@ impl Grid {
                 }
             }
         }
+        if let Some(highest) = self.elsewhere.iter().copied().reduce(f64::max) {
+            let usual = median(self.elsewhere.clone());
+            text += &format!("other CPU: {:.0} % as a rule, {:.0} % at most\n", usual * 100.0, highest * 100.0);
+        }
         for note in &self.notes {
             text += &format!("{note}\n");
         }
@@ -155,7 +169,7 @@ impl Grid {
             };
             json!({"what": line.what, "targets": self.columns.iter().zip(&line.cells).map(cell).collect::<Vec<_>>()})
         };
-        json!({"title": self.title, "lines": self.lines.iter().map(line).collect::<Vec<_>>(), "notes": self.notes})
+        json!({"title": self.title, "lines": self.lines.iter().map(line).collect::<Vec<_>>(), "other_cpu": self.elsewhere, "notes": self.notes})
     }
 }
 

@@ -35,7 +35,7 @@ fn connections(bench: &Bench) -> Result<Grid> {
     for round in 1..=bench.schedule.rounds {
         for (connections, measured) in CONNECTIONS.into_iter().zip(&mut measured) {
             let load = bench.wrk(connections, "/")?;
-            measured.add(round, measurement::once(&mut pair, 0, &bench.backend, &load, bench.schedule));
+            measured.add(round, measurement::once(&mut pair, 0, &bench.backend, &load, bench.schedule, round));
         }
     }
     let mut grid = Grid::of_cases("growth: connections", CONNECTIONS.map(|count| count.to_string()).into());
@@ -63,15 +63,15 @@ fn peers(bench: &Bench) -> Result<Grid> {
     let mut rest = PEERS.map(|_| Vec::new());
     for round in 1..=bench.schedule.rounds {
         for (index, peers) in PEERS.into_iter().enumerate() {
-            eprintln!("round {round}: {peers} peers");
             let dir = bench.dir()?;
             let shape = Shape { workers: 1, peers };
             let mesh = starling::start_mesh("Starling", &bench.starling, shape, bench.backend_port, dir.path());
             let result = mesh.and_then(|mut mesh| {
                 std::thread::sleep(SETTLE);
+                eprintln!("{peers} peers");
                 let at_rest = us_per_second_at_rest(&mesh.proxies, bench.schedule.seconds)?;
                 let mesh = std::slice::from_mut(&mut mesh);
-                let sample = measurement::once(mesh, 0, &bench.backend, &load, bench.schedule)?;
+                let sample = measurement::once(mesh, 0, &bench.backend, &load, bench.schedule, round)?;
                 rest[index].push(at_rest / sample.outcome.requests_per_second);
                 Ok(sample)
             });

@@ -34,7 +34,7 @@ pub(super) fn run(bench: &Bench, output: &mut Output) -> Result<()> {
         for round in 1..=bench.schedule.rounds {
             for (index, measured) in measured.iter_mut().enumerate() {
                 let rule = DropRule::new(percent, &pairs[index].hop)?;
-                measured.add(round, measurement::once(&mut pairs, index, &bench.backend, &load, bench.schedule));
+                measured.add(round, measurement::once(&mut pairs, index, &bench.backend, &load, bench.schedule, round));
                 drop(rule);
             }
         }

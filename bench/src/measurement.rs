@@ -59,8 +59,8 @@ pub(crate) fn run(
 ) -> Result<Vec<Vec<Sample>>> {
     let mut samples = vec![Vec::new(); targets.len()];
     for round in 1..=schedule.rounds {
-        for index in 0..targets.len() {
-            samples[index].push(once(targets, index, backend, load, schedule, round)?);
+        for (index, samples) in samples.iter_mut().enumerate() {
+            samples.push(once(targets, index, backend, load, schedule, round)?);
         }
     }
     Ok(samples)

@@ -1,5 +1,6 @@
 //! Pairs of proxies: plaintext HTTP/1 in, mutual TLS between the two, plaintext HTTP/1 out.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -65,7 +66,7 @@ pub(super) fn run(bench: &Bench, output: &mut Output) -> Result<()> {
 }
 
 /// Every pair that there is, Starling's first.
-pub(super) fn start_pairs(bench: &Bench, dir: &std::path::Path, output: &Output) -> Result<Vec<Target>> {
+pub(super) fn start_pairs(bench: &Bench, dir: &Path, output: &Output) -> Result<Vec<Target>> {
     let (backend, certificates) = (bench.backend_port, &bench.certificates);
     let ours = starling::start_pair("Starling", &bench.starling, 1, backend, dir).context("the pair of Starlings")?;
     let envoy = bench.envoy().and_then(|program| envoy::start_pair(&program, backend, certificates, dir));

@@ -58,13 +58,15 @@ pub(crate) fn version() -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
-/// One process, so that no worker can outlive a killed master; the event loop is the one a single worker runs.
+/// One process, so that no worker can outlive a killed master; the event loop is the one a single worker runs. It stays who
+/// it is: the user that nginx would take instead of root does not exist in a user namespace.
 fn configuration(dir: &Path, http: &str) -> String {
     let temp: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|name| format!("    {name}_temp_path {}/{name};\n", dir.display()))
         .concat();
     format!(
         "daemon off;
+user root;
 master_process off;
 worker_processes 1;
 pid {dir}/nginx.pid;

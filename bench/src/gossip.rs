@@ -3,7 +3,6 @@
 mod measurement;
 mod mesh;
 mod msgpack;
-mod namespace;
 mod report;
 mod system;
 mod view;
@@ -13,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+use crate::namespace;
 use crate::process;
 use crate::scratch::Scratch;
 use crate::starling;

@@ -1,29 +1,41 @@
-//! Closed-loop load from `wrk`, and the reading of what it prints.
+//! Load on a target for a while, whichever program makes it.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::process::{self, Process};
-use crate::target::HOST;
+use crate::oha::{self, Oha};
+use crate::process::Process;
+use crate::wrk::{self, Wrk};
 
 /// How often a running load is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The load generator: one thread, a fixed number of connections, each with one call under way at a time.
+/// How long after its time a load may end: calls under way are waited for, and a lossy hop may hold them up.
+const OVERTIME: Duration = Duration::from_secs(60);
+
+/// A program that makes load, set up for one kind of it.
 pub(crate) struct Load {
-    wrk: PathBuf,
-    connections: u32,
+    generator: Generator,
     dir: PathBuf,
 }
 
+enum Generator {
+    Wrk(Wrk),
+    Oha(Oha),
+}
+
 impl Load {
-    /// Finds `wrk`; its output is kept in `dir` while it runs.
-    pub(crate) fn new(connections: u32, dir: &Path) -> Result<Self> {
-        let wrk = process::require("wrk", "apt-get install -y wrk")?;
-        Ok(Self { wrk, connections, dir: dir.to_owned() })
+    /// As much as the target takes over plain HTTP/1; the program's output is kept in `dir` while it runs.
+    pub(crate) fn wrk(wrk: Wrk, dir: &Path) -> Self {
+        Self { generator: Generator::Wrk(wrk), dir: dir.to_owned() }
+    }
+
+    /// A fixed rate, or any version of HTTP over TLS; the program's output is kept in `dir` while it runs.
+    pub(crate) fn oha(oha: Oha, dir: &Path) -> Self {
+        Self { generator: Generator::Oha(oha), dir: dir.to_owned() }
     }
 
     /// Loads `entry` for `seconds`, calling `watch` a few times a second meanwhile.
@@ -33,30 +45,36 @@ impl Load {
         seconds: u32,
         mut watch: impl FnMut() -> Result<()>,
     ) -> Result<Outcome> {
-        let args = [
-            "-t1".to_owned(),
-            format!("-c{}", self.connections),
-            format!("-d{seconds}s"),
-            "--latency".to_owned(),
-            "-H".to_owned(),
-            format!("Host: {HOST}"),
-            format!("http://{entry}/"),
-        ];
-        let mut wrk = Process::start("wrk", &self.wrk, args, &self.dir)?;
+        let (name, (program, args)) = match &self.generator {
+            Generator::Wrk(wrk) => ("wrk", wrk.command(entry, seconds)),
+            Generator::Oha(oha) => ("oha", oha.command(entry, seconds)),
+        };
+        let mut process = Process::start(name, &program, args, &self.dir)?;
+        let end = Instant::now() + Duration::from_secs(seconds.into());
+        let mut to_interrupt = matches!(&self.generator, Generator::Oha(oha) if oha.runs_until_interrupted());
         let status = loop {
-            if let Some(status) = wrk.exit()? {
+            if let Some(status) = process.exit()? {
                 break status;
             }
+            if to_interrupt && Instant::now() >= end {
+                process.interrupt()?;
+                to_interrupt = false;
+            }
+            ensure!(Instant::now() < end + OVERTIME, "{name} does not end:\n{}", process.output()?);
             watch()?;
             std::thread::sleep(WATCH_INTERVAL);
         };
-        let text = wrk.output()?;
-        ensure!(status.success(), "wrk ended with {status}:\n{text}");
-        Outcome::parse(&text).with_context(|| format!("wrk printed what could not be read:\n{text}"))
+        let text = process.output()?;
+        ensure!(status.success(), "{name} ended with {status}:\n{text}");
+        let outcome = match self.generator {
+            Generator::Wrk(_) => wrk::parse(&text),
+            Generator::Oha(_) => oha::parse(&text),
+        };
+        outcome.with_context(|| format!("{name} printed what could not be read:\n{text}"))
     }
 }
 
-/// What `wrk` saw.
+/// What the callers saw.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outcome {
     /// Answers received, of any status.
@@ -67,101 +85,6 @@ pub(crate) struct Outcome {
     pub(crate) p50_ms: f64,
     /// Time to the answer that 99 of 100 calls kept within.
     pub(crate) p99_ms: f64,
-    /// Answers that were not a success, and socket errors, in wrk's words; empty when all went well.
+    /// Answers that were not a success, and connections that failed, in the program's words; empty when all went well.
     pub(crate) errors: Vec<String>,
-}
-
-impl Outcome {
-    fn parse(text: &str) -> Result<Self> {
-        let lines = || text.lines().map(str::trim);
-        let after = |start: &str| lines().find_map(|line| line.strip_prefix(start)).map(str::trim);
-        let requests = lines().find_map(|line| line.split_once(" requests in ")?.0.parse().ok());
-        let rate = after("Requests/sec:").and_then(|rate| rate.parse().ok());
-        let percentile = |start| after(start).and_then(milliseconds);
-        let mut errors: Vec<String> = lines()
-            .filter(|line| line.starts_with("Socket errors:") || line.starts_with("Non-2xx"))
-            .map(str::to_owned)
-            .collect();
-        let requests = requests.context("no count of requests")?;
-        if requests == 0 {
-            errors.push("no request was answered".to_owned());
-        }
-        Ok(Self {
-            requests,
-            requests_per_second: rate.context("no Requests/sec")?,
-            p50_ms: percentile("50%").context("no 50 % latency")?,
-            p99_ms: percentile("99%").context("no 99 % latency")?,
-            errors,
-        })
-    }
-}
-
-/// Reads wrk's times: `950.00us`, `1.23ms`, `2.00s`, `1.50m`.
-fn milliseconds(text: &str) -> Option<f64> {
-    let split = text.find(|c: char| c.is_ascii_alphabetic())?;
-    let (number, unit) = text.split_at(split);
-    let scale = match unit {
-        "us" => 0.001,
-        "ms" => 1.0,
-        "s" => 1000.0,
-        "m" => 60_000.0,
-        "h" => 3_600_000.0,
-        _ => return None,
-    };
-    Some(number.parse::<f64>().ok()? * scale)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const CLEAN: &str = "Running 10s test @ http://127.0.0.1:1/
-  1 threads and 64 connections
-  Thread Stats   Avg      Stdev     Max   +/- Stdev
-    Latency     2.45ms    1.99ms  38.47ms   92.11%
-    Req/Sec    28.46k     3.02k   33.55k    72.00%
-  Latency Distribution
-     50%  950.00us
-     75%    2.77ms
-     90%    3.90ms
-     99%    1.02s
-  283183 requests in 10.01s, 72.37MB read
-Requests/sec:  28294.75
-Transfer/sec:      7.23MB
-";
-
-    #[test]
-    fn a_clean_run_is_read() {
-        let outcome = Outcome::parse(CLEAN).unwrap();
-        assert_eq!(outcome.requests, 283_183);
-        assert_eq!(outcome.requests_per_second, 28_294.75);
-        assert!((outcome.p50_ms - 0.95).abs() < 1e-9 && (outcome.p99_ms - 1020.0).abs() < 1e-9, "{outcome:?}");
-        assert!(outcome.errors.is_empty());
-    }
-
-    #[test]
-    fn every_kind_of_error_is_kept() {
-        let bad =
-            "  Socket errors: connect 0, read 3, write 0, timeout 1\n  Non-2xx or 3xx responses: 12\nRequests/sec:";
-        let outcome = Outcome::parse(&CLEAN.replace("Requests/sec:", bad)).unwrap();
-        assert_eq!(
-            outcome.errors,
-            ["Socket errors: connect 0, read 3, write 0, timeout 1", "Non-2xx or 3xx responses: 12"]
-        );
-        let none = Outcome::parse(&CLEAN.replace("283183", "0")).unwrap();
-        assert_eq!(none.errors, ["no request was answered"]);
-    }
-
-    #[test]
-    fn what_is_not_wrks_output_is_refused() {
-        assert!(Outcome::parse("unable to connect").is_err());
-        assert!(Outcome::parse(&CLEAN.replace("99%", "98%")).is_err());
-    }
-
-    #[test]
-    fn units_of_time() {
-        for (text, expected) in [("1.50m", Some(90_000.0)), ("2h", Some(7_200_000.0)), ("3", None), ("3parsec", None)] {
-            assert_eq!(milliseconds(text), expected, "{text}");
-        }
-    }
 }

@@ -1,17 +1,26 @@
-//! Measures Starling beside other programs on one machine, over loopback: a pair of proxies, and meshes of many agents.
+//! Measures Starling beside other programs on one machine, over loopback: proxies, edges, and meshes of many agents.
 
 mod backend;
+mod caddy;
+mod certificates;
+mod compare;
 mod envoy;
 mod gossip;
+mod haproxy;
 mod http;
 mod load;
 mod measurement;
+mod namespace;
+mod nginx;
+mod oha;
 mod process;
 mod report;
 mod scratch;
 mod starling;
 mod table;
 mod target;
+mod template;
+mod wrk;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,11 +28,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use certificates::Certificates;
+use compare::CompareArgs;
 use gossip::GossipArgs;
 use load::Load;
 use measurement::Schedule;
 use report::Report;
 use scratch::Scratch;
+use wrk::Wrk;
 
 #[derive(Parser)]
 #[command(about = "Side-by-side measurements against other proxies and meshes")]
@@ -38,6 +50,8 @@ enum Command {
     Pair(PairArgs),
     /// Meshes of many agents: how fast they agree, and what they cost at rest.
     Gossip(GossipArgs),
+    /// Everything in one run: pairs, loss, edges, how cost grows, memory; and what was aimed at.
+    Compare(CompareArgs),
 }
 
 #[derive(Args)]
@@ -87,6 +101,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Pair(args) => pair(&args),
         Command::Gossip(args) => gossip::run(&args),
+        Command::Compare(args) => compare::run(&args),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -102,25 +117,30 @@ fn main() -> ExitCode {
 fn pair(args: &PairArgs) -> Result<bool> {
     // First of all, so that it goes last: the children write into it until they are dropped.
     let scratch = Scratch::new()?;
-    let load = Load::new(args.connections, scratch.path())?;
-    let (bare, nginx) = backend::start(scratch.path(), args.body_bytes as usize)?;
-    let entry = bare.entry;
+    let load = Load::wrk(Wrk::new(args.connections, "/")?, scratch.path());
+    let (bare, nginx) = backend::start(scratch.path(), &[args.body_bytes as usize])?;
+    let port = bare.entry.port();
     let mut targets = vec![bare];
     if args.starling.as_ref().is_none_or(|path| path.as_os_str() != "none") {
         let program = args.starling.clone().map_or_else(starling::default_path, Ok)?;
         targets.push(
-            starling::start("Starling", &program, args.workers, entry, scratch.path())
+            starling::start_pair("Starling", &program, args.workers, port, scratch.path())
                 .context("the pair of Starlings")?,
         );
     }
     if let Some(program) = &args.before {
         let name = "Starling, before";
-        targets
-            .push(starling::start(name, program, 1, entry, scratch.path()).context("the earlier pair of Starlings")?);
+        targets.push(
+            starling::start_pair(name, program, 1, port, scratch.path()).context("the earlier pair of Starlings")?,
+        );
     }
     if args.peer == Peer::Envoy {
         match args.envoy.clone().or_else(envoy::find) {
-            Some(program) => targets.push(envoy::start(&program, entry, scratch.path()).context("the pair of Envoys")?),
+            Some(program) => {
+                let certificates = Certificates::make(scratch.path())?;
+                let pair = envoy::start_pair(&program, port, &certificates, scratch.path());
+                targets.push(pair.context("the pair of Envoys")?);
+            }
             None => eprintln!("Envoy is not installed, going on without it: {}", envoy::INSTALL),
         }
     }

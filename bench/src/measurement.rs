@@ -39,6 +39,15 @@ impl Sample {
     }
 }
 
+/// All rounds of one target.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Measured {
+    /// A sample for each round that came to its end.
+    pub(crate) samples: Vec<Sample>,
+    /// What went wrong; with any, the samples are not to be trusted.
+    pub(crate) problems: Vec<String>,
+}
+
 /// Measures every target in each round, in turn, so that a slow spell of the machine meets all of them.
 ///
 /// The result has one list of samples for each target, a sample a round.
@@ -48,19 +57,56 @@ pub(crate) fn run(
     load: &Load,
     schedule: Schedule,
 ) -> Result<Vec<Vec<Sample>>> {
-    let ticks_per_second = process::ticks_per_second()?;
     let mut samples = vec![Vec::new(); targets.len()];
     for round in 1..=schedule.rounds {
-        for index in 0..targets.len() {
-            let (name, entry) = (targets[index].name, targets[index].entry);
-            eprintln!("round {round} of {}: {name}", schedule.rounds);
-            load.run(entry, schedule.warmup_seconds, || Ok(())).with_context(|| format!("warm up {name}"))?;
-            let sample = sample(targets, index, backend, load, entry, schedule.seconds, ticks_per_second);
-            samples[index].push(sample.with_context(|| format!("measure {name}"))?);
-            targets[index].proxies.iter_mut().try_for_each(Process::check_alive)?;
+        for (index, samples) in samples.iter_mut().enumerate() {
+            samples.push(once(targets, index, backend, load, schedule, round)?);
         }
     }
     Ok(samples)
+}
+
+/// The same, but a target that fails has a problem, and the others go on.
+pub(crate) fn run_all(targets: &mut [Target], backend: &Process, load: &Load, schedule: Schedule) -> Vec<Measured> {
+    let mut all = vec![Measured::default(); targets.len()];
+    for round in 1..=schedule.rounds {
+        for (index, measured) in all.iter_mut().enumerate() {
+            measured.add(round, once(targets, index, backend, load, schedule, round));
+        }
+    }
+    all
+}
+
+impl Measured {
+    /// Adds what a round gave.
+    pub(crate) fn add(&mut self, round: u32, result: Result<Sample>) {
+        match result {
+            Ok(sample) => {
+                let of_round = |error: &String| format!("round {round}: {error}");
+                self.problems.extend(sample.outcome.errors.iter().map(of_round));
+                self.samples.push(sample);
+            }
+            Err(error) => self.problems.push(format!("round {round}: {error:#}")),
+        }
+    }
+}
+
+/// One round of one target: its warming up, then its load.
+pub(crate) fn once(
+    targets: &mut [Target],
+    index: usize,
+    backend: &Process,
+    load: &Load,
+    schedule: Schedule,
+    round: u32,
+) -> Result<Sample> {
+    let (name, entry) = (targets[index].name, targets[index].entry);
+    eprintln!("round {round} of {}: {name}", schedule.rounds);
+    load.run(entry, schedule.warmup_seconds, || Ok(())).with_context(|| format!("warm up {name}"))?;
+    let sample =
+        sample(targets, index, backend, load, entry, schedule.seconds).with_context(|| format!("measure {name}"))?;
+    targets[index].proxies.iter_mut().try_for_each(Process::check_alive)?;
+    Ok(sample)
 }
 
 fn sample(
@@ -70,7 +116,6 @@ fn sample(
     load: &Load,
     entry: SocketAddr,
     seconds: u32,
-    ticks_per_second: f64,
 ) -> Result<Sample> {
     let proxies = &targets[index].proxies;
     let mut memory = vec![Memory::default(); proxies.len()];
@@ -82,7 +127,7 @@ fn sample(
         Ok(())
     })?;
     let after = Ticks::now(targets, index, backend)?;
-    let us_per_request = 1e6 / ticks_per_second / outcome.requests as f64;
+    let us_per_request = 1e6 / process::ticks_per_second()? / outcome.requests as f64;
     let cpu_us = after.proxies.iter().zip(&before.proxies).map(|(a, b)| (a - b) as f64 * us_per_request).collect();
     Ok(Sample { outcome, cpu_us, memory, elsewhere: after.elsewhere_since(&before) })
 }

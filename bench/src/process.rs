@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -72,8 +73,17 @@ impl Process {
 
     /// Asks it to end: SIGTERM. Whether it obeys is seen from [`Process::exit`].
     pub(crate) fn terminate(&self) -> Result<()> {
+        self.signal("TERM")
+    }
+
+    /// The same as Ctrl-C: SIGINT.
+    pub(crate) fn interrupt(&self) -> Result<()> {
+        self.signal("INT")
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
         let mut kill = Command::new("sh");
-        run("kill", kill.args(["-c", r#"kill -TERM "$1""#, "sh", &self.child.id().to_string()])).map(drop)
+        run("kill", kill.args(["-c", r#"kill -"$1" "$2""#, "sh", name, &self.child.id().to_string()])).map(drop)
     }
 
     /// What it holds in memory now, and held at most.
@@ -191,6 +201,15 @@ pub(crate) fn wait_until(
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Waits until something listens on that TCP address.
+pub(crate) fn wait_for_listener(address: SocketAddr, limit: Duration, process: &mut Process) -> Result<()> {
+    let what = format!("{} accepts connections", process.name);
+    wait_until(&what, limit, &mut [process], || {
+        let patience = Duration::from_secs(5);
+        TcpStream::connect_timeout(&address, patience).map(drop).with_context(|| format!("connect to {address}"))
+    })
 }
 
 fn tail(text: &str) -> String {

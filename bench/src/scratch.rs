@@ -1,11 +1,15 @@
 //! The bench's only traces on the machine: one temporary directory and some loopback ports.
 
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::hash::{BuildHasher, RandomState};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::ops::RangeInclusive;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 /// A temporary directory that also goes away when the bench is killed.
@@ -49,22 +53,35 @@ impl Drop for Scratch {
     }
 }
 
+/// Where ports are looked for: below those that the kernel gives to outgoing connections, one of which could take a port
+/// between its choice here and its use.
+const PORTS: RangeInclusive<u16> = 10_000..=19_999;
+
 /// Ports on loopback that were free, for TCP and for UDP, a moment ago.
 ///
-/// All of one call differ from each other; a later call may repeat one that nobody has bound by then.
+/// No two calls give the same until all have been given.
 pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N]> {
-    const TRIES: usize = 100;
-    let mut held = Vec::new();
-    for _ in 0..TRIES {
-        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("bind a free TCP port on 127.0.0.1")?;
-        let port = tcp.local_addr()?.port();
-        let Ok(udp) = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)) else { continue };
-        held.push((port, tcp, udp));
-        if held.len() == N {
-            return Ok(std::array::from_fn(|i| held[i].0));
-        }
-    }
-    bail!("no {N} free ports on 127.0.0.1 in {TRIES} tries")
+    Ok(many_free_ports(N)?.try_into().expect("as many as asked for"))
+}
+
+/// The same, for a number that only the run knows.
+pub(crate) fn many_free_ports(count: usize) -> Result<Vec<u16>> {
+    // From a place of this run's own, so that two runs at a time seldom meet.
+    static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| AtomicU64::new(RandomState::new().hash_one(()) >> 1));
+    let in_range = |n: u64| PORTS.start() + (n % PORTS.len() as u64) as u16;
+    let candidates = PORTS.map(|_| in_range(NEXT.fetch_add(1, Ordering::Relaxed)));
+    let is_free = |port: &u16| {
+        let address = (Ipv4Addr::LOCALHOST, *port);
+        TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok()
+    };
+    let ports: Vec<u16> = candidates.filter(is_free).take(count).collect();
+    ensure!(ports.len() == count, "no {count} free ports on 127.0.0.1 among {PORTS:?}");
+    Ok(ports)
+}
+
+/// That port on 127.0.0.1.
+pub(crate) fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
 #[cfg(test)]
@@ -73,7 +90,7 @@ mod tests {
 
     #[test]
     fn ports_differ() {
-        let ports = free_ports::<8>().unwrap();
+        let ports = [free_ports::<8>().unwrap(), free_ports().unwrap()].concat();
         for (i, port) in ports.iter().enumerate() {
             assert!(!ports[..i].contains(port), "{ports:?}");
         }

@@ -1,16 +1,20 @@
-//! A pair of Starling nodes: `a` takes the calls and is the mesh's issuer, `b` joins by token and serves `web`.
+//! Meshes of Starling nodes, of which one takes the calls and the others serve `web`; and an edge in front of a node.
 
 use std::ffi::OsString;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::certificates::Certificates;
 use crate::http;
 use crate::process::{self, Process};
-use crate::scratch;
-use crate::target::{START_LIMIT, Target};
+use crate::scratch::{self, loopback};
+use crate::target::{HOST, START_LIMIT, Target};
+use crate::template;
+
+const EDGE: &str = include_str!("../starling/edge.toml");
 
 /// `release/starling` in the target directory that this program was built into.
 pub(crate) fn default_path() -> Result<PathBuf> {
@@ -30,60 +34,152 @@ pub(crate) fn version(program: &Path) -> Result<String> {
 }
 
 /// Makes a mesh of two nodes, with so many workers each, and waits until a call through them is answered.
-pub(crate) fn start(
+pub(crate) fn start_pair(
     name: &'static str,
     program: &Path,
     workers: u32,
-    backend: SocketAddr,
+    backend: u16,
     scratch: &Path,
 ) -> Result<Target> {
-    let version = version(program)?;
     let dir = scratch.join(name.replace([',', ' '], "-"));
     std::fs::create_dir(&dir)?;
-    let [a_listen, a_outbound, a_admin, b_listen, b_outbound, b_admin] = scratch::free_ports()?.map(loopback);
-    let (a_state, b_state) = (dir.join("a"), dir.join("b"));
+    start_mesh(name, program, Shape { workers, peers: 1 }, backend, &dir)
+}
 
-    init(program, &a_state)?;
-    let a = Node { name: "a", workers, state: &a_state, listen: a_listen, outbound: a_outbound, admin: a_admin };
-    let a = a.start(program, &dir, [])?;
+/// How large a mesh is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Workers of each node.
+    pub(crate) workers: u32,
+    /// Nodes that serve `web`, beside the one that takes the calls.
+    pub(crate) peers: usize,
+}
 
-    let token = token(program, &a_state, a_listen, ["--service", "web"])?;
-
-    let b = Node { name: "b", workers, state: &b_state, listen: b_listen, outbound: b_outbound, admin: b_admin };
-    let (seed, service) = (a_listen.to_string(), format!("web={backend}"));
-    let b = b.start(program, &dir, ["--seed", &seed, "--token", &token, "--service", &service])?;
-
-    let mut target = Target { name, version, entry: a_outbound, proxies: vec![a, b] };
+/// Makes a mesh in `dir` in which one node takes the calls and the others serve `web`, and waits until that node has
+/// called each of them. The target's first proxy is the one that takes the calls.
+pub(crate) fn start_mesh(name: &'static str, program: &Path, shape: Shape, backend: u16, dir: &Path) -> Result<Target> {
+    let version = version(program)?;
+    let nodes = Node::many(1 + shape.peers, shape.workers, dir)?;
+    let (caller, peers) = nodes.split_first().context("a mesh without nodes")?;
+    init(program, &caller.state)?;
+    let mut caller_process = caller.start(program, dir, &[])?;
+    caller.wait_until_ready(&mut caller_process)?;
+    let mut processes = vec![caller_process];
+    let seed = loopback(caller.listen);
+    for peer in peers {
+        // A service that it alone has leads to this peer and no other.
+        let own = peer.own_service();
+        let token = token(program, &caller.state, seed, ["--service", "web", "--service", &own, "--uses", "2"])?;
+        let services = [format!("web=127.0.0.1:{backend}"), format!("{own}=127.0.0.1:{backend}")];
+        let seed = seed.to_string();
+        let flags = ["--seed", &seed, "--token", &token, "--service", &services[0], "--service", &services[1]];
+        processes.push(peer.start(program, dir, &flags)?);
+    }
+    for (peer, process) in peers.iter().zip(&mut processes[1..]) {
+        peer.wait_until_ready(process)?;
+    }
+    let entry = loopback(caller.outbound);
+    let hop = nodes.iter().map(|node| node.listen).collect();
+    let mut target = Target { name, version, entry, hop, proxies: processes };
+    for peer in peers {
+        target.wait_for_answer_at(entry, &format!("{}.mesh.internal", peer.own_service()))?;
+    }
     target.wait_for_answer()?;
     Ok(target)
 }
 
-struct Node<'a> {
-    name: &'static str,
-    workers: u32,
-    state: &'a Path,
-    listen: SocketAddr,
-    outbound: SocketAddr,
-    admin: SocketAddr,
+/// Starts an edge and a node that serves `web`, which is the mesh's issuer too, and waits until the edge can call it.
+///
+/// Also gives the field that every call to the edge has to carry.
+pub(crate) fn start_edge(
+    program: &Path,
+    backend: u16,
+    certificates: &Certificates,
+    scratch: &Path,
+) -> Result<(Target, String)> {
+    let version = version(program)?;
+    let dir = scratch.join("starling-edge");
+    std::fs::create_dir(&dir)?;
+    let nodes = Node::many(2, 1, &dir)?;
+    let [node, edge] = &nodes[..] else { unreachable!("two were asked for") };
+    let [public] = scratch::free_ports()?;
+    init(program, &node.state)?;
+    let mut node_process = node.start(program, &dir, &["--service", &format!("web=127.0.0.1:{backend}")])?;
+    node.wait_until_ready(&mut node_process)?;
+    let token = token(program, &node.state, loopback(node.listen), ["--edge"])?;
+    let (state, certs) = (edge.state.display().to_string(), certificates.dir());
+    let values: [(&str, &dyn ToString); 7] = [
+        ("state", &state),
+        ("mesh_port", &edge.listen),
+        ("seed_port", &node.listen),
+        ("admin_port", &edge.admin),
+        ("outbound_port", &edge.outbound),
+        ("listen_port", &public),
+        ("certs", &certs),
+    ];
+    let config = template::write(&dir, "edge.toml", EDGE, &values)?;
+    // The shell becomes the edge. The access log stays on and goes where nothing has to keep it.
+    let script = r#"exec "$0" edge --config "$1" --token "$2" >/dev/null"#;
+    let args = ["-c".as_ref(), script.as_ref(), program.as_os_str(), config.as_os_str(), token.as_ref()];
+    let mut edge_process = Process::start("starling-edge", Path::new("sh"), args, &dir)?;
+    edge.wait_until_ready(&mut edge_process)?;
+    let admin = format!("http://{}", loopback(edge.admin));
+    let printed = run(program, "keys create", ["keys", "create", "--consumer", "bench", "--admin", &admin])?;
+    let key = printed.split_whitespace().find(|word| word.starts_with("sk_")).map(str::to_owned);
+    let key = key.with_context(|| format!("starling keys create printed no key: {printed:?}"))?;
+    let mut target = Target {
+        name: "Starling",
+        version,
+        entry: loopback(public),
+        hop: Vec::new(),
+        proxies: vec![edge_process, node_process],
+    };
+    target.wait_for_answer_at(loopback(edge.outbound), HOST)?;
+    Ok((target, format!("x-api-key: {key}")))
 }
 
-impl Node<'_> {
-    fn start<const N: usize>(self, program: &Path, dir: &Path, more: [&str; N]) -> Result<Process> {
+/// Where a node is.
+struct Node {
+    name: String,
+    workers: u32,
+    state: PathBuf,
+    listen: u16,
+    outbound: u16,
+    admin: u16,
+}
+
+impl Node {
+    /// So many of them, whose state will be in `dir`; they are called `a`, `b`, …
+    fn many(count: usize, workers: u32, dir: &Path) -> Result<Vec<Self>> {
+        let ports = scratch::many_free_ports(3 * count)?;
+        let node = |(index, ports): (usize, &[u16])| {
+            let name = if index == 0 { "a".to_owned() } else { format!("b{index}") };
+            Self { state: dir.join(&name), name, workers, listen: ports[0], outbound: ports[1], admin: ports[2] }
+        };
+        Ok(ports.chunks(3).enumerate().map(node).collect())
+    }
+
+    fn own_service(&self) -> String {
+        format!("web-{}", self.name)
+    }
+
+    fn start(&self, program: &Path, dir: &Path, more: &[&str]) -> Result<Process> {
         let addresses = [("--listen", self.listen), ("--outbound", self.outbound), ("--admin", self.admin)];
         let workers = self.workers.to_string();
-        let args = ["node", "--name", self.name, "--workers", &workers, "--state"]
+        let args = ["node", "--name", &self.name, "--workers", &workers, "--state"]
             .map(OsString::from)
             .into_iter()
             .chain([self.state.as_os_str().to_owned()])
-            .chain(addresses.into_iter().flat_map(|(flag, address)| [flag.into(), address.to_string().into()]))
-            .chain(more.map(OsString::from));
-        let name = format!("starling-{}", self.name);
-        let mut process = Process::start(&name, program, args, dir)?;
-        let admin = self.admin;
-        process::wait_until(&format!("{name} ready"), START_LIMIT, &mut [&mut process], || {
+            .chain(addresses.into_iter().flat_map(|(flag, port)| [flag.into(), loopback(port).to_string().into()]))
+            .chain(more.iter().map(OsString::from));
+        Process::start(&format!("starling-{}", self.name), program, args, dir)
+    }
+
+    fn wait_until_ready(&self, process: &mut Process) -> Result<()> {
+        let admin = loopback(self.admin);
+        process::wait_until(&format!("{} ready", self.name), START_LIMIT, &mut [process], || {
             http::get(admin, &admin.to_string(), "/readyz").map(drop)
-        })?;
-        Ok(process)
+        })
     }
 }
 
@@ -111,8 +207,4 @@ fn run<A: Into<OsString>>(program: &Path, what: &str, args: impl IntoIterator<It
     let mut command: Command = process::bound(program);
     command.args(args.into_iter().map(Into::into));
     process::run(&format!("starling {what}"), &mut command)
-}
-
-fn loopback(port: u16) -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }

@@ -12,6 +12,9 @@ use crate::process::{self, Process};
 /// The service name that every call carries as its Host.
 pub(crate) const HOST: &str = "web.mesh.internal";
 
+/// The name that the edges' certificate is for.
+pub(crate) const PUBLIC_HOST: &str = "api.bench.test";
+
 /// How long a proxy may take to be ready, and then to answer the first call.
 pub(crate) const START_LIMIT: Duration = Duration::from_secs(60);
 
@@ -23,6 +26,8 @@ pub(crate) struct Target {
     pub(crate) version: String,
     /// Where the load goes.
     pub(crate) entry: SocketAddr,
+    /// The ports between the proxies, on each side that has a known one; none without a hop.
+    pub(crate) hop: Vec<u16>,
     /// The proxies in the order a call meets them; none for the backend itself.
     pub(crate) proxies: Vec<Process>,
 }
@@ -30,10 +35,14 @@ pub(crate) struct Target {
 impl Target {
     /// Waits until a call is answered with the backend's body.
     pub(crate) fn wait_for_answer(&mut self) -> Result<()> {
-        let what = format!("a call through {} answered with 200", self.name);
-        let entry = self.entry;
+        self.wait_for_answer_at(self.entry, HOST)
+    }
+
+    /// The same for another address that leads through its proxies, and another service of theirs.
+    pub(crate) fn wait_for_answer_at(&mut self, entry: SocketAddr, host: &str) -> Result<()> {
+        let what = format!("a call to {host} through {} answered with 200", self.name);
         process::wait_until(&what, START_LIMIT, &mut self.proxies.iter_mut().collect::<Vec<_>>(), || {
-            let body = http::get(entry, HOST, "/")?;
+            let body = http::get(entry, host, "/")?;
             // Within the rest of the answer, not equal to it: a proxy may answer in chunks.
             let start = &BODY.as_bytes()[..BODY.len().min(body.len()).max(1)];
             let whole = body.windows(start.len()).any(|part| part == start);

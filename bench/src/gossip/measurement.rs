@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::mesh::Mesh;
-use super::namespace;
+
 use super::report::Row;
 use super::system::{SEED, System};
+use crate::namespace;
 use crate::process::{self, Process};
 
 /// How long a mesh that has converged is left alone before it counts as at rest. A burst that follows the joining by half

@@ -1,4 +1,4 @@
-//! A network namespace of the bench's own, in which all that `lo` carries is the agents'.
+//! A network namespace of the bench's own, in which all that `lo` carries is what is measured.
 
 use std::convert::Infallible;
 use std::os::unix::process::CommandExt;

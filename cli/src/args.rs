@@ -294,7 +294,7 @@ pub(crate) struct NodeArgs {
     /// TCP address of the admin API
     #[arg(long, env = "STARLING_ADMIN_LISTEN", value_name = "IP:PORT")]
     pub(crate) admin: Option<SocketAddr>,
-    /// Threads that carry calls; one if absent
+    /// Threads that carry calls [default: one a core, 8 at most]
     #[arg(long, env = "STARLING_WORKERS", value_name = "N")]
     pub(crate) workers: Option<usize>,
     /// Base URL of a collector for traces and metrics (OTLP over HTTP), like `http://127.0.0.1:4318`

@@ -97,7 +97,7 @@ pub struct NodeConfig {
     pub token_file: Option<PathBuf>,
     /// Where this node stands; calls prefer instances in the same zone.
     pub zone: String,
-    /// Threads that carry calls. Default: one.
+    /// Threads that carry calls. Default: as many as this process may use cores, 8 at most.
     pub workers: usize,
     /// On issuers: how long the certificates they sign are good. Default 24 h.
     #[serde(deserialize_with = "duration")]
@@ -109,6 +109,8 @@ pub struct NodeConfig {
 
 /// More than machines have cores that would be of use.
 const MAX_WORKERS: usize = 64;
+/// Workers at most, where nobody says how many: a proxy is a guest on its machine.
+const MAX_USUAL_WORKERS: usize = 8;
 
 impl Default for NodeConfig {
     fn default() -> Self {
@@ -121,7 +123,7 @@ impl Default for NodeConfig {
             token: None,
             token_file: None,
             zone: String::new(),
-            workers: 1,
+            workers: std::thread::available_parallelism().map_or(1, usize::from).min(MAX_USUAL_WORKERS),
             cert_ttl: crate::identity::authority::DEFAULT_CERT_LIFE,
             drain_timeout: Duration::from_secs(15),
         }
@@ -369,7 +371,7 @@ impl Config {
         let mut found = Vec::new();
         let mut problem = |key: String, what: String| found.push((key, what));
         if !(1..=MAX_WORKERS).contains(&self.node.workers) {
-            let what = format!("from 1 to {MAX_WORKERS}; leave it out for one");
+            let what = format!("from 1 to {MAX_WORKERS}; leave it out for one a core, 8 at most");
             problem("node.workers".into(), what);
         }
         if self.node.zone.len() > 64 {

@@ -3,6 +3,7 @@
 pub(crate) mod condition;
 pub(crate) mod health;
 pub(crate) mod local;
+mod peers;
 
 use std::{
     collections::HashMap,
@@ -26,7 +27,10 @@ use crate::{
     Sent,
     config::ServiceConfig,
     identity::tls::Peer,
-    inbound::local::{LocalService, Place},
+    inbound::{
+        local::{LocalService, Place},
+        peers::{Here, Peers},
+    },
     observe::{
         caller_name,
         ledger::Page,
@@ -47,6 +51,8 @@ struct Services {
     pseudonym: String,
     /// On all workers.
     in_flight: Arc<AtomicUsize>,
+    /// The same.
+    peers: Arc<Peers>,
     observer: Observer,
     windows: Windows,
 }
@@ -54,15 +60,16 @@ struct Services {
 impl Inbound {
     pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, observer: Observer, windows: Windows) -> Self {
         let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s))).collect();
-        Self(Arc::new(Services { services, pseudonym, in_flight: Arc::default(), observer, windows }))
+        let (in_flight, peers) = Default::default();
+        Self(Arc::new(Services { services, pseudonym, in_flight, peers, observer, windows }))
     }
 
     /// The same for another worker: with connections of its own to the services.
     pub(crate) fn for_another(&self, observer: Observer) -> Self {
-        let Services { services, pseudonym, in_flight, windows, .. } = &*self.0;
+        let Services { services, pseudonym, in_flight, peers, windows, .. } = &*self.0;
         let services = services.iter().map(|(name, service)| (name.clone(), service.for_another())).collect();
-        let (pseudonym, in_flight) = (pseudonym.clone(), in_flight.clone());
-        Self(Arc::new(Services { services, pseudonym, in_flight, observer, windows: *windows }))
+        let (pseudonym, in_flight, peers) = (pseudonym.clone(), in_flight.clone(), peers.clone());
+        Self(Arc::new(Services { services, pseudonym, in_flight, peers, observer, windows: *windows }))
     }
 
     /// Calls in flight.
@@ -83,11 +90,14 @@ impl Inbound {
         let page = self.0.observer.of_caller(&caller_name(&peer.services, &peer.name));
         let caller = Caller { name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
-        endpoint::welcome_to_calls(&connection, self.0.windows);
-        let limits = server::Limits { shelf: self.0.windows.shelf(), idle: None, order: self.0.windows.order() };
+        let connected = self.0.peers.connect(peer.id);
+        let windows = self.0.windows.of_connection(connected.nth);
+        endpoint::welcome_to_calls(&connection, windows);
+        let limits = server::Limits { shelf: windows.shelf(), idle: None, order: windows.order() };
+        let here = connected.peer();
         server::serve(connection, limits, drain, move |request| {
-            let (inbound, caller, page) = (self.clone(), caller.clone(), page.clone());
-            async move { inbound.answer(request, origin, caller, &page).await }
+            let (inbound, caller, page, here) = (self.clone(), caller.clone(), page.clone(), here.clone());
+            async move { inbound.answer(request, origin, caller, &page, here).await }
         })
         .await;
     }
@@ -98,14 +108,15 @@ impl Inbound {
         origin: Origin,
         caller: Caller,
         page: &Arc<Page>,
+        here: Arc<Here>,
     ) -> Response<Guarded<Answered<Served>>> {
-        let mut counted = Counted::new(self.0.clone());
+        let mut counted = Counted::new(self.0.clone(), here);
         let grpc = is_grpc(request.headers());
         let (mut parts, body) = request.into_parts();
         let mut observed = self.0.observer.incoming(page, &parts.method, &mut parts.headers);
         observed.tell("starling.caller", || String::from_utf8_lossy(caller.name.as_bytes()).into_owned());
         let body = observed.counting(body);
-        let outcome = match self.plan(parts, origin, caller) {
+        let outcome = match self.plan(parts, origin, caller, &counted.here) {
             Ok(plan) => {
                 counted.is_for(plan.local);
                 observed.is_for(plan.service.as_str());
@@ -137,6 +148,7 @@ impl Inbound {
         mut parts: request::Parts,
         origin: Origin,
         caller: Caller,
+        here: &Here,
     ) -> Result<Plan<'_>, (Option<&Name>, Problem)> {
         let checked = normal::normalise_request(&mut parts, origin).map_err(|malformed| (None, malformed.into()))?;
         let host = checked.host();
@@ -144,7 +156,7 @@ impl Inbound {
             let detail = format!("this node does not serve {host}");
             return Err((None, Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail)));
         };
-        if self.in_flight() > MAX_IN_FLIGHT {
+        if self.in_flight() > MAX_IN_FLIGHT || here.in_flight.load(Relaxed) > peers::MAX_IN_FLIGHT {
             let status = StatusCode::SERVICE_UNAVAILABLE;
             let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, "too many calls in flight");
             return Err((Some(service), problem.retry_after(Duration::from_secs(1))));
@@ -241,16 +253,18 @@ impl Guard for Served {
     }
 }
 
-/// A call under way: at the node, and at its service, once that is known.
+/// A call under way: at the node, of its peer, and at its service, once that is known.
 struct Counted {
     all: Arc<Services>,
+    here: Arc<Here>,
     service: Option<LocalService>,
 }
 
 impl Counted {
-    fn new(all: Arc<Services>) -> Self {
+    fn new(all: Arc<Services>, here: Arc<Here>) -> Self {
         all.in_flight.fetch_add(1, Relaxed);
-        Self { all, service: None }
+        here.in_flight.fetch_add(1, Relaxed);
+        Self { all, here, service: None }
     }
 
     fn is_for(&mut self, service: &LocalService) {
@@ -268,6 +282,7 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.all.in_flight.fetch_sub(1, Relaxed);
+        self.here.in_flight.fetch_sub(1, Relaxed);
         if let Some(service) = &self.service {
             service.in_flight().fetch_sub(1, Relaxed);
         }

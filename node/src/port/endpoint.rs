@@ -63,6 +63,16 @@ impl Windows {
         }
     }
 
+    /// For the nth connection of one peer, from 1: less and less, so that all together may hold little more than one.
+    pub(crate) fn of_connection(self, nth: usize) -> Self {
+        let share = |bytes: u32| bytes / u32::try_from(nth).unwrap_or(u32::MAX).max(1);
+        Self {
+            connection_bytes: share(self.connection_bytes).max(8 * self.stream_bytes),
+            standing_bytes: share(self.standing_bytes).max(4 * self.stream_bytes),
+            ..self
+        }
+    }
+
     /// Where the bodies of a connection stand that nobody reads.
     pub(crate) fn shelf(self) -> Shelf {
         Shelf::new(self.standing_bytes.into(), u64::from(self.stream_bytes) * PINNED / 2)

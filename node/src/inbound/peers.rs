@@ -1,0 +1,88 @@
+//! What each peer has here, over all of its connections: a node with several workers has one from each of them.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use starling_protocol::NodeId;
+
+/// Calls of one peer at once, whatever number of connections they come on: as many as one of them may carry.
+pub(super) const MAX_IN_FLIGHT: usize = 4096;
+
+/// All peers that are connected, to any worker.
+#[derive(Debug, Default)]
+pub(super) struct Peers(Mutex<HashMap<NodeId, Weak<Here>>>);
+
+/// One of them.
+#[derive(Debug, Default)]
+pub(super) struct Here {
+    connections: AtomicUsize,
+    pub(super) in_flight: AtomicUsize,
+}
+
+/// A connection of a peer, counted until it is dropped.
+#[derive(Debug)]
+pub(super) struct Connected {
+    here: Arc<Here>,
+    /// Which of its connections it is, from 1.
+    pub(super) nth: usize,
+}
+
+impl Peers {
+    /// Counts a connection of a peer.
+    pub(super) fn connect(&self, id: NodeId) -> Connected {
+        let mut peers = self.lock();
+        let here = match peers.get(&id).and_then(Weak::upgrade) {
+            Some(here) => here,
+            None => {
+                peers.retain(|_, here| here.strong_count() > 0);
+                let here = Arc::<Here>::default();
+                peers.insert(id, Arc::downgrade(&here));
+                here
+            }
+        };
+        let nth = here.connections.fetch_add(1, Relaxed) + 1;
+        Connected { here, nth }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Weak<Here>>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Connected {
+    /// What the peer has here.
+    pub(super) fn peer(&self) -> Arc<Here> {
+        self.here.clone()
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.here.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_of_a_peer_are_counted_together() {
+        let peers = Peers::default();
+        let (a, b) = (NodeId([1; 16]), NodeId([2; 16]));
+        let (first, second, other) = (peers.connect(a), peers.connect(a), peers.connect(b));
+        assert_eq!((first.nth, second.nth, other.nth), (1, 2, 1));
+        first.peer().in_flight.fetch_add(7, Relaxed);
+        assert_eq!((second.peer().in_flight.load(Relaxed), other.peer().in_flight.load(Relaxed)), (7, 0));
+        drop(first);
+        assert_eq!(peers.connect(a).nth, 2);
+        drop((second, other));
+        peers.connect(NodeId([3; 16]));
+        assert_eq!(peers.lock().len(), 1, "those who have gone leave nothing");
+    }
+}

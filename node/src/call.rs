@@ -204,7 +204,10 @@ impl MeshClient {
         let mut failed = None;
         loop {
             let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead) {
-                Ok(candidate) => candidate,
+                Ok(candidate) => {
+                    observed.is_for(service.as_str());
+                    candidate
+                }
                 // Just started, a node does not know yet what there is.
                 Err(_) if failed.is_none() && !self.node.introduction.is_over(&self.snapshot()) && !due.is_over() => {
                     tokio::time::sleep(INTRODUCED).await;

@@ -219,7 +219,13 @@ impl Plan<'_> {
         let due = Due::new(head, until, source.as_ref());
         let response = tokio::select! {
             biased;
-            answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|e| (e.sent, e.problem))?,
+            answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|error| {
+                if source.as_ref().is_some_and(Source::is_broken) {
+                    let (status, detail) = (StatusCode::BAD_REQUEST, "the request body broke off");
+                    return (error.sent, Problem::proxy(status, ProxyError::HttpRequestError, detail));
+                }
+                (error.sent, error.problem)
+            })?,
             late = due.passed() => return Err((Sent::Maybe, match late {
                 Late::Answer => too_late(due.limit()),
                 Late::Upload => {

@@ -187,7 +187,12 @@ impl Node {
             None => Default::default(),
         };
         let counts = Arc::<ExportCounts>::default();
-        let books = Books::new(caller_name(&identity.grants().services, identity.name()), tracer, counts.clone());
+        let books = Books::new(
+            caller_name(&identity.grants().services, identity.name()),
+            threads.len(),
+            tracer,
+            counts.clone(),
+        );
         let own = pseudonym(identity.name());
         let introduction = Introduction::new(!config.node.seeds.is_empty() || knows_peers);
         let calls = Arc::new(Calls::new(gossip.watch(), zone_of(config, &identity), own.clone(), introduction));

@@ -54,6 +54,8 @@ def span_of(span):
     assert span.kind in (2, 3), "server or client"
     now = time.time_ns()
     assert now - 3600 * 10**9 < span.start_time_unix_nano <= span.end_time_unix_nano <= now + 10**9, "times"
+    values = attributes(span.attributes)
+    assert (span.status.code == 2) == ("error.type" in values), "an error has a type"
     return {
         "trace": span.trace_id.hex(),
         "span": span.span_id.hex(),
@@ -62,9 +64,9 @@ def span_of(span):
         "name": span.name,
         "kind": {2: "server", 3: "client"}[span.kind],
         "ms": (span.end_time_unix_nano - span.start_time_unix_nano) / 1e6,
-        "attributes": attributes(span.attributes),
+        "attributes": values,
         "links": [link.trace_id.hex() for link in span.links],
-        "error": span.status.message if span.status.code == 2 else None,
+        "error": values.get("error.type"),
     }
 
 

@@ -73,8 +73,13 @@ impl Receiver {
 async fn traced_service() -> Service {
     Service::start(Speaks::Http1, |request, _| async move {
         let told = |name| request.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or("-").to_string();
-        let status = if request.uri().path() == "/fail" { 500 } else { 200 };
-        service::text(status, format!("{} {}", told("traceparent"), told("tracestate")))
+        match request.uri().path() {
+            "/large" => service::text(200, vec![b'x'; 5000]),
+            path => {
+                let status = if path == "/fail" { 500 } else { 200 };
+                service::text(status, format!("{} {}", told("traceparent"), told("tracestate")))
+            }
+        }
     })
     .await
 }
@@ -220,7 +225,7 @@ async fn without_a_collector_traces_pass() {
     let (_, told) = call(&cluster, "seed", "/", &[("traceparent", SAMPLED), ("tracestate", "a=1")]).await;
     assert_eq!(told, format!("{SAMPLED} a=1"));
     let (_, told) = call(&cluster, "seed", "/", &[]).await;
-    assert!(told.starts_with("00-") && told.ends_with("-02 -"), "one begins, not recorded: {told}");
+    assert_eq!(told, "- -", "whoever records nothing decides for nobody");
 }
 
 /// A call that took several attempts shows each.
@@ -303,6 +308,12 @@ async fn metrics_say_the_same_to_everybody() {
             call(&cluster, "app-1", path, &[]).await;
         }
     }
+    for _ in 0..CALLS {
+        assert_eq!(call(&cluster, "app-1", "/large", &[]).await.0, 200);
+    }
+    let whole = metrics(&cluster, "app-1").await;
+    let of_client = "{caller=\"app\",service=\"web\",side=\"client\"";
+    assert!(whole.contains(&format!("starling_calls_broken_total{of_client},why=\"cut\"}} 0")), "{whole}");
     let labels = |more: &str| format!("{{caller=\"app\",service=\"web\",http_request_method=\"GET\",{more}}}");
     // Not one attempt more: what the service answers is nobody's to repeat but a GET that failed.
     let failed = labels("http_response_status_code=\"500\"");

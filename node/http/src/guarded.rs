@@ -118,7 +118,7 @@ impl<G: Guard> Drop for Guarded<G> {
     fn drop(&mut self) {
         // Whoever knows the length need not ask for the end.
         if let Some(guard) = &mut self.guard
-            && self.body.is_end_stream()
+            && (self.body.is_end_stream() || self.body.size_hint().exact() == Some(0))
         {
             guard.ended();
         }

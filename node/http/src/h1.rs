@@ -1,6 +1,6 @@
 //! HTTP/1.1 (RFC 9112) as a client speaks it, in the task of the call itself: to the service beside a node.
 //!
-//! [`codec`] makes and reads messages without I/O, [`client`] exchanges them over a [`ServerStream`].
+//! The codec makes and reads messages without I/O; a [`Connection`] exchanges them over a [`ServerStream`].
 
 mod client;
 mod codec;

@@ -43,7 +43,13 @@ impl MeshClient {
     ) -> Result<Attempted, CallError> {
         let outcome = self.made(candidate, parts, terms, &mut span).await;
         if let (Err(error), Some(span)) = (&outcome, &mut span) {
-            span.fail(error.to_string());
+            let why = match error.fault {
+                Fault::Caller => "caller",
+                Fault::Service => "service",
+                Fault::Connection => "connection",
+                Fault::Mesh => "unreachable",
+            };
+            span.fail_because(why, error.to_string());
         }
         outcome
     }

@@ -1,11 +1,8 @@
 //! What each peer has here, over all of its connections: a node with several workers has one from each of them.
 
 use std::{
-    collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, Weak, atomic::AtomicUsize},
 };
 
 use starling_protocol::NodeId;
@@ -20,7 +17,8 @@ pub(super) struct Peers(Mutex<HashMap<NodeId, Weak<Here>>>);
 /// One of them.
 #[derive(Debug, Default)]
 pub(super) struct Here {
-    connections: AtomicUsize,
+    /// The numbers of its connections.
+    connections: Mutex<BTreeSet<usize>>,
     pub(super) in_flight: AtomicUsize,
 }
 
@@ -28,7 +26,7 @@ pub(super) struct Here {
 #[derive(Debug)]
 pub(super) struct Connected {
     here: Arc<Here>,
-    /// Which of its connections it is, from 1.
+    /// Which of its connections it is, from 1: the lowest number that no other one has.
     pub(super) nth: usize,
 }
 
@@ -45,13 +43,22 @@ impl Peers {
                 here
             }
         };
-        let nth = here.connections.fetch_add(1, Relaxed) + 1;
+        let nth = {
+            let mut connections = lock(&here.connections);
+            let nth = (1..).find(|nth| !connections.contains(nth)).expect("there are fewer connections than numbers");
+            connections.insert(nth);
+            nth
+        };
         Connected { here, nth }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeId, Weak<Here>>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl Connected {
@@ -63,12 +70,14 @@ impl Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        self.here.connections.fetch_sub(1, Relaxed);
+        lock(&self.here.connections).remove(&self.nth);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
     use super::*;
 
     #[test]
@@ -80,7 +89,7 @@ mod tests {
         first.peer().in_flight.fetch_add(7, Relaxed);
         assert_eq!((second.peer().in_flight.load(Relaxed), other.peer().in_flight.load(Relaxed)), (7, 0));
         drop(first);
-        assert_eq!(peers.connect(a).nth, 2);
+        assert_eq!(peers.connect(a).nth, 1, "a place that is free again");
         drop((second, other));
         peers.connect(NodeId([3; 16]));
         assert_eq!(peers.lock().len(), 1, "those who have gone leave nothing");

@@ -20,9 +20,11 @@ const MAX_CALLERS: usize = 256;
 const MAX_SERVICES: usize = 4096;
 
 /// Accounts by caller and service. Only its worker writes into them, so that nobody waits for a lock but while they are read.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ledger {
     callers: Mutex<HashMap<Arc<str>, Arc<Page>>>,
+    /// For spans of one caller's calls.
+    places: usize,
 }
 
 /// The accounts of one caller, by service.
@@ -31,12 +33,6 @@ pub(crate) struct Page {
     services: Mutex<HashMap<Box<str>, SharedAccount>>,
     /// For spans of its calls.
     pub(crate) places: Arc<Semaphore>,
-}
-
-impl Default for Page {
-    fn default() -> Self {
-        Self { services: Mutex::default(), places: Arc::new(Semaphore::new(trace::MAX_OF_ONE)) }
-    }
 }
 
 type SharedAccount = Arc<Mutex<Account>>;
@@ -83,8 +79,14 @@ pub(crate) fn method_label(method: &Method) -> &'static str {
 }
 
 impl Ledger {
+    /// One of so many workers.
+    pub(crate) fn of_one(workers: usize) -> Self {
+        Self { callers: Mutex::default(), places: trace::MAX_OF_ONE / workers.max(1) }
+    }
+
     /// The page of a caller, which counts by name for as long as it is held.
     pub(crate) fn page(&self, caller: &str) -> Arc<Page> {
+        let new_page = || Arc::new(Page::new(self.places));
         let mut callers = self.callers();
         if let Some(page) = callers.get(caller) {
             return page.clone();
@@ -93,13 +95,13 @@ impl Ledger {
         if callers.len() > MAX_CALLERS {
             let gone = callers.iter().find(|(name, page)| &***name != OTHER && Arc::strong_count(page) == 1);
             let Some(gone) = gone.map(|(name, _)| name.clone()) else {
-                return callers.entry(OTHER.into()).or_default().clone();
+                return callers.entry(OTHER.into()).or_insert_with(new_page).clone();
             };
             let page = callers.remove(&gone);
-            let others = callers.entry(OTHER.into()).or_default();
+            let others = callers.entry(OTHER.into()).or_insert_with(new_page);
             page.iter().for_each(|page| others.take_over(page));
         }
-        callers.entry(caller.into()).or_default().clone()
+        callers.entry(caller.into()).or_insert_with(new_page).clone()
     }
 
     fn callers(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Page>>> {
@@ -116,6 +118,11 @@ impl Ledger {
 }
 
 impl Page {
+    /// With so many places for spans.
+    pub(crate) fn new(places: usize) -> Self {
+        Self { services: Mutex::default(), places: Arc::new(Semaphore::new(places)) }
+    }
+
     /// The account of a service.
     pub(crate) fn account(&self, service: &str) -> SharedAccount {
         let mut services = self.services();
@@ -200,7 +207,7 @@ mod tests {
 
     #[test]
     fn callers_that_have_gone_make_room_and_stay_counted() {
-        let ledger = Ledger::default();
+        let ledger = Ledger::of_one(1);
         let held: Vec<_> = (0..10).map(|i| ledger.page(&format!("held-{i}"))).collect();
         for i in 0..2 * MAX_CALLERS {
             let page = ledger.page(&format!("caller-{i}"));
@@ -220,7 +227,7 @@ mod tests {
 
     #[test]
     fn where_everybody_stays_others_are_counted_together() {
-        let ledger = Ledger::default();
+        let ledger = Ledger::of_one(1);
         let _held: Vec<_> = (0..=MAX_CALLERS).map(|i| ledger.page(&format!("held-{i}"))).collect();
         let (a, b) = (ledger.page("late"), ledger.page("later"));
         assert!(Arc::ptr_eq(&a, &b));

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// What stands for the service of a request that is for none.
-const UNKNOWN: &str = "unknown";
+const UNKNOWN: &str = "_UNKNOWN";
 
 /// Notes the calls of one worker. Cheap to clone; each clone notes into the same.
 #[derive(Clone)]
@@ -99,8 +99,11 @@ impl Observed {
         self.attempts += 1;
     }
 
-    /// Says for which service the call is, once that is known: its name, not what a stranger calls it.
+    /// Says for which service the call is, once that is known: its name, not what a stranger calls it. What is said first counts.
     pub fn is_for(&mut self, service: &str) {
+        if self.account.is_some() {
+            return;
+        }
         self.account = Some(self.page.account(service));
         let method = self.method;
         self.tell("server.address", || service.to_string());

@@ -79,17 +79,19 @@ pub(crate) struct Books {
     /// Under which name this node's calls are counted.
     own: String,
     of_workers: Mutex<Vec<(Arc<Page>, Arc<Ledger>)>>,
+    workers: usize,
     export: Arc<ExportCounts>,
 }
 
 impl Books {
-    pub(crate) fn new(own: String, tracer: Tracer, export: Arc<ExportCounts>) -> Self {
-        Self { tracer, own, of_workers: Mutex::default(), export }
+    /// Of so many workers.
+    pub(crate) fn new(own: String, workers: usize, tracer: Tracer, export: Arc<ExportCounts>) -> Self {
+        Self { tracer, own, of_workers: Mutex::default(), workers, export }
     }
 
     /// Notes the calls of one more worker.
     pub(crate) fn observer(&self) -> Observer {
-        let (sent, served) = (Arc::<Page>::default(), Arc::<Ledger>::default());
+        let (sent, served) = (Arc::new(Page::new(0)), Arc::new(Ledger::of_one(self.workers)));
         self.of_workers.lock().unwrap_or_else(|e| e.into_inner()).push((sent.clone(), served.clone()));
         Observer { sent, served, tracer: self.tracer.clone() }
     }

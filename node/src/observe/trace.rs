@@ -18,7 +18,7 @@ const SAMPLED: u8 = 1;
 const RANDOM: u8 = 2;
 /// Spans that may wait to be exported; beyond it they are dropped and counted.
 const MAX_WAITING: usize = 4096;
-/// How many of them may be of one other node's calls, on one worker, those included that have not ended: whoever has everything
+/// How many of them may be of one other node's calls, on all workers, those included that have not ended: whoever has everything
 /// recorded must not leave the others without.
 pub(crate) const MAX_OF_ONE: usize = MAX_WAITING / 8;
 
@@ -96,6 +96,12 @@ impl TraceContext {
     }
 }
 
+/// What others have noted of the trace: several fields are one (W3C Trace Context §3.3).
+fn state_of(fields: &HeaderMap) -> Option<String> {
+    let notes: Vec<_> = fields.get_all(&TRACESTATE).iter().filter_map(|value| value.to_str().ok()).collect();
+    (!notes.is_empty()).then(|| notes.join(","))
+}
+
 /// Lower-case hexadecimal digits; capital ones are not valid here.
 fn hex<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
     let value = |digit: u8| match digit {
@@ -135,14 +141,14 @@ pub(crate) struct Span {
     pub(crate) parent: Option<[u8; 8]>,
     /// A trace that this one comes from, but is no part of.
     pub(crate) link: Option<TraceContext>,
-    pub(crate) state: Option<HeaderValue>,
+    pub(crate) state: Option<String>,
     pub(crate) kind: SpanKind,
     pub(crate) name: String,
     pub(crate) begun: SystemTime,
     pub(crate) ended: SystemTime,
     pub(crate) attributes: Vec<(&'static str, Value)>,
-    /// Why it did not go well.
-    pub(crate) error: Option<Cow<'static, str>>,
+    /// Why it did not go well: a word out of few, and what else there is to say.
+    pub(crate) error: Option<(Cow<'static, str>, String)>,
     /// Kept until it is exported, or dropped.
     place: Option<OwnedSemaphorePermit>,
 }
@@ -192,10 +198,15 @@ impl OpenSpan {
         }
     }
 
-    /// Says why it did not go well; what is said first counts.
+    /// Says why it did not go well, with a word out of few; what is said first counts.
     pub(crate) fn fail(&mut self, why: impl Into<Cow<'static, str>>) {
+        self.fail_because(why, String::new());
+    }
+
+    /// The same, with what else there is to say.
+    pub(crate) fn fail_because(&mut self, why: impl Into<Cow<'static, str>>, message: String) {
         if let Some(span) = &mut self.span {
-            span.error.get_or_insert(why.into());
+            span.error.get_or_insert((why.into(), message));
         }
     }
 
@@ -297,17 +308,23 @@ impl Tracer {
         }
         let threshold = self.0.as_ref().map_or(0, |recording| recording.threshold);
         let context = continued.unwrap_or_else(|| TraceContext::new(threshold));
-        let Some(recording) = self.0.as_ref().filter(|_| context.is_sampled()) else {
+        let Some(recording) = &self.0 else {
+            // Who does not record does not decide for others: a service that is told nothing may begin a trace of its own.
+            if continued.is_none() {
+                fields.remove(&TRACEPARENT);
+            }
+            return (context, None);
+        };
+        if !context.is_sampled() {
             if continued.is_none() {
                 context.write_to(fields);
             }
             return (context, None);
-        };
+        }
         let parent = continued.map(|parent| parent.span);
         let context = context.child();
         context.write_to(fields);
-        let span =
-            Span { link, state: fields.get(&TRACESTATE).cloned(), ..Span::new(context, parent, SpanKind::Server) };
+        let span = Span { link, state: state_of(fields), ..Span::new(context, parent, SpanKind::Server) };
         (context, Some(Box::new(recording.spans.open(span))))
     }
 }
@@ -433,9 +450,11 @@ mod tests {
         assert!(tracer.arrival(&mut fields, Origin::Ours).1.is_none());
         assert_eq!(fields[&TRACEPARENT], VALID);
         let mut none = HeaderMap::new();
-        let (context, _) = tracer.arrival(&mut none, Origin::Ours);
-        assert_eq!(TraceContext::of(&none), Some(context), "and where there is none, one begins");
-        assert!(!context.is_sampled());
+        tracer.arrival(&mut none, Origin::Ours);
+        assert!(none.is_empty(), "and where there is none, others may begin one");
+        fields.insert(&TRACESTATE, HeaderValue::from_static("a=1"));
+        tracer.arrival(&mut fields, Origin::Public);
+        assert!(fields.is_empty(), "but none of a stranger");
     }
 
     #[test]

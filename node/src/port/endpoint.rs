@@ -63,7 +63,7 @@ impl Windows {
         }
     }
 
-    /// For the nth connection of one peer, from 1: less and less, so that all together may hold little more than one.
+    /// For the nth connection of one peer, from 1: less and less, so that eight of them may hold less than three would.
     pub(crate) fn of_connection(self, nth: usize) -> Self {
         let share = |bytes: u32| bytes / u32::try_from(nth).unwrap_or(u32::MAX).max(1);
         Self {

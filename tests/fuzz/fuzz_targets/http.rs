@@ -76,9 +76,10 @@ fuzz_target!(|bytes: &[u8]| {
     let Ok(checked) = normalise_request(&mut parts, origin) else { return };
     check(&parts.headers, checked.length, origin);
     assert!(!parts.headers.contains_key(header::HOST) && parts.uri.authority().is_none());
-    assert!(!checked.authority.contains('@') && !checked.authority.bytes().any(|b| b.is_ascii_uppercase()));
+    let authority = checked.authority.as_str();
+    assert!(!authority.contains('@') && !authority.bytes().any(|b| b.is_ascii_uppercase()));
     if parts.uri.path() != "*" {
-        let mut again = again(&parts, &checked.authority);
+        let mut again = again(&parts, authority);
         assert_eq!(normalise_request(&mut again, origin).as_ref(), Ok(&checked));
         assert_eq!((&again.headers, &again.uri), (&parts.headers, &parts.uri));
     }

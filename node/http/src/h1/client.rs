@@ -1,6 +1,7 @@
 //! Exchanges with a server: one at a time on a connection, in the task of whoever wants the answer.
 
 use std::{
+    any::Any,
     cell::RefCell,
     future::poll_fn,
     io::{self, IoSlice},
@@ -11,16 +12,20 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use http::{HeaderMap, Method, Response, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    codec::{self, AnswerHead, Decoder, Framing, Offence, Step},
+    codec::{self, AnswerHead, Decoder, Framing, MAX_HEAD_BYTES, Offence, Step},
     stream::ServerStream,
 };
-use crate::{Body, BodyError, Interim, normal::Origin, stall::Stall};
+use crate::{
+    Body, BodyError, Interim,
+    normal::Origin,
+    stall::{STALL, Stall},
+};
 
 /// Read at a time; with more than this, an answer is taken for a long one.
 const READ_BYTES: usize = 16 << 10;
@@ -93,11 +98,15 @@ impl Outgoing {
     }
 
     /// Writes on; ready when all of it is written, or when the server takes no more.
-    fn poll_upload(&mut self, cx: &mut Context<'_>, stream: &ServerStream) -> Poll<Result<(), BodyError>> {
+    fn poll_upload(&mut self, cx: &mut Context<'_>, stream: &ServerStream) -> Poll<Result<(), ExchangeError>> {
         loop {
+            if self.at > GATHER_BYTES {
+                self.out.drain(..self.at);
+                self.at = 0;
+            }
             while !self.ended && self.data.is_empty() && self.out.len() - self.at < GATHER_BYTES {
                 match std::pin::Pin::new(&mut self.body).poll_frame(cx) {
-                    Poll::Ready(frame) => self.put(frame)?,
+                    Poll::Ready(frame) => self.put(frame).map_err(ExchangeError::Upload)?,
                     Poll::Pending => break,
                 }
             }
@@ -107,7 +116,7 @@ impl Outgoing {
             let bufs = [IoSlice::new(&self.out[self.at..]), IoSlice::new(&self.data)];
             let Poll::Ready(written) = stream.poll_write_some(cx, &bufs) else {
                 ready!(self.stall.poll_stalled(cx));
-                return Poll::Ready(Err(BodyError::Broken("the server does not take it".into())));
+                return Poll::Ready(Err(ExchangeError::Stalled));
             };
             if stream.is_deaf() {
                 return Poll::Ready(Ok(()));
@@ -175,9 +184,12 @@ pub enum ExchangeError {
     /// The answer is none.
     #[error(transparent)]
     Offence(#[from] Offence),
-    /// The request's body broke off, or was not taken.
+    /// The request's own body broke off.
     #[error(transparent)]
     Upload(BodyError),
+    /// The server takes nothing of the request for too long.
+    #[error("does not take the request")]
+    Stalled,
 }
 
 impl std::fmt::Debug for Outgoing {
@@ -205,13 +217,16 @@ struct Shared {
     answered: AtomicBool,
     /// Some of the last request is not written.
     uploading: AtomicBool,
+    /// What the connection takes the place of, as long as it is there.
+    _place: Arc<dyn Any + Send + Sync>,
 }
 
 impl Connection {
-    /// Takes a new connection.
-    pub fn new(stream: ServerStream) -> Self {
+    /// Takes a new connection, and what it takes the place of: dropped when the connection is closed, also by an upload that
+    /// comes to its end after the answer.
+    pub fn new(stream: ServerStream, place: Arc<dyn Any + Send + Sync>) -> Self {
         let (keeps, answered, uploading) = (true.into(), true.into(), false.into());
-        let shared = Arc::new(Shared { stream, keeps, answered, uploading });
+        let shared = Arc::new(Shared { stream, keeps, answered, uploading, _place: place });
         Self { shared, upload: Mutex::default(), lingers: false }
     }
 
@@ -234,7 +249,7 @@ impl Connection {
         let answered = poll_fn(|cx| {
             if uploading && let Poll::Ready(done) = request.poll_upload(cx, &shared.stream) {
                 uploading = false;
-                done.map_err(ExchangeError::Upload)?;
+                done?;
             }
             incoming.poll_head(cx, &shared.stream, interim)
         });
@@ -267,16 +282,18 @@ impl Connection {
     }
 
     /// The connection for another exchange, if it can carry one. If not, it closes; but an upload that goes on although its
-    /// answer is complete comes to its end first.
+    /// answer is complete may come to its end first, if it does so soon.
     pub fn again(mut self) -> Option<Self> {
-        let Shared { stream, keeps, answered, uploading } = &*self.shared;
+        let Shared { stream, keeps, answered, uploading, .. } = &*self.shared;
         if !answered.load(Relaxed) || stream.is_deaf() {
             return None;
         }
         if uploading.load(Relaxed) {
             let upload = self.upload().take();
-            drop(upload.map(AbortOnDropHandle::detach));
-            self.lingers = true;
+            if let Some(upload) = upload {
+                tokio::spawn(async move { drop(tokio::time::timeout(STALL, upload).await) });
+                self.lingers = true;
+            }
             return None;
         }
         keeps.load(Relaxed).then_some(self)
@@ -306,7 +323,7 @@ impl Shared {
             Some(framing) => {
                 let decoder = Decoder::new(framing);
                 let shared = self.clone();
-                return Receiver { shared, decoder, input: rest, buffer: BytesMut::new(), is_long: false }.into();
+                return Receiver { shared, decoder, input: rest, is_long: false }.into();
             }
         };
         self.ended(&rest);
@@ -342,14 +359,19 @@ impl Incoming {
         SCRATCH.with_borrow_mut(|scratch| {
             loop {
                 scratch.clear();
-                match ready!(stream.poll_read_into(cx, scratch, READ_BYTES)) {
+                match ready!(stream.poll_read_into(cx, scratch)) {
                     Ok(0) => return Poll::Ready(Err(ExchangeError::Closed(None))),
                     Ok(_) => {}
                     Err(error) => return Poll::Ready(Err(ExchangeError::Closed(Some(error)))),
                 }
                 let mut bytes = &scratch[..];
                 if !self.partial.is_empty() {
+                    let from = self.partial.len().saturating_sub(3);
                     self.partial.extend_from_slice(bytes);
+                    // Not to be read from its start again with each byte that comes.
+                    if self.partial.len() < MAX_HEAD_BYTES && !codec::may_end_head(&self.partial[from..]) {
+                        continue;
+                    }
                     bytes = &self.partial;
                 }
                 let before = bytes.len();
@@ -386,8 +408,6 @@ pub(crate) struct Receiver {
     decoder: Decoder,
     /// Read, and not taken yet.
     input: Bytes,
-    /// Where a long answer is read.
-    buffer: BytesMut,
     is_long: bool,
 }
 
@@ -416,17 +436,15 @@ impl Receiver {
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), String>> {
         let stream = &self.shared.stream;
         let read = if self.is_long {
-            if self.buffer.capacity() < READ_BYTES {
-                self.buffer.reserve(LONG_READ_BYTES);
-            }
-            let room = self.buffer.capacity();
-            let read = ready!(stream.poll_read_into(cx, &mut self.buffer, room));
-            self.input = self.buffer.split().freeze();
+            // Reserved only once there is something to be read.
+            let mut piece = Vec::new();
+            let read = ready!(stream.poll_read_into_new(cx, &mut piece, LONG_READ_BYTES));
+            self.input = piece.into();
             read
         } else {
             ready!(SCRATCH.with_borrow_mut(|scratch| {
                 scratch.clear();
-                let read = stream.poll_read_into(cx, scratch, READ_BYTES);
+                let read = stream.poll_read_into(cx, scratch);
                 self.input = Bytes::copy_from_slice(scratch);
                 self.is_long = scratch.len() == READ_BYTES;
                 read

@@ -120,6 +120,11 @@ pub(super) fn read_head(bytes: &[u8], method: &Method) -> Result<Option<(AnswerH
     Ok(Some((AnswerHead { keeps: keeps && framing != Some(Framing::Close), parts, framing }, length)))
 }
 
+/// Whether a head may end in there.
+pub(super) fn may_end_head(bytes: &[u8]) -> bool {
+    bytes.windows(2).any(|two| two == b"\n\n") || bytes.windows(3).any(|three| three == b"\n\r\n")
+}
+
 /// Whether `Connection` says that.
 fn says(fields: &HeaderMap, what: &str) -> bool {
     let values = fields.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());

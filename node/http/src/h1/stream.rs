@@ -30,6 +30,8 @@ struct Inner {
     /// The server takes no more of the request. It may have answered before it stopped reading, and that answer counts
     /// (RFC 9112 §9.5): what is still written goes nowhere, and what is read tells how it ended.
     deaf: AtomicBool,
+    /// We have closed it.
+    closed: AtomicBool,
 }
 
 impl ServerStream {
@@ -37,7 +39,7 @@ impl ServerStream {
     pub fn new(stream: TcpStream) -> Self {
         let _ = stream.set_nodelay(true);
         notice_when_gone(&stream);
-        Self(Arc::new(Inner { stream, deaf: AtomicBool::new(false) }))
+        Self(Arc::new(Inner { stream, deaf: AtomicBool::new(false), closed: AtomicBool::new(false) }))
     }
 
     /// Whether the server has neither closed the connection nor said anything unasked.
@@ -53,30 +55,43 @@ impl ServerStream {
 
     /// Closes it for everybody.
     pub(super) fn close(&self) {
+        self.0.closed.store(true, Relaxed);
         let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Both);
     }
 
-    /// Reads what is there, at most as much as there is room for; nothing at the end.
-    pub(super) fn poll_read_into(
+    /// The same, into a piece of memory that is reserved when there is something to be read.
+    pub(super) fn poll_read_into_new(
         &self,
         cx: &mut Context<'_>,
-        into: &mut impl BufMut,
+        into: &mut Vec<u8>,
         room: usize,
     ) -> Poll<io::Result<usize>> {
+        ready!(self.0.stream.poll_read_ready(cx))?;
+        into.reserve_exact(room);
+        self.poll_read_into(cx, into)
+    }
+
+    /// Reads what is there, at most as much as there is room for in what `into` has reserved; nothing at the end.
+    pub(super) fn poll_read_into(&self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<io::Result<usize>> {
         let stream = &self.0.stream;
+        let room = into.capacity() - into.len();
         loop {
             ready!(stream.poll_read_ready(cx))?;
-            match stream.try_read_buf(&mut into.limit(room)) {
-                Ok(read) => {
-                    if 0 < read && read < room {
-                        // There is no more, and who reads on need not ask the kernel to learn that. What comes just now is
-                        // not missed, because this thread is the one that looks for it.
-                        let _ = stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
-                    }
-                    return Poll::Ready(Ok(read));
+            let mut read = 0;
+            // When it was less than there is room for, there is no more, and who reads on need not ask the kernel to learn
+            // that. Told in one go with the read, so that what comes after it is not missed.
+            let tried = stream.try_io(Interest::READABLE, || {
+                read = rustix::io::read(stream, rustix::buffer::spare_capacity(into))?;
+                if 0 < read && read < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            });
+            match tried {
+                Err(error) if read == 0 && error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if read == 0 => return Poll::Ready(Err(error)),
+                // Closed by ourselves, it must not look as if the server had ended well.
+                _ if read == 0 && self.0.closed.load(Relaxed) => {
+                    return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
+                _ => return Poll::Ready(Ok(read)),
             }
         }
     }
@@ -107,7 +122,13 @@ const MAX_READ_BYTES: usize = 16 << 10;
 impl AsyncRead for ServerStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let room = buf.remaining().min(MAX_READ_BYTES);
-        self.poll_read_into(cx, buf, room).map_ok(drop)
+        loop {
+            ready!(self.0.stream.poll_read_ready(cx))?;
+            match self.0.stream.try_read_buf(&mut buf.limit(room)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(drop)),
+            }
+        }
     }
 }
 

@@ -5,14 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, Request, Response, uri};
+use http::{HeaderMap, Request, Response, StatusCode, uri};
 use starling_http::{
-    Body, Guarded, Interim,
+    Body, Guarded, Interim, Problem, ProxyError,
     h1::{self, ExchangeError, Head, Outgoing},
     normal,
 };
 
-use super::{Connections, Dialler, LocalError, Repeats, Room, not_http, terminated};
+use super::{Connections, Dialler, LocalError, Repeats, not_http, terminated};
 use crate::Sent;
 
 /// Connections kept for the next request, at most.
@@ -44,7 +44,6 @@ struct Connection {
     http: h1::Connection,
     /// Until when it may be used, once it is kept.
     until: Instant,
-    room: Room,
 }
 
 impl Pool {
@@ -80,8 +79,10 @@ impl Pool {
             match self.exchange(kept, outgoing, interim).await {
                 Ok(response) => return Ok(response),
                 Err(error) => {
-                    // What it went through, the others most likely did, too.
-                    self.idle.clear();
+                    if matches!(error, ExchangeError::Unsent(_) | ExchangeError::Closed(_)) {
+                        // What it went through, the others most likely did, too.
+                        self.idle.clear();
+                    }
                     outgoing = match error {
                         ExchangeError::Unsent(unsent) => *unsent,
                         ExchangeError::Closed(_) if repeatable && self.repeats.allow() => {
@@ -93,7 +94,7 @@ impl Pool {
             }
         }
         let (stream, room) = dialler.dial().await?;
-        let fresh = Connection { http: h1::Connection::new(stream), until: Instant::now(), room };
+        let fresh = Connection { http: h1::Connection::new(stream, room), until: Instant::now() };
         self.exchange(fresh, outgoing, interim).await.map_err(|error| failed(&error))
     }
 
@@ -116,6 +117,10 @@ fn failed(error: &ExchangeError) -> LocalError {
         ExchangeError::Unsent(_) => terminated(&error.to_string(), Sent::No),
         ExchangeError::Closed(Some(why)) => terminated(&format!("{error}: {why}"), Sent::Maybe),
         ExchangeError::Closed(None) | ExchangeError::Upload(_) => terminated(&error.to_string(), Sent::Maybe),
+        ExchangeError::Stalled => {
+            let (status, detail) = (StatusCode::GATEWAY_TIMEOUT, format!("the service {error}"));
+            LocalError { sent: Sent::Maybe, problem: Problem::proxy(status, ProxyError::HttpResponseTimeout, detail) }
+        }
     }
 }
 
@@ -178,9 +183,8 @@ pub(crate) struct Place {
 
 impl Place {
     pub(super) fn ended(&mut self) {
-        let Some(Connection { http, room, .. }) = self.connection.take() else { return };
-        if let Some(http) = http.again() {
-            self.idle.put(Connection { http, until: Instant::now() + self.keep, room });
+        if let Some(http) = self.connection.take().and_then(|connection| connection.http.again()) {
+            self.idle.put(Connection { http, until: Instant::now() + self.keep });
         }
     }
 }

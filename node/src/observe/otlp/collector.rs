@@ -26,8 +26,10 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_TRIES: u32 = 5;
 /// Pause after the first try that failed; it doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// Longest pause that a collector may ask for.
+/// Longest pause between tries.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// Longest pause that a collector may ask for.
+const MAX_ASKED: Duration = Duration::from_secs(300);
 /// An answer says little.
 const MAX_ANSWER_BYTES: usize = 64 << 10;
 
@@ -146,7 +148,7 @@ impl Collector {
             if tried >= MAX_TRIES || self.ending.is_cancelled() {
                 return None;
             }
-            let asked = asked.unwrap_or(pause).min(MAX_PAUSE);
+            let asked = asked.unwrap_or(pause).min(MAX_ASKED);
             let wait = asked.mul_f64(rand::rng().random_range(1.0..1.3));
             pause = (pause * 2).min(MAX_PAUSE);
             tokio::select! {

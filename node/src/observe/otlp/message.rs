@@ -76,8 +76,9 @@ pub(super) fn rejected_spans(answer: &[u8]) -> u64 {
 }
 
 fn of_span(span: Span) -> ProtoSpan {
-    let status = span.error.as_ref().map(|why| Status { message: why.to_string(), code: StatusCode::Error.into() });
-    let failed = span.error.as_ref().map(|why| text("error.type", why));
+    let status =
+        span.error.as_ref().map(|(_, message)| Status { message: message.clone(), code: StatusCode::Error.into() });
+    let failed = span.error.as_ref().map(|(why, _)| text("error.type", why));
     let told = span.attributes.iter().map(|(key, value)| {
         let value = match value {
             Value::Text(text) => any_value::Value::StringValue(text.to_string()),
@@ -94,7 +95,7 @@ fn of_span(span: Span) -> ProtoSpan {
         trace_id: trace_id.into(),
         span_id: span_id.into(),
         parent_span_id: span.parent.map_or_else(Vec::new, |parent| parent.into()),
-        trace_state: span.state.as_ref().and_then(|state| state.to_str().ok()).unwrap_or_default().into(),
+        trace_state: span.state.unwrap_or_default(),
         flags: span.context.flags().into(),
         name: span.name,
         kind: match span.kind {

@@ -1,11 +1,20 @@
 //! More than one thread for calls: any number of them, one that stands still, and systems that cannot share a port.
 
-use std::{collections::BTreeMap, process::Stdio, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, UdpSocket},
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use starling_chaos::{Client, Cluster, NodeSpec, Process, free_port, wait_for};
 use starling_protocol::admin::MemberStatus;
 use starling_tests::{
-    binary, call, chaos_with, client_script, listening, namespace, program, python, run, sample, skip,
+    binary, call, chaos_with, client_script, listening, memory_kib, namespace, program, python, run, sample, skip,
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -128,6 +137,64 @@ faults = [{ burst = { times = 10 } }]
         let acted = said.lines().any(|line| line.contains("another source port") && line.contains("acted"));
         assert!(code != 1 && acted, "{workers} workers: {said}");
     }
+}
+
+/// First packets of connections that come to nothing, as fast as one thread can send them, all aimed at one worker. Ends when
+/// it is dropped.
+struct Flood(Arc<AtomicBool>);
+
+impl Flood {
+    fn start(to: SocketAddr, aim: u8) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let ended = over.clone();
+        std::thread::spawn(move || {
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            // An Initial of version 1 with an id of 8 bytes (RFC 9000 §17.2.2), padded to what a server takes.
+            let mut packet = vec![0; 1200];
+            packet[..7].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8, aim]);
+            // No id of the source, no token, and as long as the rest.
+            packet[14..18].copy_from_slice(&[0, 0, 0x44, 0x9e]);
+            for count in 0u64.. {
+                if ended.load(Relaxed) {
+                    return;
+                }
+                packet[7..14].copy_from_slice(&count.to_be_bytes()[1..]);
+                let _ = socket.send_to(&packet, to);
+            }
+        });
+        Self(over)
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// Strangers choose where their packets go. They keep one worker busy, and nobody takes its node for dead.
+#[tokio::test]
+async fn a_flood_at_one_worker_leaves_the_others_and_gossip_alone() {
+    let (cluster, _service) = mesh(2).await;
+    let outbound = cluster.node("near").outbound;
+    let before = memory_kib(&cluster.node("far").process, "VmRSS:");
+    let _flood = Flood::start(cluster.node("far").mesh, 1);
+    let end = tokio::time::Instant::now() + Duration::from_secs(8);
+    let mut answered = 0;
+    while tokio::time::Instant::now() < end {
+        // On connections of their own, so that both workers of the caller make calls, to both of the other node.
+        let answer = Client::plain().get(outbound, "orders.mesh.internal", "/hello").await.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answered += 1;
+        for name in ["seed", "near"] {
+            let members = cluster.members(name).await.unwrap();
+            let far = members.iter().find(|member| member.name.as_str() == "far").expect("it is a member");
+            assert_eq!(far.status, MemberStatus::Alive, "as {name} sees it, after {answered} calls");
+        }
+    }
+    assert!(answered > 10, "{answered}");
+    let after = memory_kib(&cluster.node("far").process, "VmRSS:");
+    assert!(after < before + (32 << 10), "{before} -> {after} KiB");
 }
 
 #[tokio::test]

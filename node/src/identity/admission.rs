@@ -334,7 +334,7 @@ pub(super) async fn ask(
 ) -> Result<Frame, String> {
     let asked = async {
         let crypto = tls::client_crypto(identity, alpn::JOIN);
-        let connection = endpoint.dial(addr, crypto).map_err(|e| e.to_string())?;
+        let connection = endpoint.dial(addr, crypto, 0).map_err(|e| e.to_string())?;
         let connection = connection.await.map_err(|e| e.to_string())?;
         let answer = async {
             let peer = Peer::of(&connection, identity).map_err(|e| e.to_string())?;

@@ -180,13 +180,15 @@ impl MeshEndpoint {
         self.windows
     }
 
-    /// Dials a peer, for calls.
+    /// Dials a peer, for calls: the thread of it that connections from here are aimed at, or the nth behind it.
     pub(crate) fn dial(
         &self,
         addr: SocketAddr,
         crypto: Arc<QuicClientConfig>,
+        nth: u8,
     ) -> Result<quinn::Connecting, quinn::ConnectError> {
-        let mut config = client_config(crypto, self.aim);
+        let aim = self.aim.checked_add(nth).unwrap_or(CONTROL + 1);
+        let mut config = client_config(crypto, if self.aim == CONTROL { CONTROL } else { aim });
         config.transport_config(self.windows.on(CALLS_OUT).config());
         self.dialling.connect_with(config, addr, tls::SERVER_NAME)
     }

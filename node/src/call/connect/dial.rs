@@ -1,6 +1,7 @@
 //! Making a connection to a peer: from an instance to an authenticated connection that speaks HTTP/3.
 
 use std::{
+    pin::pin,
     sync::{Arc, Weak, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -38,6 +39,9 @@ async fn end_in_time(made: Weak<State>, connection: quinn::Connection, until: u6
 /// How long a handshake may take.
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A thread of the peer that does not answer so soon may stand still, or be flooded by strangers: another one is asked, too.
+const ASK_ANOTHER: Duration = Duration::from_millis(300);
+
 /// Why there is no connection. Nothing was sent.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
@@ -55,9 +59,19 @@ pub(super) async fn dial(
 
 async fn connect(identity: &Arc<Identity>, endpoint: &MeshEndpoint, instance: &Instance) -> Result<Connection, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let crypto = tls::client_crypto(identity, alpn::CALLS);
-    let connecting = endpoint.dial(instance.addr, crypto).map_err(|e| text(&e))?;
-    let connection = connecting.await.map_err(|e| text(&e))?;
+    let handshake = async |nth| {
+        let crypto = tls::client_crypto(identity, alpn::CALLS);
+        endpoint.dial(instance.addr, crypto, nth).map_err(|e| text(&e))?.await.map_err(|e| text(&e))
+    };
+    let mut first = pin!(handshake(0));
+    let connection = match tokio::time::timeout(ASK_ANOTHER, &mut first).await {
+        Ok(connected) => connected?,
+        Err(_) => tokio::select! {
+            Ok(connected) = first => connected,
+            Ok(connected) = handshake(1) => connected,
+            else => return Err("no handshake comes about".into()),
+        },
+    };
     let found = Peer::of(&connection, identity).map_err(|e| text(&e))?;
     if found.id != instance.node {
         connection.close(Code::H3_NO_ERROR.into(), b"");

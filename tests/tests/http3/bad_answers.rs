@@ -57,6 +57,8 @@ async fn answers_against_the_protocol_reach_nobody() {
         .add(&NodeSpec::named("mallory").serving("spare=127.0.0.1:9").flag("--advertise").flag(front.to_string()))
         .await
         .unwrap();
+    // One thread, so that all its calls go over one connection.
+    cluster.add(&NodeSpec::named("caller").flag("--workers").flag("1")).await.unwrap();
     let rogue = Rogue::of(&cluster.node("mallory").state).unwrap();
     let endpoint = rogue.answering().unwrap();
     parting_relay(front, cluster.node("mallory").mesh, endpoint.local_addr().unwrap()).await;
@@ -94,16 +96,18 @@ async fn answers_against_the_protocol_reach_nobody() {
     let answering = tokio::spawn(answer_with(endpoint, Arc::new(rows), connections.clone()));
     cluster.converge().await.unwrap();
 
-    let door = cluster.node("seed").outbound;
+    let door = cluster.node("caller").outbound;
     let hello = call(door, "spare", "/row-0").await;
     assert_eq!((hello.status, hello.text()), (200, "hello".into()));
+    // Where the first handshake took its time, a second one may come to its end behind it.
+    let most = connections.load(SeqCst) + 1;
     for row in 1..last {
         let answer = call(door, "spare", &format!("/row-{row}")).await;
         assert_eq!(answer.status, 502, "row {row}: {answer:?}");
         assert!(answer.header("x-evil").is_empty() && answer.header("set-cookie").is_empty(), "row {row}: {answer:?}");
         if row <= count {
             assert!(answer.header("proxy-status").contains("http_protocol_error"), "row {row}: {answer:?}");
-            assert_eq!(connections.load(SeqCst), 1, "row {row} costs its stream only");
+            assert!(connections.load(SeqCst) <= most, "row {row} costs its stream only");
         }
     }
     // Afterwards the next call is as good as the first, and others never noticed.
@@ -115,7 +119,7 @@ async fn answers_against_the_protocol_reach_nobody() {
     .await
     .expect("a new connection is made");
     assert_eq!(call(door, "honest", "/").await.status, 200);
-    let log = cluster.node("seed").process.log();
+    let log = cluster.node("caller").process.log();
     assert!(!log.contains("panicked"), "{log}");
     answering.abort();
 }

@@ -13,9 +13,10 @@ use tokio::sync::Notify;
 
 use crate::normal::{self, Origin};
 
-/// Interim answers of a request that are passed on; more are dropped, which changes nothing for its client. Whoever is behind
-/// takes more.
+/// Interim answers of a request that are passed on; more are dropped, which changes nothing for its client.
 const MAX_PASSED_ON: usize = 16;
+/// Interim answers that a client of ours takes before the final one is waited for no longer.
+pub(crate) const MAX_TAKEN: usize = 32;
 
 /// The way of interim answers back to a client whose protocol can carry them. Whoever serves the request puts it among the
 /// request's extensions, and whoever asks somebody else for the answer uses it.

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use http::{HeaderValue, Response, StatusCode, request};
 use starling_gossip::Instance;
 use starling_http::{
-    Body, Due, Guard, Guarded, Interim, Late, ProxyError, Source, grpc_timeout,
+    Body, Due, Guard, Guarded, Head, Interim, Late, ProxyError, Source, grpc_timeout,
     h3::{
         Broken, Code,
-        client::{self, Head, RequestError},
+        client::{self, RequestError},
     },
     names,
     normal::{self, Origin, number},

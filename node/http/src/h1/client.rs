@@ -7,13 +7,13 @@ use std::{
     io::{self, IoSlice},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Method, Response, StatusCode, header};
+use http::{Method, Response, StatusCode, header};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -22,7 +22,8 @@ use super::{
     stream::ServerStream,
 };
 use crate::{
-    Body, BodyError, Interim,
+    Body, BodyError, Head, Interim,
+    interim::MAX_TAKEN,
     normal::Origin,
     stall::{STALL, Stall},
 };
@@ -35,25 +36,15 @@ const LONG_READ_BYTES: usize = 32 << 10;
 const GATHER_BYTES: usize = 16 << 10;
 /// Pieces of a request up to this size are put together with others; larger ones are written from where they are.
 const COPY_BYTES: usize = 4 << 10;
-/// Interim answers before an answer, at most.
-const MAX_INTERIM: usize = 64;
+
+/// Uploads at a time that may go on although their answer is complete; others end with it.
+const MAX_LINGERING: usize = 512;
+
+static LINGERING: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     /// Where answers are read first: most are short, and then nothing else has to be kept for them.
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(READ_BYTES));
-}
-
-/// What a request asks for. Its fields are in normal form.
-#[derive(Debug, Clone, Copy)]
-pub struct Head<'a> {
-    /// Its method.
-    pub method: &'a Method,
-    /// What Host says.
-    pub authority: &'a str,
-    /// Path and query.
-    pub target: &'a str,
-    /// All other fields.
-    pub fields: &'a HeaderMap,
 }
 
 /// A request on its way: what of it is written, and what is still to come.
@@ -245,7 +236,7 @@ impl Connection {
         let shared = &self.shared;
         shared.answered.store(false, Relaxed);
         let mut uploading = true;
-        let mut incoming = Incoming { method: request.method.clone(), partial: Vec::new(), passed_on: 0 };
+        let mut incoming = Incoming { method: request.method.clone(), partial: Vec::new(), taken: 0 };
         let answered = poll_fn(|cx| {
             if uploading && let Poll::Ready(done) = request.poll_upload(cx, &shared.stream) {
                 uploading = false;
@@ -260,7 +251,7 @@ impl Connection {
             }
             Err(error) => return Err(error),
         };
-        shared.keeps.store(head.keeps && !shared.stream.is_deaf(), Relaxed);
+        shared.keeps.store(head.keeps, Relaxed);
         if uploading {
             self.upload_on(request);
         }
@@ -273,7 +264,7 @@ impl Connection {
         let shared = self.shared.clone();
         let task = tokio::spawn(async move {
             match poll_fn(|cx| request.poll_upload(cx, &shared.stream)).await {
-                Ok(()) => shared.uploading.store(shared.stream.is_deaf(), Relaxed),
+                Ok(()) => shared.uploading.store(false, Relaxed),
                 // Half a request must not look like a whole one.
                 Err(_) => shared.stream.close(),
             }
@@ -290,9 +281,14 @@ impl Connection {
         }
         if uploading.load(Relaxed) {
             let upload = self.upload().take();
-            if let Some(upload) = upload {
-                tokio::spawn(async move { drop(tokio::time::timeout(STALL, upload).await) });
+            if let Some(upload) = upload
+                && let Some(place) = Lingering::enter()
+            {
                 self.lingers = true;
+                tokio::spawn(async move {
+                    let _place = place;
+                    drop(tokio::time::timeout(STALL, upload).await);
+                });
             }
             return None;
         }
@@ -301,6 +297,22 @@ impl Connection {
 
     fn upload(&self) -> MutexGuard<'_, Option<AbortOnDropHandle<()>>> {
         self.upload.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// An upload that goes on although its call is over, and so counts for nobody.
+struct Lingering;
+
+impl Lingering {
+    fn enter() -> Option<Self> {
+        let entered = LINGERING.fetch_update(Relaxed, Relaxed, |n| (n < MAX_LINGERING).then_some(n + 1));
+        entered.is_ok().then_some(Self)
+    }
+}
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        LINGERING.fetch_sub(1, Relaxed);
     }
 }
 
@@ -345,7 +357,8 @@ struct Incoming {
     /// The request's.
     method: Method,
     partial: Vec<u8>,
-    passed_on: usize,
+    /// Interim answers so far.
+    taken: usize,
 }
 
 impl Incoming {
@@ -380,21 +393,21 @@ impl Incoming {
                     if !head.parts.status.is_informational() {
                         return Poll::Ready(Ok((head, Bytes::copy_from_slice(bytes))));
                     }
-                    self.passed_on += 1;
+                    self.taken += 1;
                     if head.parts.status == StatusCode::SWITCHING_PROTOCOLS {
                         return Poll::Ready(Err(Offence("it switches protocols, which nobody asked for").into()));
                     }
-                    if self.passed_on > MAX_INTERIM {
+                    if self.taken > MAX_TAKEN {
                         return Poll::Ready(Err(Offence("it has too many interim answers").into()));
                     }
                     if let Some(interim) = interim {
                         interim.pass_on(head.parts.status, head.parts.headers, Origin::Outside);
                     }
                 }
-                let taken = before - bytes.len();
+                let read = before - bytes.len();
                 match self.partial.is_empty() {
-                    true => self.partial.extend_from_slice(&scratch[taken..]),
-                    false => drop(self.partial.drain(..taken)),
+                    true => self.partial.extend_from_slice(&scratch[read..]),
+                    false => drop(self.partial.drain(..read)),
                 }
             }
         })
@@ -439,6 +452,8 @@ impl Receiver {
             // Reserved only once there is something to be read.
             let mut piece = Vec::new();
             let read = ready!(stream.poll_read_into_new(cx, &mut piece, LONG_READ_BYTES));
+            // One that has become slow must not hold so much for so little.
+            self.is_long = piece.len() >= READ_BYTES;
             self.input = piece.into();
             read
         } else {

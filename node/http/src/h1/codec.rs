@@ -10,7 +10,10 @@ use http::{
 };
 use httparse::{ParserConfig, Status};
 
-use crate::normal::{MAX_FIELDS, content_length};
+use crate::{
+    Head,
+    normal::{MAX_FIELDS, content_length},
+};
 
 /// Longest head, in bytes.
 pub(super) const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -32,9 +35,9 @@ pub(super) enum Framing {
 }
 
 /// Writes the head of a request whose fields are in normal form. One that is not chunked has a length, or no body.
-pub(super) fn put_request(out: &mut Vec<u8>, head: &super::Head<'_>, is_chunked: bool) {
-    let super::Head { method, authority, target, fields } = head;
-    for part in [method.as_str(), " ", target, " HTTP/1.1\r\nhost: ", authority, "\r\n"] {
+pub(super) fn put_request(out: &mut Vec<u8>, head: &Head<'_>, is_chunked: bool) {
+    let Head { method, authority, path, fields, .. } = head;
+    for part in [method.as_str(), " ", path, " HTTP/1.1\r\nhost: ", authority, "\r\n"] {
         out.extend_from_slice(part.as_bytes());
     }
     put_fields(out, fields.iter().filter(|(name, _)| **name != header::HOST));
@@ -444,7 +447,7 @@ mod tests {
         let fields = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static("*/*"))]);
         let put = |method, is_chunked| {
             let mut out = Vec::new();
-            let head = super::super::Head { method: &method, authority: "web", target: "/a?b", fields: &fields };
+            let head = Head { method: &method, authority: "web", path: "/a?b", fields: &fields, interim: None };
             put_request(&mut out, &head, is_chunked);
             String::from_utf8(out).unwrap()
         };

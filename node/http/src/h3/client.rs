@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, Method, response};
+use http::{Method, response};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
@@ -17,10 +17,7 @@ use super::{
     pump::{Cut, pump},
     stream::{Receiver, Sender},
 };
-use crate::{Body, Interim, Shelf, normal::Origin};
-
-/// Interim answers that are taken before the final one is waited for no longer.
-const MAX_INTERIM: usize = 32;
+use crate::{Body, Head, Shelf, interim::MAX_TAKEN, normal::Origin};
 
 /// A request waits so long for others to end, if the server takes no more at a time: it is not a queue.
 const OPENS_WITHIN: Duration = Duration::from_millis(100);
@@ -38,21 +35,6 @@ impl Drop for Closing {
     fn drop(&mut self) {
         self.connection.quinn().close(Code::H3_NO_ERROR.var_int(), b"");
     }
-}
-
-/// The head of a request over https.
-#[derive(Debug, Clone, Copy)]
-pub struct Head<'a> {
-    /// Method; CONNECT is not sent.
-    pub method: &'a Method,
-    /// Authority.
-    pub authority: &'a str,
-    /// Path and query.
-    pub path: &'a str,
-    /// Fields, normalised.
-    pub fields: &'a HeaderMap,
-    /// Where interim answers go; they are passed over if there is nowhere.
-    pub interim: Option<&'a Interim>,
 }
 
 /// The answer, as far as it has come.
@@ -164,7 +146,7 @@ impl Client {
 }
 
 async fn receive_head(receiver: &mut Receiver, request: Head<'_>) -> Result<response::Parts, Broken> {
-    for _ in 0..=MAX_INTERIM {
+    for _ in 0..=MAX_TAKEN {
         let Some(Event::Head(section)) = receiver.event().await? else {
             return Err(receiver.break_off(Fault::malformed("an answer without a head")));
         };

@@ -6,8 +6,8 @@ use http::{HeaderMap, Method};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use starling_http::{
-    Body, Transport,
-    h3::client::{Answer, Client, Head, RequestError},
+    Body, Head, Transport,
+    h3::client::{Answer, Client, RequestError},
 };
 
 /// How long anything may take on a slow machine.

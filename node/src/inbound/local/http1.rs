@@ -7,8 +7,8 @@ use std::{
 
 use http::{HeaderMap, Request, Response, StatusCode, uri};
 use starling_http::{
-    Body, Guarded, Interim, Problem, ProxyError,
-    h1::{self, ExchangeError, Head, Outgoing},
+    Body, Guarded, Head, Interim, Problem, ProxyError,
+    h1::{self, ExchangeError, Outgoing},
     normal,
 };
 
@@ -63,10 +63,10 @@ impl Pool {
         let head = Head {
             method: &parts.method,
             authority: parts.uri.authority().map_or("", uri::Authority::as_str),
-            target: parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str),
+            path: parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str),
             fields: &parts.headers,
+            interim: Interim::of(&parts),
         };
-        let interim = Interim::of(&parts);
         // A kept connection may be closed by the service at the very moment it is used. Then the request comes back unsent,
         // or is sent once more if that is harmless: without a body, and idempotent.
         let repeatable = http_body::Body::is_end_stream(&body) && parts.method.is_idempotent();
@@ -76,7 +76,7 @@ impl Pool {
             Connections::Http2(_) => None,
         };
         if let Some(kept) = self.idle.take().or_else(|| dialler.borrow(elsewhere)) {
-            match self.exchange(kept, outgoing, interim).await {
+            match self.exchange(kept, outgoing, head.interim).await {
                 Ok(response) => return Ok(response),
                 Err(error) => {
                     if matches!(error, ExchangeError::Unsent(_) | ExchangeError::Closed(_)) {
@@ -95,7 +95,7 @@ impl Pool {
         }
         let (stream, room) = dialler.dial().await?;
         let fresh = Connection { http: h1::Connection::new(stream, room), until: Instant::now() };
-        self.exchange(fresh, outgoing, interim).await.map_err(|error| failed(&error))
+        self.exchange(fresh, outgoing, head.interim).await.map_err(|error| failed(&error))
     }
 
     async fn exchange(

@@ -203,11 +203,8 @@ impl MeshClient {
         let mut broken = 0;
         let mut failed = None;
         loop {
-            let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead) {
-                Ok(candidate) => {
-                    observed.is_for(service.as_str());
-                    candidate
-                }
+            let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead, observed) {
+                Ok(candidate) => candidate,
                 // Just started, a node does not know yet what there is.
                 Err(_) if failed.is_none() && !self.node.introduction.is_over(&self.snapshot()) && !due.is_over() => {
                     tokio::time::sleep(INTRODUCED).await;
@@ -293,6 +290,7 @@ impl MeshClient {
         version: Option<&str>,
         tried: &[NodeId],
         dead: &[NodeId],
+        observed: &mut Observed,
     ) -> Result<Candidate, CallError> {
         let snapshot = self.snapshot();
         let unavailable = |detail| {
@@ -308,6 +306,8 @@ impl MeshClient {
                 format!("no node of the mesh serves {service}"),
             ));
         };
+        // Only names that the mesh knows are counted by name.
+        observed.is_for(service.as_str());
         let wish = Wish { version, zone: &self.node.zone, tried, dead };
         let picked =
             pick(&candidates, wish, Instant::now(), &mut rand::rng(), |lost| self.pool.look_for(lost)).cloned();

@@ -102,10 +102,6 @@ impl Door {
                 })?
             }
         };
-        // Only names that the mesh knows are counted by name.
-        if self.client.snapshot().instances(&service).is_some() {
-            observed.is_for(service.as_str());
-        }
         let limits = self.limits.of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
         let call = Call { service, version: None, request, limits };

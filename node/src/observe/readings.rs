@@ -134,7 +134,7 @@ impl Books {
             }
             points
         };
-        let of_both = |figures: fn(&Account) -> Vec<Kinds>| {
+        let of_both = |figures: fn(&Account) -> Vec<OfKind>| {
             let mut points = Vec::new();
             for (side, accounts) in [("client", &sent), ("server", &served)] {
                 for ((caller, service), account) in accounts {
@@ -201,7 +201,7 @@ impl Books {
 }
 
 /// A figure, and which of several kinds it is of, by a label.
-type Kinds = (Option<(&'static str, &'static str)>, Figure);
+type OfKind = (Option<(&'static str, &'static str)>, Figure);
 
 /// By caller and service, in order, so that a reading is always in the same.
 type Accounts = BTreeMap<(String, String), Account>;

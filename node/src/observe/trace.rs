@@ -18,6 +18,8 @@ const SAMPLED: u8 = 1;
 const RANDOM: u8 = 2;
 /// Spans that may wait to be exported; beyond it they are dropped and counted.
 const MAX_WAITING: usize = 4096;
+/// Longest notes of others that a span keeps: what W3C Trace Context §3.3.1.5 asks to be passed on at least.
+const MAX_STATE_BYTES: usize = 512;
 /// How many of them may be of one other node's calls, on all workers, those included that have not ended: whoever has everything
 /// recorded must not leave the others without.
 pub(crate) const MAX_OF_ONE: usize = MAX_WAITING / 8;
@@ -96,10 +98,11 @@ impl TraceContext {
     }
 }
 
-/// What others have noted of the trace: several fields are one (W3C Trace Context §3.3).
+/// What others have noted of the trace: several fields are one (W3C Trace Context §3.3). A span keeps no long notes, because
+/// spans wait by the thousand; the fields go on as they are.
 fn state_of(fields: &HeaderMap) -> Option<String> {
     let notes: Vec<_> = fields.get_all(&TRACESTATE).iter().filter_map(|value| value.to_str().ok()).collect();
-    (!notes.is_empty()).then(|| notes.join(","))
+    Some(notes.join(",")).filter(|notes| !notes.is_empty() && notes.len() <= MAX_STATE_BYTES)
 }
 
 /// Lower-case hexadecimal digits; capital ones are not valid here.
@@ -422,11 +425,26 @@ mod tests {
         let sent = TraceContext::of(&fields).unwrap();
         drop((departure, arrival));
         let (client, server) = (spans.try_recv().unwrap(), spans.try_recv().unwrap());
+        assert_eq!(server.state.as_deref(), Some("a=1"));
         assert_eq!(server.parent, Some(0x00f0_67aa_0ba9_02b7u64.to_be_bytes()));
         assert_eq!(client.parent, Some(server.context.span));
         assert_eq!(sent.span, client.context.span);
         assert!(server.context.trace == sent.trace && client.context.trace == sent.trace);
         assert_eq!(fields[&TRACESTATE], "a=1");
+    }
+
+    #[test]
+    fn a_span_keeps_short_notes_of_others_and_the_fields_go_on() {
+        let of = |notes: &[String]| {
+            let mut fields = HeaderMap::new();
+            for note in notes {
+                fields.append(&TRACESTATE, note.parse().unwrap());
+            }
+            state_of(&fields)
+        };
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&["a=1".into(), "b=2".into()]).as_deref(), Some("a=1,b=2"));
+        assert_eq!(of(&[format!("a={}", "x".repeat(MAX_STATE_BYTES))]), None);
     }
 
     #[test]

@@ -187,8 +187,7 @@ impl MeshEndpoint {
         crypto: Arc<QuicClientConfig>,
         nth: u8,
     ) -> Result<quinn::Connecting, quinn::ConnectError> {
-        let aim = self.aim.checked_add(nth).unwrap_or(CONTROL + 1);
-        let mut config = client_config(crypto, if self.aim == CONTROL { CONTROL } else { aim });
+        let mut config = client_config(crypto, self.aim.checked_add(nth).unwrap_or(CONTROL + 1));
         config.transport_config(self.windows.on(CALLS_OUT).config());
         self.dialling.connect_with(config, addr, tls::SERVER_NAME)
     }

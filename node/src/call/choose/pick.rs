@@ -55,7 +55,7 @@ enum Standing {
 /// Picks among `candidates`, which are callable by the mesh's word; `tried` ones only if nothing else is left, and `dead`
 /// ones not at all. One whose peer is out of reach is left until nobody else is there: it would not answer, and the call would
 /// only wait for it. Of those within reach, never more than half are ejected for their answers: then our own view is the
-/// suspect. Same zone first. `due` gets the places of those whose peers are to be dialled again.
+/// suspect. Same zone first. `due` gets those whose peers are to be dialled again.
 pub(crate) fn pick<'a>(
     candidates: &'a [Candidate],
     wish: Wish<'_>,

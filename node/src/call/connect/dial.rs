@@ -40,7 +40,8 @@ async fn end_in_time(made: Weak<State>, connection: quinn::Connection, until: u6
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A thread of the peer that does not answer so soon may stand still, or be flooded by strangers: another one is asked, too.
-const ASK_ANOTHER: Duration = Duration::from_millis(300);
+/// Longer than a handshake takes over most networks, so that they are not all made twice.
+const ASK_ANOTHER: Duration = Duration::from_millis(500);
 
 /// Why there is no connection. Nothing was sent.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -98,10 +98,11 @@ where
 
 /// What is to be said once in a while, however often it happens.
 #[derive(Debug, Default)]
-struct Seldom(Option<Instant>);
+pub struct Seldom(Option<Instant>);
 
 impl Seldom {
-    fn may_speak(&mut self) -> bool {
+    /// Whether it may be said now: then it is not said again for a minute.
+    pub fn may_speak(&mut self) -> bool {
         let may = self.0.is_none_or(|at| at.elapsed() > SAY_EVERY);
         if may {
             self.0 = Some(Instant::now());

@@ -22,6 +22,7 @@ use crate::{
     replay::Replay,
     shelf::{Shelf, Standing},
     tcp::Http2Body,
+    tunnel::{Awaited, CapsuleBody, Reading, websocket::Leaving},
 };
 
 /// How long a request that should have no body may take to end.
@@ -76,6 +77,10 @@ pub(crate) enum Kind {
     Http2(Box<Http2Body>),
     Http3(Box<Receiver>),
     Upload(UploadBody),
+    Tunnel(Box<Reading>),
+    Awaited(Awaited),
+    Capsules(CapsuleBody),
+    Leaving(Box<Leaving<Body>>),
     Replay(Replay),
     Shelved(Arc<Standing>),
     /// It was ended before it was read.
@@ -96,6 +101,12 @@ impl Kind {
             Self::Http2(body) => body.poll_frame(cx),
             Self::Http3(receiver) => receiver.poll_frame(cx).map_err(BodyError::from),
             Self::Upload(upload) => upload.poll_frame(cx),
+            Self::Tunnel(reading) => reading.poll_frame(cx),
+            Self::Awaited(awaited) => awaited.poll_frame(cx),
+            Self::Capsules(CapsuleBody(waiting)) => {
+                waiting.poll_recv(cx).map(|next| next.map(|next| Ok(Frame::data(next))))
+            }
+            Self::Leaving(leaving) => Pin::new(leaving).poll_frame(cx),
             Self::Replay(replay) => replay.poll_frame(cx),
             Self::Shelved(standing) => standing.with(|kind| kind.poll_frame(cx), Poll::is_pending),
             Self::Ended(why) => Poll::Ready(Some(Err(BodyError::Broken((*why).into())))),
@@ -113,7 +124,7 @@ impl Kind {
             Self::Upload(upload) => upload.is_end_stream(),
             Self::Replay(replay) => replay.is_end_stream(),
             Self::Shelved(standing) => standing.peek(Self::is_end_stream),
-            Self::Ended(_) => false,
+            Self::Tunnel(_) | Self::Awaited(_) | Self::Capsules(_) | Self::Leaving(_) | Self::Ended(_) => false,
         }
     }
 
@@ -406,6 +417,30 @@ impl From<Http2Body> for Body {
 impl From<UploadBody> for Body {
     fn from(upload: UploadBody) -> Self {
         Self::from(Kind::Upload(upload))
+    }
+}
+
+impl From<Reading> for Body {
+    fn from(reading: Reading) -> Self {
+        Self::from(Kind::Tunnel(Box::new(reading)))
+    }
+}
+
+impl From<CapsuleBody> for Body {
+    fn from(capsules: CapsuleBody) -> Self {
+        Self::from(Kind::Capsules(capsules))
+    }
+}
+
+impl From<Leaving<Self>> for Body {
+    fn from(leaving: Leaving<Self>) -> Self {
+        Self::from(Kind::Leaving(Box::new(leaving)))
+    }
+}
+
+impl From<Awaited> for Body {
+    fn from(awaited: Awaited) -> Self {
+        Self::from(Kind::Awaited(awaited))
     }
 }
 

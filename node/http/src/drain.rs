@@ -5,10 +5,14 @@ use std::{future::Future, time::Duration};
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Shared by every listener of a node: two signals and a count of who is busy.
+/// What has not ended by itself may say farewell for so long, before it is cut.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Shared by every listener of a node: three signals and a count of who is busy.
 #[derive(Clone, Debug, Default)]
 pub struct Drain {
     draining: CancellationToken,
+    leaving: CancellationToken,
     closing: CancellationToken,
     busy: TaskTracker,
 }
@@ -28,7 +32,12 @@ impl Drain {
         self.draining.cancelled().await;
     }
 
-    /// Resolves when the patience is over and connections are to be cut. Cancel safe.
+    /// Resolves when the patience is over: who has a word for that is to say it now. Cancel safe.
+    pub fn leaving(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.leaving.clone().cancelled_owned()
+    }
+
+    /// Resolves when connections are to be cut. Cancel safe.
     pub async fn closing(&self) {
         self.closing.cancelled().await;
     }
@@ -38,6 +47,10 @@ impl Drain {
         self.draining.cancel();
         self.busy.close();
         let in_time = tokio::time::timeout(patience, self.busy.wait()).await.is_ok();
+        if !in_time {
+            self.leaving.cancel();
+            let _ = tokio::time::timeout(FAREWELL, self.busy.wait()).await;
+        }
         self.closing.cancel();
         let _ = tokio::time::timeout(Duration::from_secs(1), self.busy.wait()).await;
         in_time

@@ -8,7 +8,7 @@ mod stream;
 
 pub(crate) use self::client::Receiver;
 pub use self::{
-    client::{Connection, ExchangeError, Outgoing},
+    client::{Connection, ExchangeError, Outgoing, Switched},
     codec::Offence,
     stream::ServerStream,
 };

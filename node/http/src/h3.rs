@@ -9,6 +9,7 @@ pub mod server;
 
 mod code;
 mod connection;
+mod datagrams;
 mod order;
 mod pump;
 mod stream;
@@ -19,4 +20,8 @@ pub use connection::MAX_SECTION_BYTES;
 pub use order::Order;
 pub use stream::Broken;
 
-pub(crate) use self::{stream::Receiver, upload::UploadBody};
+pub(crate) use self::{
+    datagrams::{Flow, FlowSender, Unsendable},
+    stream::Receiver,
+    upload::UploadBody,
+};

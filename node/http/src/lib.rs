@@ -22,6 +22,7 @@ pub mod names;
 pub mod normal;
 pub mod shared_port;
 pub mod tcp;
+pub mod tunnel;
 
 pub use body::{Body, BodyError};
 pub use deadline::{Due, Late};

@@ -26,6 +26,8 @@ names! {
     LOAD = headers::LOAD;
     /// [`headers::SENT`].
     SENT = headers::SENT;
+    /// [`headers::NOT_SWITCHED`].
+    NOT_SWITCHED = headers::NOT_SWITCHED;
     /// [`headers::CALLER`].
     CALLER = headers::CALLER;
     /// [`headers::CALLER_SERVICES`].

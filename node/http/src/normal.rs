@@ -15,7 +15,7 @@ pub(crate) use self::response::clean_interim;
 pub use self::{
     cookies::join_cookies,
     fields::number,
-    request::{Checked, normalise_request},
+    request::{Checked, Tunnel, normalise_request, tunnel},
     response::normalise_response,
 };
 pub(crate) use self::{fields::content_length, trailers::clean_trailers};
@@ -79,6 +79,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::tunnel::Protocol;
 
     fn request(version: Version, uri: &str, fields: &[(&str, &str)]) -> request::Parts {
         let mut builder = Request::builder().version(version).uri(uri);
@@ -173,10 +174,33 @@ mod tests {
             parts.method = method;
             normalise_request(&mut parts, Origin::Outside).map_err(|m| m.status.as_u16())
         };
-        assert_eq!(status(Method::CONNECT, "a:443", &[]), Err(501));
         assert_eq!(status(Method::GET, "/", &[("expect", "the-unexpected")]), Err(417));
         assert!(status(Method::OPTIONS, "*", &[]).is_ok());
         assert_eq!(status(Method::GET, "*", &[]), Err(400));
+    }
+
+    #[test]
+    fn tunnels_are_told_apart() {
+        let asked = |uri: &str, protocol: Option<&str>, fields: &[(&str, &str)]| {
+            let mut parts = request(Version::HTTP_2, uri, fields);
+            parts.method = Method::CONNECT;
+            parts.extensions.extend(
+                protocol
+                    .map(|name| {
+                        let mut extensions = http::Extensions::new();
+                        extensions.insert(Protocol::read(name).unwrap());
+                        extensions
+                    })
+                    .unwrap_or_default(),
+            );
+            normalise_request(&mut parts, Origin::Outside).map(|c| (c.tunnel.unwrap(), parts.uri.to_string()))
+        };
+        assert_eq!(asked("db:5432", None, &[]), Ok((Tunnel::Bytes, "/".into())));
+        assert_eq!(asked("https://a/chat?x", Some("WebSocket"), &[]), Ok((Tunnel::Upgrade, "/chat?x".into())));
+        assert_eq!(asked("https://a/", Some("connect-udp"), &[]), Ok((Tunnel::Udp, "/".into())));
+        assert!(asked("db:5432", None, &[("content-length", "0")]).is_err());
+        assert!(asked("/path", None, &[]).is_err());
+        assert_eq!(check(Version::HTTP_2, "https://a/", &[]).unwrap().tunnel, None);
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub enum ProxyError {
     HttpRequestError,
     /// The service's answer makes no sense.
     HttpProtocolError,
+    /// The service does not change to the protocol that was asked for.
+    HttpUpgradeFailed,
     /// The call goes round in circles.
     ProxyLoopDetected,
     /// Our own fault.
@@ -45,6 +47,7 @@ impl ProxyError {
             Self::HttpRequestDenied => "http_request_denied",
             Self::HttpRequestError => "http_request_error",
             Self::HttpProtocolError => "http_protocol_error",
+            Self::HttpUpgradeFailed => "http_upgrade_failed",
             Self::ProxyLoopDetected => "proxy_loop_detected",
             Self::ProxyInternalError => "proxy_internal_error",
         }

@@ -13,14 +13,30 @@ use tokio::time::{Instant, Sleep};
 /// that has nothing to give is no stall.
 pub(crate) const STALL: Duration = Duration::from_secs(30);
 
+/// The same at the end of a tunnel, where the pause of a program is no fault: as long as it may be silent.
+pub(crate) const TUNNEL_STALL: Duration = Duration::from_secs(3600);
+
 /// Measures how long something that should move has not.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Stall {
+    limit: Duration,
     since: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
+/// With the usual patience.
+impl Default for Stall {
+    fn default() -> Self {
+        Self::of(STALL)
+    }
+}
+
 impl Stall {
+    /// With that much patience.
+    pub(crate) fn of(limit: Duration) -> Self {
+        Self { limit, since: None, timer: None }
+    }
+
     /// It moved.
     pub(crate) fn moved(&mut self) {
         self.since = None;
@@ -28,7 +44,7 @@ impl Stall {
 
     /// It does not move at the moment; ready once it has not for too long.
     pub(crate) fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let due = *self.since.get_or_insert_with(Instant::now) + STALL;
+        let due = *self.since.get_or_insert_with(Instant::now) + self.limit;
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
         if timer.deadline() != due {
             timer.as_mut().reset(due);

@@ -26,7 +26,7 @@ async fn connected() -> (Connection, TcpStream) {
 
 fn request(method: &Method, body: Body) -> Outgoing {
     let fields = HeaderMap::new();
-    Outgoing::new(&Head { method, authority: "web", path: "/", fields: &fields, interim: None }, body)
+    Outgoing::new(&Head { method, authority: "web", path: "/", fields: &fields, protocol: None, interim: None }, body)
 }
 
 /// Reads until that is there.

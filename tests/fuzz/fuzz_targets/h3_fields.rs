@@ -4,12 +4,16 @@
 use bytes::BytesMut;
 use http::{HeaderMap, Method};
 use libfuzzer_sys::fuzz_target;
-use starling_http::h3::codec::{
-    frame::{Frames, Handling, Piece},
-    head::{
-        Limits, decode_request, decode_response, decode_trailers, encode_request, encode_response, encode_trailers,
+use starling_http::{
+    Head,
+    h3::codec::{
+        frame::{Frames, Handling, Piece},
+        head::{
+            Limits, decode_request, decode_response, decode_trailers, encode_request, encode_response, encode_trailers,
+        },
+        qpack::Fields,
     },
-    qpack::Fields,
+    tunnel::Protocol,
 };
 
 const LIMITS: Limits = Limits { max_section_bytes: 16 << 10, extended_connect: true };
@@ -47,10 +51,13 @@ fuzz_target!(|bytes: &[u8]| {
         let uri = &read.head.uri;
         let authority = uri.authority().expect("every request has one").as_str();
         assert!(!authority.is_empty() && !authority.contains('@'));
-        if read.head.method != Method::CONNECT && uri.scheme_str() == Some("https") {
-            let path = uri.path_and_query().expect("and a path").as_str();
-            encode_request(&read.head.method, authority, path, &read.head.headers, u64::MAX, &mut out)
-                .expect("no limit");
+        let protocol = read.head.extensions.get::<Protocol>();
+        let is_plain_tunnel = read.head.method == Method::CONNECT && protocol.is_none();
+        if is_plain_tunnel || uri.scheme_str() == Some("https") {
+            let path = uri.path_and_query().map_or("", |path| path.as_str());
+            let (method, fields) = (&read.head.method, &read.head.headers);
+            let head = Head { method, authority, path, fields, protocol, interim: None };
+            encode_request(&head, u64::MAX, &mut out).expect("no limit");
             let again = decode_request(&section(out.split()), Limits { max_section_bytes: u64::MAX, ..LIMITS })
                 .expect("it is sound");
             assert_eq!(

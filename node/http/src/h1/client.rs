@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{Method, Response, StatusCode, header};
+use http::{Method, Response, StatusCode, header, response};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -26,6 +26,7 @@ use crate::{
     interim::MAX_TAKEN,
     normal::Origin,
     stall::{STALL, Stall},
+    tunnel::End,
 };
 
 /// Read at a time; with more than this, an answer is taken for a long one.
@@ -197,6 +198,17 @@ pub struct Connection {
     upload: Mutex<Option<AbortOnDropHandle<()>>>,
     /// An upload goes on that ends by itself.
     lingers: bool,
+    /// It belongs to a tunnel now.
+    is_tunnel: bool,
+}
+
+/// What became of a request to switch to another protocol.
+#[derive(Debug)]
+pub enum Switched {
+    /// The head of the answer; the connection, which begins behind it; and what it takes the place of.
+    To(response::Parts, End, Arc<dyn Any + Send + Sync>),
+    /// An answer like any other, and the connection.
+    Not(Response<Body>, Connection),
 }
 
 #[derive(Debug)]
@@ -218,7 +230,7 @@ impl Connection {
     pub fn new(stream: ServerStream, place: Arc<dyn Any + Send + Sync>) -> Self {
         let (keeps, answered, uploading) = (true.into(), true.into(), false.into());
         let shared = Arc::new(Shared { stream, keeps, answered, uploading, _place: place });
-        Self { shared, upload: Mutex::default(), lingers: false }
+        Self { shared, upload: Mutex::default(), lingers: false, is_tunnel: false }
     }
 
     /// Whether the server has neither closed the connection nor said anything unasked: a look into the kernel.
@@ -233,29 +245,52 @@ impl Connection {
         mut request: Outgoing,
         interim: Option<&Interim>,
     ) -> Result<Response<Body>, ExchangeError> {
+        let (head, rest, uploading) = match self.answer(&mut request, interim, false).await {
+            Err(ExchangeError::Closed(_)) if !request.is_begun => {
+                return Err(ExchangeError::Unsent(Box::new(request)));
+            }
+            answered => answered?,
+        };
+        if uploading {
+            self.upload_on(request);
+        }
+        Ok(Response::from_parts(head.parts, self.shared.body(head.framing, rest)))
+    }
+
+    /// Sends a request to switch to another protocol. If the server does, the connection is one end of a tunnel; what it took the
+    /// place of is kept by what is returned with it. Not cancel safe, as an exchange is not.
+    pub async fn switch(mut self, mut request: Outgoing, interim: Option<&Interim>) -> Result<Switched, ExchangeError> {
+        let (head, rest, _) = self.answer(&mut request, interim, true).await?;
+        if head.parts.status != StatusCode::SWITCHING_PROTOCOLS {
+            let body = self.shared.body(head.framing, rest);
+            return Ok(Switched::Not(Response::from_parts(head.parts, body), self));
+        }
+        self.is_tunnel = true;
+        let shared = self.shared.clone();
+        Ok(Switched::To(head.parts, End::server(shared.stream.clone(), rest), shared))
+    }
+
+    /// The head of an answer, what was read behind it, and whether there is more of the request to write.
+    async fn answer(
+        &self,
+        request: &mut Outgoing,
+        interim: Option<&Interim>,
+        may_switch: bool,
+    ) -> Result<(AnswerHead, Bytes, bool), ExchangeError> {
         let shared = &self.shared;
         shared.answered.store(false, Relaxed);
         let mut uploading = true;
-        let mut incoming = Incoming { method: request.method.clone(), partial: Vec::new(), taken: 0 };
-        let answered = poll_fn(|cx| {
+        let mut incoming = Incoming { method: request.method.clone(), partial: Vec::new(), taken: 0, may_switch };
+        let (head, rest) = poll_fn(|cx| {
             if uploading && let Poll::Ready(done) = request.poll_upload(cx, &shared.stream) {
                 uploading = false;
                 done?;
             }
             incoming.poll_head(cx, &shared.stream, interim)
-        });
-        let (head, rest) = match answered.await {
-            Ok(answered) => answered,
-            Err(ExchangeError::Closed(_)) if !request.is_begun => {
-                return Err(ExchangeError::Unsent(Box::new(request)));
-            }
-            Err(error) => return Err(error),
-        };
+        })
+        .await?;
         shared.keeps.store(head.keeps, Relaxed);
-        if uploading {
-            self.upload_on(request);
-        }
-        Ok(Response::from_parts(head.parts, shared.body(head.framing, rest)))
+        Ok((head, rest, uploading))
     }
 
     /// Writes the rest of a request while its answer is read.
@@ -318,7 +353,7 @@ impl Drop for Lingering {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if !self.lingers {
+        if !self.lingers && !self.is_tunnel {
             self.shared.stream.close();
         }
     }
@@ -359,6 +394,8 @@ struct Incoming {
     partial: Vec<u8>,
     /// Interim answers so far.
     taken: usize,
+    /// 101 is an answer to the request.
+    may_switch: bool,
 }
 
 impl Incoming {
@@ -390,11 +427,12 @@ impl Incoming {
                 let before = bytes.len();
                 while let Some((head, length)) = codec::read_head(bytes, &self.method)? {
                     bytes = &bytes[length..];
-                    if !head.parts.status.is_informational() {
+                    let switches = head.parts.status == StatusCode::SWITCHING_PROTOCOLS;
+                    if !head.parts.status.is_informational() || switches && self.may_switch {
                         return Poll::Ready(Ok((head, Bytes::copy_from_slice(bytes))));
                     }
                     self.taken += 1;
-                    if head.parts.status == StatusCode::SWITCHING_PROTOCOLS {
+                    if switches {
                         return Poll::Ready(Err(Offence("it switches protocols, which nobody asked for").into()));
                     }
                     if self.taken > MAX_TAKEN {

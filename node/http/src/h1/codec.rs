@@ -13,6 +13,7 @@ use httparse::{ParserConfig, Status};
 use crate::{
     Head,
     normal::{MAX_FIELDS, content_length},
+    tunnel::Protocol,
 };
 
 /// Longest head, in bytes.
@@ -36,14 +37,21 @@ pub(super) enum Framing {
 
 /// Writes the head of a request whose fields are in normal form. One that is not chunked has a length, or no body.
 pub(super) fn put_request(out: &mut Vec<u8>, head: &Head<'_>, is_chunked: bool) {
-    let Head { method, authority, path, fields, .. } = head;
+    let Head { method, authority, path, fields, protocol, .. } = head;
+    // What HTTP/2 and 3 ask for with CONNECT is GET with an Upgrade here (RFC 8441 §5).
+    let method = if protocol.is_some() { &Method::GET } else { *method };
     for part in [method.as_str(), " ", path, " HTTP/1.1\r\nhost: ", authority, "\r\n"] {
         out.extend_from_slice(part.as_bytes());
     }
     put_fields(out, fields.iter().filter(|(name, _)| **name != header::HOST));
+    if let Some(Protocol(name)) = protocol {
+        for part in ["connection: upgrade\r\nupgrade: ", name, "\r\n"] {
+            out.extend_from_slice(part.as_bytes());
+        }
+    }
     if is_chunked {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");
-    } else if matches!(**method, Method::POST | Method::PUT | Method::PATCH)
+    } else if matches!(*method, Method::POST | Method::PUT | Method::PATCH)
         && !fields.contains_key(header::CONTENT_LENGTH)
     {
         // Servers wait for a body of these, or refuse what does not say that there is none (RFC 9110 §8.6).
@@ -447,7 +455,14 @@ mod tests {
         let fields = HeaderMap::from_iter([(header::ACCEPT, HeaderValue::from_static("*/*"))]);
         let put = |method, is_chunked| {
             let mut out = Vec::new();
-            let head = Head { method: &method, authority: "web", path: "/a?b", fields: &fields, interim: None };
+            let head = Head {
+                method: &method,
+                authority: "web",
+                path: "/a?b",
+                fields: &fields,
+                protocol: None,
+                interim: None,
+            };
             put_request(&mut out, &head, is_chunked);
             String::from_utf8(out).unwrap()
         };

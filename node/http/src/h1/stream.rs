@@ -49,7 +49,7 @@ impl ServerStream {
         matches!(found, Err(rustix::io::Errno::WOULDBLOCK))
     }
 
-    pub(super) fn is_deaf(&self) -> bool {
+    pub(crate) fn is_deaf(&self) -> bool {
         self.0.deaf.load(Relaxed)
     }
 
@@ -59,8 +59,17 @@ impl ServerStream {
         let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Both);
     }
 
-    /// The same, into a piece of memory that is reserved when there is something to be read.
-    pub(super) fn poll_read_into_new(
+    /// Breaks it off for everybody: the server sees a reset, and no end that could be taken for one.
+    pub(crate) fn abort(&self) {
+        self.0.closed.store(true, Relaxed);
+        // On Linux, a connection that is dissolved is reset.
+        if rustix::net::connect_unspec(&self.0.stream).is_err() {
+            let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Both);
+        }
+    }
+
+    /// The same as [`Self::poll_read_into`], into a piece of memory that is reserved when there is something to be read.
+    pub(crate) fn poll_read_into_new(
         &self,
         cx: &mut Context<'_>,
         into: &mut Vec<u8>,
@@ -97,7 +106,7 @@ impl ServerStream {
     }
 
     /// Writes some; all of it goes nowhere once the server is deaf.
-    pub(super) fn poll_write_some(&self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    pub(crate) fn poll_write_some(&self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let length = bufs.iter().map(|buf| buf.len()).sum();
         while !self.is_deaf() {
             let stream = &self.0.stream;

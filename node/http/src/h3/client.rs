@@ -13,14 +13,23 @@ use super::{
         message::Event,
     },
     connection::{Connection, MAX_SECTION_BYTES},
+    datagrams::Flow,
     order::Order,
     pump::{Cut, pump},
     stream::{Receiver, Sender},
 };
-use crate::{Body, Head, Shelf, interim::MAX_TAKEN, normal::Origin};
+use crate::{
+    Body, Head, Shelf,
+    interim::MAX_TAKEN,
+    normal::Origin,
+    tunnel::{Protocol, Taken},
+};
 
 /// A request waits so long for others to end, if the server takes no more at a time: it is not a queue.
 const OPENS_WITHIN: Duration = Duration::from_millis(100);
+
+/// How long a request waits for the server's settings that depends on them.
+const SETTINGS_WITHIN: Duration = Duration::from_secs(3);
 
 /// One connection to a server, for requests. Cheap to clone; the connection closes with the last clone.
 #[derive(Clone)]
@@ -66,6 +75,9 @@ pub enum RequestError {
     /// The request's own body broke off.
     #[error("the request's body broke off")]
     Body,
+    /// The server opens no tunnels of that kind. Nothing was sent.
+    #[error("the server does not take tunnels with a protocol")]
+    Unsupported,
     /// No answer came.
     #[error(transparent)]
     Broken(#[from] Broken),
@@ -97,11 +109,18 @@ impl Client {
             opened.map_err(|_| RequestError::Full)?.map_err(|error| RequestError::NotSent(error.to_string()))?;
         let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);
         let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
+        match head.protocol {
+            Some(_) if !self.takes_protocols().await => return Err(RequestError::Unsupported),
+            None if *head.method == Method::CONNECT => sender.be_patient(),
+            _ => {}
+        }
         if !connection.takes_requests() {
             // It said so while we waited for our turn; the stream goes with a reset.
             return Err(RequestError::NotSent("the server goes away".into()));
         }
-        sender.request(head.method, head.authority, head.path, head.fields).map_err(|_| RequestError::TooLarge)?;
+        let flow = head.protocol.filter(|protocol| protocol.0 == Protocol::UDP);
+        let flow = flow.map(|_| Taken::new(Flow::of(connection, sender.stream_id())));
+        sender.request(&head).map_err(|_| RequestError::TooLarge)?;
 
         let Some(body) = body else {
             sender.flush().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
@@ -119,7 +138,7 @@ impl Client {
             sent
         });
         let mut uploading = true;
-        let answer_head = {
+        let mut answer_head = {
             let mut answered = std::pin::pin!(receive_head(&mut receiver, head));
             loop {
                 tokio::select! {
@@ -134,12 +153,21 @@ impl Client {
                 }
             }
         };
+        if let Some(flow) = flow {
+            answer_head.extensions.insert(flow);
+        }
         let upload = uploading.then(|| AbortOnDropHandle::new(tokio::spawn(async move { drop(upload.await) })));
         Ok(Answer { head: answer_head, body: self.body(receiver), upload })
     }
 }
 
 impl Client {
+    /// Whether the server takes extended CONNECT, which it must have said before (RFC 9220 §3); it says so with its first words.
+    async fn takes_protocols(&self) -> bool {
+        let told = tokio::time::timeout(SETTINGS_WITHIN, self.0.connection.peer()).await;
+        told.is_ok_and(|settings| settings.extended_connect)
+    }
+
     fn body(&self, receiver: Receiver) -> Body {
         Body::from(receiver).shelved(&self.0.shelf)
     }

@@ -17,6 +17,7 @@ use super::{
         settings::Settings,
         varint,
     },
+    datagrams::Dealer,
     order::{Line, Order},
 };
 
@@ -42,7 +43,10 @@ pub(crate) struct Connection {
     role: Role,
     /// Where its streams stand, if they do.
     line: Option<Line>,
+    dealer: Dealer,
     peer: OnceLock<Settings>,
+    /// Its settings have come.
+    told: Notify,
     /// From which stream id on the peer takes nothing.
     goaway: AtomicU64,
     ended: AtomicBool,
@@ -61,7 +65,9 @@ impl Connection {
             quinn,
             role,
             line: (order == Order::InLine).then(Line::default),
+            dealer: Dealer::default(),
             peer: OnceLock::new(),
+            told: Notify::new(),
             goaway: AtomicU64::new(STAYS),
             ended: AtomicBool::new(false),
             remembered: AtomicU32::new(0),
@@ -82,6 +88,16 @@ impl Connection {
         self.line.as_ref()
     }
 
+    /// Where its datagrams go.
+    pub(super) fn dealer(&self) -> &Dealer {
+        &self.dealer
+    }
+
+    /// Whether the peer takes HTTP datagrams, as far as it has said so.
+    pub(crate) fn peer_takes_datagrams(&self) -> bool {
+        self.peer.get().is_some_and(|settings| settings.datagrams)
+    }
+
     pub(crate) fn role(&self) -> Role {
         self.role
     }
@@ -89,6 +105,17 @@ impl Connection {
     /// Largest field section that the peer takes, as far as it has said so.
     pub(crate) fn peer_max_section_bytes(&self) -> u64 {
         self.peer.get().and_then(|settings| settings.max_field_section_bytes).unwrap_or(u64::MAX)
+    }
+
+    /// What the peer says of itself, once that has come. Cancel safe.
+    pub(crate) async fn peer(&self) -> Settings {
+        loop {
+            let told = self.told.notified();
+            match self.peer.get() {
+                Some(settings) => return *settings,
+                None => told.await,
+            }
+        }
     }
 
     /// Whether the peer neither goes away nor is gone.
@@ -149,7 +176,11 @@ impl Connection {
     /// Opens our control stream. QPACK's are never opened: with a table of size 0 there is nothing to say on them
     /// (RFC 9204 §4.2).
     async fn announce(&self) {
-        let settings = Settings { max_field_section_bytes: Some(MAX_SECTION_BYTES), ..Settings::default() };
+        let settings = Settings {
+            max_field_section_bytes: Some(MAX_SECTION_BYTES),
+            extended_connect: self.role == Role::Server,
+            datagrams: self.quinn.max_datagram_size().is_some(),
+        };
         let mut out = BytesMut::new();
         varint::encode(CONTROL, &mut out);
         settings.encode(&mut out);
@@ -226,7 +257,10 @@ impl Connection {
     fn take(&self, event: Event) {
         match event {
             // Settings come once; the control stream's reader sees to it.
-            Event::Settings(settings) => drop(self.peer.set(settings)),
+            Event::Settings(settings) => {
+                let _ = self.peer.set(settings);
+                self.told.notify_waiters();
+            }
             // Towards a server it names pushes, of which there are none.
             Event::GoAway(from) if self.role == Role::Client => self.goaway.store(from, Relaxed),
             Event::GoAway(_) => {}

@@ -20,6 +20,7 @@ use super::{
         varint,
     },
     connection::{Connection, MAX_SECTION_BYTES},
+    datagrams::Flow,
     order::Order,
     pump::{Cut, pump},
     stream::{Receiver, Sender},
@@ -28,6 +29,7 @@ use super::{
 use crate::{
     Body, BodyError, Drain, Interim, Problem, ProxyError, Shelf,
     patience::{HOLD, Patience},
+    tunnel::{self, Protocol, Taken},
 };
 
 /// How long a request's head may take to arrive.
@@ -51,6 +53,7 @@ where
         requests: TaskTracker::new(),
         patience: Arc::default(),
         shelf: limits.shelf,
+        drain: drain.clone(),
     };
     // From which stream id on requests are refused.
     let mut bound = 0;
@@ -103,6 +106,7 @@ struct Server<H> {
     requests: TaskTracker,
     patience: Arc<Patience>,
     shelf: Shelf,
+    drain: Drain,
 }
 
 impl<H, F, B> Server<H>
@@ -119,6 +123,7 @@ where
             receiver: Receiver::new(receive, self.connection.clone(), Code::H3_NO_ERROR),
             patience: self.patience.clone(),
             shelf: self.shelf.clone(),
+            drain: self.drain.clone(),
         };
         // Boxed, because a task is copied several times when it is spawned and when it ends.
         self.requests.spawn(Box::pin(exchange.run(self.handler.clone())));
@@ -169,6 +174,7 @@ struct Exchange {
     receiver: Receiver,
     patience: Arc<Patience>,
     shelf: Shelf,
+    drain: Drain,
 }
 
 impl Exchange {
@@ -178,9 +184,9 @@ impl Exchange {
         F: Future<Output = Response<B>>,
         B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
     {
-        let Self { mut sender, mut receiver, patience, shelf } = self;
+        let Self { mut sender, mut receiver, patience, shelf, drain } = self;
         let begun = Instant::now();
-        let head = match tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut receiver)).await {
+        let mut head = match tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut receiver)).await {
             Ok(Ok(head)) => head,
             Ok(Err(Broken::Fault(Fault::TooLarge))) => {
                 let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
@@ -198,17 +204,31 @@ impl Exchange {
             }
         };
         let method = head.method.clone();
+        let protocol = head.extensions.get::<Protocol>().cloned();
+        match &protocol {
+            None if method == Method::CONNECT => sender.be_patient(),
+            Some(Protocol(name)) if name == Protocol::UDP => {
+                head.extensions.insert(Taken::new(Flow::of(sender.connection(), sender.stream_id())));
+            }
+            _ => {}
+        }
         // Mostly the end comes along with the head; then there is no body, and nothing to watch but the answer.
         let (upload, body) = if receiver.has_ended() {
             (None, Body::empty())
         } else {
             let (upload, body) = Upload::divide(receiver);
-            (Some(upload), Body::from(body).shelved(&shelf))
+            (Some(upload), tunnel::sent(Body::from(body).shelved(&shelf), protocol.as_ref(), &drain))
         };
         let outcome = {
             let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
             match ask(&mut sender, head, body, upload.as_ref(), &patience, handler, unwanted.as_mut()).await {
-                Ok(response) => reply(&mut sender, &method, response, upload.as_ref(), unwanted).await,
+                Ok(response) => match tunnel::consented(&method, response) {
+                    Ok(response) => {
+                        let response = response.map(|body| tunnel::answered(body, protocol.as_ref(), &drain));
+                        reply(&mut sender, &method, response, upload.as_ref(), unwanted).await
+                    }
+                    Err(problem) => Err(Unanswered::Problem(Box::new(problem))),
+                },
                 Err(Unanswered::Unwanted(code)) => {
                     patience.cancelled(begun);
                     Err(Unanswered::Unwanted(code))
@@ -218,8 +238,11 @@ impl Exchange {
         };
         match outcome {
             Ok(()) => {
-                if let Some(upload) = upload {
-                    upload.answered();
+                match upload {
+                    // The other half of a tunnel may be open for long, and is what a drain waits for.
+                    Some(upload) if method == Method::CONNECT => upload.ended().await,
+                    Some(upload) => upload.answered(),
+                    None => {}
                 }
                 sender.delivered().await;
             }
@@ -352,7 +375,7 @@ async fn wanted(upload: Option<&Upload>) {
 
 /// Reads and checks the head, and looks whether the request ends with it.
 async fn read_head(receiver: &mut Receiver) -> Result<request::Parts, Broken> {
-    const LIMITS: HeadLimits = HeadLimits { max_section_bytes: MAX_SECTION_BYTES, extended_connect: false };
+    const LIMITS: HeadLimits = HeadLimits { max_section_bytes: MAX_SECTION_BYTES, extended_connect: true };
     let Some(Event::Head(section)) = receiver.event().await? else {
         return Err(receiver.break_off(Fault::Stream(Code::H3_REQUEST_INCOMPLETE, "a request without a head")));
     };

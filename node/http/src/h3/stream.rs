@@ -5,10 +5,11 @@ use std::{
     pin::pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, StatusCode};
 use http_body::Frame;
 
 use super::{
@@ -22,7 +23,10 @@ use super::{
     connection::{Connection, MAX_SECTION_BYTES},
     order::Turn,
 };
-use crate::{BodyError, stall::Stall};
+use crate::{
+    BodyError, Head,
+    stall::{STALL, Stall, TUNNEL_STALL},
+};
 
 /// Payloads up to this size are copied behind their frame's header: one buffer is cheaper than two.
 const COPY_BYTES: usize = 1024;
@@ -53,6 +57,8 @@ pub(crate) struct Sender {
     /// Somebody waits, or waited, for the peer to stop the stream.
     watched: bool,
     open: bool,
+    /// How long the peer may take nothing.
+    patience: Duration,
 }
 
 impl Sender {
@@ -68,20 +74,27 @@ impl Sender {
             on_drop,
             watched: false,
             open: true,
+            patience: STALL,
         }
     }
 
     /// Queues the head of a request.
-    pub(crate) fn request(
-        &mut self,
-        method: &Method,
-        authority: &str,
-        path: &str,
-        fields: &HeaderMap,
-    ) -> Result<(), TooLarge> {
+    pub(crate) fn request(&mut self, head: &Head<'_>) -> Result<(), TooLarge> {
         self.queued.reserve(512);
-        let limit = self.connection.peer_max_section_bytes();
-        head::encode_request(method, authority, path, fields, limit, &mut self.queued)
+        head::encode_request(head, self.connection.peer_max_section_bytes(), &mut self.queued)
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    pub(crate) fn stream_id(&self) -> quinn::StreamId {
+        self.stream.id()
+    }
+
+    /// Has patience with a peer that takes nothing: what a tunnel carries may be left lying for as long as its ends like.
+    pub(crate) fn be_patient(&mut self) {
+        self.patience = TUNNEL_STALL;
     }
 
     /// Queues the head of a response.
@@ -136,7 +149,7 @@ impl Sender {
         }
         self.put_queued();
         self.gathered = 0;
-        let mut stall = Stall::default();
+        let mut stall = Stall::of(self.patience);
         let mut rest = &mut self.chunks[..];
         while !rest.is_empty() {
             let written = {

@@ -120,6 +120,12 @@ impl Upload {
         }
     }
 
+    /// The whole answer is out. Resolves when the upload is over, too.
+    pub(crate) async fn ended(self) {
+        lock(&self.0).answered = true;
+        self.over().await;
+    }
+
     /// The whole answer is out. Whoever reads the upload may go on doing so, and it is watched as long as that.
     pub(crate) fn answered(self) {
         let is_over = {

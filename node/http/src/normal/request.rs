@@ -10,6 +10,7 @@ use super::{
     Malformed, Origin, bad,
     fields::{Found, check_coding, collapse_content_length, content_length, remove_hop_by_hop, remove_own_fields},
 };
+use crate::tunnel::Protocol;
 
 /// What a checked request says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +19,19 @@ pub struct Checked {
     pub authority: Authority,
     /// Length of the body, if the head promises one.
     pub length: Option<u64>,
+    /// Which tunnel it asks for, if it asks for one.
+    pub tunnel: Option<Tunnel>,
+}
+
+/// A tunnel that a request asks for (see [`crate::tunnel`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tunnel {
+    /// Bytes to a service that speaks no HTTP.
+    Bytes,
+    /// UDP packets.
+    Udp,
+    /// Another protocol, which a service of HTTP changes to.
+    Upgrade,
 }
 
 impl Checked {
@@ -41,12 +55,13 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
             reason: "too many header fields",
         });
     }
-    if parts.method == Method::CONNECT {
-        let reason = "CONNECT is not supported by this version";
-        return Err(Malformed { status: StatusCode::NOT_IMPLEMENTED, reason });
-    }
+    let tunnel = tunnel(parts);
     let authority = take_authority(parts)?;
     let target = match (parts.uri.path_and_query(), &parts.method) {
+        // Of plain CONNECT there is only the authority.
+        (None, method) if *method == Method::CONNECT && parts.uri.authority().is_none() => {
+            return Err(bad("CONNECT without host and port"));
+        }
         (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),
         (Some(target), _) if target.path().starts_with('/') => rooted(target)?,
         (None, _) => PathAndQuery::from_static("/"),
@@ -54,6 +69,9 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
     };
     let found = Found::among(&parts.headers);
     let length = content_length(&parts.headers)?;
+    if tunnel.is_some() && (length.is_some() || parts.headers.contains_key(header::TRANSFER_ENCODING)) {
+        return Err(bad("a tunnel is asked for with a body"));
+    }
     if found.hop_by_hop {
         check_connection_fields(&parts.headers, parts.version)?;
         check_coding(&parts.headers).map_err(|reason| Malformed { status: StatusCode::NOT_IMPLEMENTED, reason })?;
@@ -81,7 +99,16 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
         parts.headers.remove(headers::XFCC);
     }
     parts.uri = Uri::from(target);
-    Ok(Checked { authority, length })
+    Ok(Checked { authority, length, tunnel })
+}
+
+/// Which tunnel a request asks for, if it asks for one.
+pub fn tunnel(parts: &request::Parts) -> Option<Tunnel> {
+    (parts.method == Method::CONNECT).then(|| match parts.extensions.get::<Protocol>() {
+        None => Tunnel::Bytes,
+        Some(Protocol(name)) if name == Protocol::UDP => Tunnel::Udp,
+        Some(_) => Tunnel::Upgrade,
+    })
 }
 
 /// `https://host?x` has the path `/`, which the parser tells but does not write.

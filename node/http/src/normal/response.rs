@@ -43,7 +43,7 @@ pub fn normalise_response(
     }
     collapse_content_length(&mut parts.headers);
     if found.own {
-        remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT]);
+        remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT, headers::NOT_SWITCHED]);
     }
     let bodiless =
         *method == Method::HEAD || parts.status == StatusCode::NO_CONTENT || parts.status == StatusCode::NOT_MODIFIED;

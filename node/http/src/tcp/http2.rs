@@ -25,7 +25,8 @@ use super::{HEAD_TIMEOUT, Limits, MAX_HEAD_BYTES};
 use crate::{
     Body, BodyError, Drain, Interim,
     patience::{HOLD, Patience},
-    stall::Stall,
+    stall::{STALL, Stall, TUNNEL_STALL},
+    tunnel::{self, Protocol},
 };
 
 /// How often a client is asked whether it is still there, and how long it may take to answer.
@@ -54,7 +55,8 @@ where
         .initial_window_size(limits.stream_window_bytes)
         .initial_connection_window_size(limits.stream_window_bytes.saturating_mul(limits.max_streams).min(1 << 30))
         .max_header_list_size(MAX_HEAD_BYTES as u32)
-        .max_send_buffer_size(MAX_SEND_BUFFER);
+        .max_send_buffer_size(MAX_SEND_BUFFER)
+        .enable_connect_protocol();
     let mut connection = match tokio::time::timeout(HEAD_TIMEOUT, builder.handshake(stream)).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return tracing::debug!(%error, "connection"),
@@ -70,15 +72,22 @@ where
         let is_idle = open.load(Relaxed) == 0 && !connection.has_streams();
         tokio::select! {
             accepted = connection.accept() => match accepted {
-                Some(Ok((request, respond))) => {
+                Some(Ok((request, mut respond))) => {
                     let (handler, shelf, place) = (handler.clone(), limits.shelf.clone(), Place::new(&open));
+                    let drain = drain.clone();
                     let patience = patience.clone();
                     tokio::spawn(async move {
-                        let (head, body) = request.into_parts();
+                        let (mut head, body) = request.into_parts();
+                        if let Some(asked) = head.extensions.remove::<h2::ext::Protocol>() {
+                            match Protocol::read(asked.as_str()) {
+                                Some(protocol) => drop(head.extensions.insert(protocol)),
+                                None => return respond.send_reset(Reason::PROTOCOL_ERROR),
+                            }
+                        }
                         let body = Http2Body::new(body);
                         let upload = body.upload.clone();
                         let request = Request::from_parts(head, Body::from(body).shelved(&shelf));
-                        answer(request, &upload, respond, &patience, handler).await;
+                        answer(request, &upload, respond, &patience, &drain, handler).await;
                         drop(place);
                     });
                 }
@@ -179,6 +188,7 @@ async fn answer<H, F, B>(
     upload: &Upload,
     mut respond: SendResponse<Bytes>,
     patience: &Patience,
+    drain: &Drain,
     handler: H,
 ) where
     H: Fn(Request<Body>) -> F,
@@ -188,6 +198,10 @@ async fn answer<H, F, B>(
     let begun = std::time::Instant::now();
     let method = request.method().clone();
     let (mut head, body) = request.into_parts();
+    let protocol = head.extensions.get::<Protocol>().cloned();
+    let body = tunnel::sent(body, protocol.as_ref(), drain);
+    let is_plain_tunnel = method == Method::CONNECT && protocol.is_none();
+    let stall = if is_plain_tunnel { TUNNEL_STALL } else { STALL };
     let mut expects =
         head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     let interim = Interim::default();
@@ -223,13 +237,19 @@ async fn answer<H, F, B>(
     while let Some(early) = interim.take() {
         let _ = respond.send_informational(early);
     }
-    let sent = match response {
-        Ok(response) => send(&mut respond, &method, response).await,
-        Err(problem) => send(&mut respond, &method, problem.into_response("starling", false)).await,
+    let sent = match response.and_then(|response| tunnel::consented(&method, response)) {
+        Ok(response) => {
+            let response = response.map(|body| tunnel::answered(body, protocol.as_ref(), drain));
+            send(&mut respond, &method, response, stall).await
+        }
+        Err(problem) => send(&mut respond, &method, problem.into_response("starling", false), stall).await,
     };
     match sent {
         Ok(stream) => {
-            if !upload.over.load(Relaxed) {
+            if method == Method::CONNECT {
+                // The other half of a tunnel may be open for long.
+                upload.ended.notified().await;
+            } else if !upload.over.load(Relaxed) {
                 // Dropped together with the stream, the rest of the request is stopped, and the client told so.
                 let _ = tokio::time::timeout(LINGER, closed(stream)).await;
             }
@@ -254,7 +274,7 @@ async fn closed(mut stream: SendStream<Bytes>) {
 
 type Sent = Result<SendStream<Bytes>, (Cut, Option<SendStream<Bytes>>)>;
 
-async fn send<B>(respond: &mut SendResponse<Bytes>, method: &Method, response: Response<B>) -> Sent
+async fn send<B>(respond: &mut SendResponse<Bytes>, method: &Method, response: Response<B>, stall: Duration) -> Sent
 where
     B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
 {
@@ -268,14 +288,14 @@ where
     if is_bodiless {
         return Ok(stream);
     }
-    match pump(&mut stream, body).await {
+    match pump(&mut stream, body, stall).await {
         Ok(()) => Ok(stream),
         Err(cut) => Err((cut, Some(stream))),
     }
 }
 
 /// Sends the body and its trailers, as fast as the client takes them.
-async fn pump<B>(stream: &mut SendStream<Bytes>, mut body: B) -> Result<(), Cut>
+async fn pump<B>(stream: &mut SendStream<Bytes>, mut body: B, stall: Duration) -> Result<(), Cut>
 where
     B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
 {
@@ -292,7 +312,7 @@ where
         match frame.into_data() {
             Ok(mut data) => {
                 while !data.is_empty() {
-                    let part = data.split_to(capacity(stream, data.len()).await?.min(data.len()));
+                    let part = data.split_to(capacity(stream, data.len(), stall).await?.min(data.len()));
                     let is_last = data.is_empty() && body.is_end_stream();
                     stream.send_data(part, is_last).map_err(unwanted)?;
                     if is_last {
@@ -312,9 +332,9 @@ where
 }
 
 /// How much the client takes, once it takes something.
-async fn capacity(stream: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, Cut> {
+async fn capacity(stream: &mut SendStream<Bytes>, wanted: usize, stall: Duration) -> Result<usize, Cut> {
     stream.reserve_capacity(wanted);
-    let mut stall = Stall::default();
+    let mut stall = Stall::of(stall);
     poll_fn(|cx| {
         loop {
             if stream.capacity() > 0 {
@@ -337,6 +357,8 @@ struct Upload {
     wanted: Notify,
     /// Nothing more comes.
     over: AtomicBool,
+    /// Told when nothing more comes, or nobody listens.
+    ended: Notify,
 }
 
 /// A request's body.
@@ -358,6 +380,7 @@ impl Http2Body {
         let frame = ready!(self.poll_next(cx));
         if self.stream.is_end_stream() || !matches!(frame, Some(Ok(_))) {
             self.upload.over.store(true, Relaxed);
+            self.upload.ended.notify_one();
         }
         Poll::Ready(frame.map(|frame| frame.map_err(|error| BodyError::Broken(error.to_string()))))
     }
@@ -379,5 +402,11 @@ impl Http2Body {
 
     pub(crate) fn is_end_stream(&self) -> bool {
         self.stream.is_end_stream()
+    }
+}
+
+impl Drop for Http2Body {
+    fn drop(&mut self) {
+        self.upload.ended.notify_one();
     }
 }

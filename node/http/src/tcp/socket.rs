@@ -53,6 +53,11 @@ impl Socket {
         Self { stream: Some(stream), stall: Stall::default(), read_all: false, wrote: false }
     }
 
+    /// The connection by itself, without the care of [`Socket`] for how it ends.
+    pub fn into_tcp(mut self) -> Option<TcpStream> {
+        self.stream.take()
+    }
+
     fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
         self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }

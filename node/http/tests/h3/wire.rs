@@ -74,7 +74,7 @@ pub(crate) async fn send(
     fields: &HeaderMap,
     body: Option<Body>,
 ) -> Result<Answer, RequestError> {
-    let head = Head { method: &method, authority: "x", path, fields, interim: None };
+    let head = Head { method: &method, authority: "x", path, fields, protocol: None, interim: None };
     tokio::time::timeout(LIMIT, client.send(head, body)).await.expect("an answer or an error")
 }
 

@@ -1,4 +1,4 @@
-//! HTTP datagrams (RFC 9297 §2.1): which request a QUIC datagram belongs to. Nothing sends them yet; tunnels will.
+//! HTTP datagrams (RFC 9297 §2.1): which request a QUIC datagram belongs to.
 
 use bytes::{BufMut, Bytes, BytesMut};
 

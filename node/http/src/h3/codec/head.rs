@@ -1,7 +1,6 @@
 //! Heads and trailers: field sections to and from what the `http` crate has, with the rules of RFC 9114 §4.2 and §4.3 checked
 //! where order and duplicates still show.
 
-use crate::names;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header, request, response,
@@ -13,14 +12,10 @@ use super::{
     qpack::{Encoder, Fields, Text},
     varint,
 };
-use crate::{h3::Fault, normal};
+use crate::{Head, h3::Fault, names, normal, tunnel::Protocol};
 
 /// Most fields in a section: what the normaliser lets through, what an edge adds to that, and pseudo-fields.
 const MAX_FIELDS: usize = normal::MAX_MESH_FIELDS + 8;
-
-/// `:protocol` of an extended CONNECT (RFC 8441 §4, RFC 9220 §3), among the extensions of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Protocol(pub String);
 
 /// What an end lets pass.
 #[derive(Debug, Clone, Copy)]
@@ -108,8 +103,8 @@ pub fn decode_request(section: &[u8], limits: Limits) -> Result<Checked<request:
         if !limits.extended_connect || method != Method::CONNECT {
             return Err(Fault::malformed(":protocol without extended CONNECT"));
         }
-        let protocol = String::from_utf8(protocol.as_bytes().to_vec());
-        head.extensions.insert(Protocol(protocol.map_err(|_| Fault::malformed("a :protocol that is no text"))?));
+        let protocol = std::str::from_utf8(protocol.as_bytes()).ok().and_then(Protocol::read);
+        head.extensions.insert(protocol.ok_or(Fault::malformed("a :protocol that is no token"))?);
     }
     head.uri = uri.map_err(|_| Fault::malformed("a target that does not fit together"))?;
     head.method = method;
@@ -278,20 +273,22 @@ fn content_length(fields: &HeaderMap) -> Result<Option<u64>, Fault> {
 pub struct TooLarge;
 
 /// Appends the HEADERS frame of a request to an authority over https.
-pub fn encode_request(
-    method: &Method,
-    authority: &str,
-    path: &str,
-    fields: &HeaderMap,
-    max_section_bytes: u64,
-    out: &mut BytesMut,
-) -> Result<(), TooLarge> {
+pub fn encode_request(head: &Head<'_>, max_section_bytes: u64, out: &mut BytesMut) -> Result<(), TooLarge> {
     encode(out, max_section_bytes, |encoder| {
-        encoder.field(b":method", method.as_str().as_bytes(), false);
-        encoder.field(b":scheme", b"https", false);
-        encoder.field(b":authority", authority.as_bytes(), false);
-        encoder.field(b":path", path.as_bytes(), false);
-        encode_fields(fields, encoder);
+        encoder.field(b":method", head.method.as_str().as_bytes(), false);
+        // Of plain CONNECT there is only the authority (RFC 9114 §4.4).
+        let has_path = *head.method != Method::CONNECT || head.protocol.is_some();
+        if let Some(Protocol(protocol)) = head.protocol {
+            encoder.field(b":protocol", protocol.as_bytes(), false);
+        }
+        if has_path {
+            encoder.field(b":scheme", b"https", false);
+        }
+        encoder.field(b":authority", head.authority.as_bytes(), false);
+        if has_path {
+            encoder.field(b":path", head.path.as_bytes(), false);
+        }
+        encode_fields(head.fields, encoder);
     })
 }
 
@@ -472,6 +469,15 @@ mod tests {
         let head = decode_request(&fields, open).unwrap().head;
         assert_eq!(head.extensions.get(), Some(&Protocol("websocket".into())));
         assert_eq!(head.uri.path(), "/chat");
+        let (method, fields) = (&Method::CONNECT, &HeaderMap::new());
+        let websocket = Protocol("websocket".into());
+        for (protocol, target) in [(Some(&websocket), "https://a:1/chat"), (None, "a:1")] {
+            let mut out = BytesMut::new();
+            let head = Head { method, authority: "a:1", path: "/chat", fields, protocol, interim: None };
+            encode_request(&head, 65_536, &mut out).unwrap();
+            let head = decode_request(&out[3..], open).unwrap().head;
+            assert_eq!((head.uri.to_string().as_str(), head.extensions.get()), (target, protocol));
+        }
         assert!(decode_request(&section(&[&GET[..], &[(":protocol", "x")]].concat()), open).is_err());
     }
 
@@ -541,7 +547,9 @@ mod tests {
                 headers.append(HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
             }
             let mut out = BytesMut::new();
-            encode_request(&Method::PATCH, "orders.mesh.internal", &path, &headers, 65_536, &mut out).unwrap();
+            let (method, authority) = (&Method::PATCH, "orders.mesh.internal");
+            let head = Head { method, authority, path: &path, fields: &headers, protocol: None, interim: None };
+            encode_request(&head, 65_536, &mut out).unwrap();
             let head = decode_request(&out[3..], LIMITS).unwrap().head;
             prop_assert_eq!(head.uri.authority().unwrap().as_str(), "orders.mesh.internal");
             prop_assert_eq!(head.uri.path_and_query().unwrap().as_str(), path);

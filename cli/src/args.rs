@@ -282,7 +282,7 @@ pub(crate) struct NodeArgs {
     /// Where this node stands
     #[arg(long, env = "STARLING_ZONE", value_name = "Z")]
     pub(crate) zone: Option<String>,
-    /// A service to offer, as `NAME=IP:PORT[,version=V][,protocol=http1|h2c]`; may be repeated
+    /// A service to offer, as `NAME=IP:PORT[,version=V][,protocol=http1|h2c|tcp|udp]`; may be repeated
     #[arg(long = "service", value_name = "NAME=IP:PORT", value_parser = crate::commands::node::parse_service)]
     pub(crate) services: Vec<starling_node::config::ServiceConfig>,
     /// TCP address of the outbound listener

@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError, accept, is_grpc,
-    normal::{self, Origin},
+    normal::{self, Origin, Tunnel},
 };
 use starling_node::{Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, Worker, trace};
 use starling_protocol::headers;
@@ -237,6 +237,10 @@ impl Gateway {
             return Err(bad_request("underscores in field names are not accepted"));
         }
         let checked = normal::normalise_request(&mut parts, Origin::Outside)?;
+        if matches!(checked.tunnel, Some(Tunnel::Bytes | Tunnel::Udp)) {
+            let (status, detail) = (StatusCode::NOT_IMPLEMENTED, "tunnels lead nowhere from here");
+            return Err(Problem::proxy(status, ProxyError::HttpRequestError, detail));
+        }
         let host = &route::bare_host(checked.authority.as_str());
         entry.host.clone_from(host);
         if arrival.sni.as_deref().is_some_and(|sni| !self.standing.certificates.covers(sni, host)) {

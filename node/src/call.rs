@@ -4,6 +4,7 @@ mod attempt;
 mod budget;
 mod error;
 mod introduction;
+mod kind;
 
 pub(crate) mod choose;
 pub(crate) mod connect;
@@ -19,7 +20,10 @@ use std::{
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request};
 use rand::RngExt;
 use starling_gossip::Snapshot;
-use starling_http::{Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grpc, names, normal::number};
+use starling_http::{
+    Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grpc, names,
+    normal::{self, Tunnel, number},
+};
 use starling_protocol::{Name, NodeId, headers};
 use tokio::sync::watch;
 
@@ -41,7 +45,7 @@ pub use self::{
     attempt::{Carried, MadeByNode},
     error::{CallError, Fault, Sent},
 };
-pub(crate) use self::{budget::RetryBudget, introduction::Introduction};
+pub(crate) use self::{budget::RetryBudget, introduction::Introduction, kind::Kind};
 
 /// Time to the head of an answer, if nobody sets it.
 const DEFAULT_HEAD: Duration = Duration::from_secs(15);
@@ -70,7 +74,8 @@ pub struct Call {
     pub service: Name,
     /// Only instances of that API version; any if `None`.
     pub version: Option<String>,
-    /// The request, normalised: path and query as its target, no Host, no hop-by-hop fields.
+    /// The request, normalised: path and query as its target, no Host, no hop-by-hop fields. CONNECT asks for a tunnel, as
+    /// [`starling_http::tunnel`] has it.
     pub request: Request<Body>,
     /// How long it may take.
     pub limits: Limits,
@@ -178,6 +183,13 @@ impl MeshClient {
         self.node.snapshot.borrow().clone()
     }
 
+    /// Whether a service is spoken to by HTTP, as far as it is known.
+    pub(crate) fn takes_http(&self, service: &Name) -> bool {
+        let snapshot = self.snapshot();
+        let instances = snapshot.instances(service).unwrap_or_default();
+        instances.iter().any(|instance| Kind::of_service(&instance.protocol) == Some(Kind::Http))
+    }
+
     /// Forgets peers that are not in the mesh any more. To be done on the worker's own thread.
     pub(crate) fn forget_strangers(&self) {
         let snapshot = self.snapshot();
@@ -196,14 +208,25 @@ impl MeshClient {
 
         let bodiless = http_body::Body::is_end_stream(&body);
         let source = (!bodiless).then(|| Source::new(body));
+        let tunnel = normal::tunnel(&parts);
         let until = limits.total.map(|total| Instant::now() + total);
-        let due = Due::new(limits.head, until, source.as_ref());
-        let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle: limits.idle, until };
+        // What goes into a tunnel is no upload that must come first.
+        let due = Due::new(limits.head, until, source.as_ref().filter(|_| tunnel.is_none()));
+        // Its packets do not move its stream; who opened it, ends it.
+        let idle = limits.idle.filter(|_| tunnel != Some(Tunnel::Udp));
+        let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle, until };
         let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
         let mut broken = 0;
         let mut failed = None;
         loop {
-            let candidate = match self.candidate(&service, version.as_deref(), &tried, &dead, observed) {
+            let wish = Wish {
+                kind: Kind::of_request(tunnel),
+                version: version.as_deref(),
+                zone: &self.node.zone,
+                tried: &tried,
+                dead: &dead,
+            };
+            let candidate = match self.candidate(&service, wish, observed) {
                 Ok(candidate) => candidate,
                 // Just started, a node does not know yet what there is.
                 Err(_) if failed.is_none() && !self.node.introduction.is_over(&self.snapshot()) && !due.is_over() => {
@@ -284,14 +307,7 @@ impl MeshClient {
         Ok(())
     }
 
-    fn candidate(
-        &self,
-        service: &Name,
-        version: Option<&str>,
-        tried: &[NodeId],
-        dead: &[NodeId],
-        observed: &mut Observed,
-    ) -> Result<Candidate, CallError> {
+    fn candidate(&self, service: &Name, wish: Wish<'_>, observed: &mut Observed) -> Result<Candidate, CallError> {
         let snapshot = self.snapshot();
         let unavailable = |detail| {
             let status = StatusCode::SERVICE_UNAVAILABLE;
@@ -308,14 +324,27 @@ impl MeshClient {
         };
         // Only names that the mesh knows are counted by name.
         observed.is_for(service.as_str());
-        let wish = Wish { version, zone: &self.node.zone, tried, dead };
         let picked =
             pick(&candidates, wish, Instant::now(), &mut rand::rng(), |lost| self.pool.look_for(lost)).cloned();
-        picked.ok_or_else(|| match version {
-            Some(version) => unavailable(format!("no instance of {service} {version} is alive")),
-            None => unavailable(format!("no instance of {service} is alive")),
+        picked.ok_or_else(|| {
+            let takes = |c: &Candidate| Kind::of_service(&c.instance.protocol);
+            if candidates.iter().all(|candidate| takes(candidate) != Some(wish.kind))
+                && let Some(takes) = candidates.first().and_then(takes)
+            {
+                return not_that(service, takes, wish.kind);
+            }
+            match wish.version {
+                Some(version) => unavailable(format!("no instance of {service} {version} is alive")),
+                None => unavailable(format!("no instance of {service} is alive")),
+            }
         })
     }
+}
+
+/// What is told of a call that its service does not take, whichever instance it is.
+fn not_that(service: &Name, takes: Kind, kind: Kind) -> CallError {
+    let detail = format!("{service} takes {takes}, not {kind}: {}", takes.advice());
+    CallError::new(Fault::Caller, Sent::No, StatusCode::BAD_REQUEST, ProxyError::HttpRequestError, detail)
 }
 
 /// What is told of an attempt before it is made.

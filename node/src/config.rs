@@ -1,6 +1,6 @@
 //! A node's configuration: plain structs as in the TOML file, and diagnostics with lines.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use http::HeaderMap;
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
@@ -264,8 +264,9 @@ impl ServiceConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HealthConfig {
-    /// Asked with GET; any status below 500 is healthy.
-    pub path: String,
+    /// Asked with GET; any status below 500 is healthy. Without it, and over TCP, a service is healthy that takes connections.
+    #[serde(default)]
+    pub path: Option<String>,
     /// How often.
     #[serde(default = "health_interval", deserialize_with = "duration")]
     pub interval: Duration,
@@ -279,9 +280,9 @@ pub struct UpstreamConfig {
     pub service: Name,
     /// The local port.
     pub listen: SocketAddr,
-    /// How the application speaks; HTTP/1.1 and h2c are told apart by themselves.
+    /// What the application speaks.
     #[serde(default)]
-    pub protocol: CheckedProtocol,
+    pub protocol: UpstreamProtocol,
     /// Time to the head of an answer. Default 15 s; for gRPC what the caller says, or none.
     #[serde(default, deserialize_with = "limit")]
     pub timeout: Option<Duration>,
@@ -296,7 +297,7 @@ pub struct UpstreamConfig {
 impl UpstreamConfig {
     /// A port with everything else as usual.
     pub fn new(service: Name, listen: SocketAddr) -> Self {
-        let protocol = CheckedProtocol::default();
+        let protocol = UpstreamProtocol::default();
         Self { service, listen, protocol, timeout: None, idle_timeout: None, total_timeout: None }
     }
 
@@ -310,6 +311,37 @@ impl OutboundConfig {
     /// Its limits of time.
     pub fn limits(&self) -> LimitSettings {
         LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
+}
+
+/// What the application speaks at an upstream port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UpstreamProtocol {
+    /// HTTP/1.1 and h2c, told apart by themselves.
+    #[default]
+    Http,
+    /// Anything over TCP.
+    Tcp,
+    /// Anything over UDP.
+    Udp,
+}
+
+impl FromStr for UpstreamProtocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "http" | "http1" | "h2c" => Ok(Self::Http),
+            "tcp" => Ok(Self::Tcp),
+            "udp" => Ok(Self::Udp),
+            _ => Err(format!("unknown protocol {text:?}; use http, tcp or udp")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for UpstreamProtocol {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -413,8 +445,20 @@ impl Config {
             if service.version.len() > 32 {
                 problem(format!("service[{i}].version"), "longer than 32 bytes; shorten it".into());
             }
-            if service.health.as_ref().is_some_and(|h| !h.path.starts_with('/')) {
-                problem(format!("service[{i}].health"), "path must start with '/'".into());
+            let is_http = matches!(service.protocol.0, Protocol::Http1 | Protocol::H2c);
+            match service.health.as_ref().map(|health| health.path.as_deref()) {
+                Some(_) if service.protocol.0 == Protocol::Udp => {
+                    let what = "nothing tells whether a UDP service is there; leave it out";
+                    problem(format!("service[{i}].health"), what.into());
+                }
+                Some(Some(_)) if !is_http => {
+                    let what = "a service that speaks TCP has no paths; write health = {} to have it connected to";
+                    problem(format!("service[{i}].health"), what.into());
+                }
+                Some(Some(path)) if !path.starts_with('/') => {
+                    problem(format!("service[{i}].health"), "path must start with '/'".into());
+                }
+                _ => {}
             }
         }
         let telemetry = &self.telemetry;
@@ -543,10 +587,38 @@ mod tests {
     }
 
     #[test]
-    fn what_this_version_lacks_is_refused_by_name() {
+    fn protocols_are_named_where_they_are_not_known() {
+        let upstream = |protocol: &str| {
+            format!("[[upstream]]\nservice = \"db\"\nlisten = \"127.0.0.1:1\"\nprotocol = \"{protocol}\"\n")
+        };
+        for protocol in ["http", "http1", "h2c", "tcp", "udp"] {
+            assert!(read::<Config>(&upstream(protocol)).0.is_some(), "{protocol}");
+        }
+        let (_, found) = read::<Config>(&upstream("sctp"));
+        assert!(found[0].line == 4 && found[0].problem.contains("use http, tcp or udp"), "{found:?}");
         let (_, found) =
-            read::<Config>("[[upstream]]\nservice = \"db\"\nlisten = \"127.0.0.1:1\"\nprotocol = \"tcp\"\n");
-        assert!(found[0].problem.contains("not in this version"), "{found:?}");
+            read::<Config>("[[service]]\nname = \"db\"\naddr = \"127.0.0.1:1\"\nprotocol = \"postgres\"\n");
+        assert!(found[0].problem.contains("use http1, h2c, tcp or udp"), "{found:?}");
+    }
+
+    #[test]
+    fn health_is_asked_as_the_protocol_lets() {
+        let problems = |protocol: &str, health: &str| {
+            let text = format!(
+                "[[service]]\nname = \"db\"\naddr = \"127.0.0.1:1\"\nprotocol = \"{protocol}\"\nhealth = {health}\n"
+            );
+            read::<Config>(&text).0.expect("it parses").problems().len()
+        };
+        for (protocol, health, wrong) in [
+            ("http1", "{ path = \"/healthz\" }", 0),
+            ("http1", "{}", 0),
+            ("http1", "{ path = \"healthz\" }", 1),
+            ("tcp", "{}", 0),
+            ("tcp", "{ path = \"/healthz\" }", 1),
+            ("udp", "{}", 1),
+        ] {
+            assert_eq!(problems(protocol, health), wrong, "{protocol} {health}");
+        }
     }
 
     #[test]

@@ -19,12 +19,14 @@ use starling_http::{
     Body, Drain, Due, Guard, Guarded, Late, Problem, ProxyError, Source,
     h3::server,
     is_grpc, names,
-    normal::{self, Origin, number},
+    normal::{self, Origin, Tunnel, number},
+    tunnel::NotSwitched,
 };
 use starling_protocol::{Name, headers, service_of_host};
 
 use crate::{
     Sent,
+    call::Kind,
     config::ServiceConfig,
     identity::tls::Peer,
     inbound::{
@@ -35,12 +37,15 @@ use crate::{
         caller_name,
         ledger::Page,
         observer::{Answered, Observer},
+        packets::PacketCounts,
     },
     port::endpoint::{self, Windows},
 };
 
 /// Calls at once; beyond it they are refused at once, not queued.
 const MAX_IN_FLIGHT: usize = 10_000;
+/// The same of tunnels, which have places of their own.
+const MAX_TUNNELS: usize = 32_768;
 
 /// Serves the calls of other nodes, on one worker.
 #[derive(Clone)]
@@ -52,27 +57,36 @@ struct Services {
     /// On all workers.
     in_flight: Arc<AtomicUsize>,
     /// The same.
+    tunnels: Arc<AtomicUsize>,
+    /// The same.
     peers: Arc<Peers>,
     observer: Observer,
     windows: Windows,
 }
 
 impl Inbound {
-    pub(crate) fn new(services: &[ServiceConfig], pseudonym: String, observer: Observer, windows: Windows) -> Self {
-        let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s))).collect();
-        let (in_flight, peers) = Default::default();
-        Self(Arc::new(Services { services, pseudonym, in_flight, peers, observer, windows }))
+    pub(crate) fn new(
+        services: &[ServiceConfig],
+        pseudonym: String,
+        observer: Observer,
+        packets: &Arc<PacketCounts>,
+        windows: Windows,
+    ) -> Self {
+        let services = services.iter().map(|s| (s.name.clone(), LocalService::new(s, packets.clone()))).collect();
+        let (in_flight, tunnels, peers) = Default::default();
+        Self(Arc::new(Services { services, pseudonym, in_flight, tunnels, peers, observer, windows }))
     }
 
     /// The same for another worker: with connections of its own to the services.
     pub(crate) fn for_another(&self, observer: Observer) -> Self {
-        let Services { services, pseudonym, in_flight, peers, windows, .. } = &*self.0;
+        let Services { services, pseudonym, in_flight, tunnels, peers, windows, .. } = &*self.0;
         let services = services.iter().map(|(name, service)| (name.clone(), service.for_another())).collect();
-        let (pseudonym, in_flight, peers) = (pseudonym.clone(), in_flight.clone(), peers.clone());
-        Self(Arc::new(Services { services, pseudonym, in_flight, peers, observer, windows: *windows }))
+        let (pseudonym, in_flight, tunnels, peers) =
+            (pseudonym.clone(), in_flight.clone(), tunnels.clone(), peers.clone());
+        Self(Arc::new(Services { services, pseudonym, in_flight, tunnels, peers, observer, windows: *windows }))
     }
 
-    /// Calls in flight.
+    /// Calls in flight, without tunnels.
     pub(crate) fn in_flight(&self) -> usize {
         self.0.in_flight.load(Relaxed)
     }
@@ -119,6 +133,9 @@ impl Inbound {
         let outcome = match self.plan(parts, origin, caller, &counted.here) {
             Ok(plan) => {
                 counted.is_for(plan.local);
+                if plan.tunnel.is_some() {
+                    counted.is_a_tunnel();
+                }
                 observed.is_for(plan.service.as_str());
                 plan.carry_out(body).await
             }
@@ -138,6 +155,9 @@ impl Inbound {
                 response
             }
         };
+        if response.extensions_mut().remove::<NotSwitched>().is_some() {
+            response.headers_mut().insert(names::NOT_SWITCHED.clone(), HeaderValue::from_static("1"));
+        }
         response.headers_mut().insert(names::LOAD.clone(), names::numeral(counted.others() as u64));
         observed.answered(response.map(|body| body.map_guard(|place| Served { _counted: counted, place })))
     }
@@ -156,10 +176,21 @@ impl Inbound {
             let detail = format!("this node does not serve {host}");
             return Err((None, Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail)));
         };
-        if self.in_flight() > MAX_IN_FLIGHT || here.in_flight.load(Relaxed) > peers::MAX_IN_FLIGHT {
+        let is_full = match checked.tunnel {
+            None => self.in_flight() > MAX_IN_FLIGHT || here.in_flight.load(Relaxed) > peers::MAX_IN_FLIGHT,
+            Some(_) => self.0.tunnels.load(Relaxed) >= MAX_TUNNELS || here.tunnels.load(Relaxed) >= peers::MAX_TUNNELS,
+        };
+        if is_full {
             let status = StatusCode::SERVICE_UNAVAILABLE;
-            let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, "too many calls in flight");
+            let what = if checked.tunnel.is_some() { "too many tunnels are open" } else { "too many calls in flight" };
+            let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, what);
             return Err((Some(service), problem.retry_after(Duration::from_secs(1))));
+        }
+        let (takes, kind) = (local.kind(), Kind::of_request(checked.tunnel));
+        if takes != kind {
+            let detail = format!("{service} takes {takes}, not {kind}: {}", takes.advice());
+            let problem = Problem::proxy(StatusCode::BAD_REQUEST, ProxyError::HttpRequestError, detail);
+            return Err((Some(service), problem));
         }
         let told = number(&parts.headers, headers::DEADLINE).map(Duration::from_millis);
         let head = [told, local.limits().timeout].into_iter().flatten().min();
@@ -186,7 +217,7 @@ impl Inbound {
             Some(parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/")));
         (target.scheme, target.authority) = (Some(uri::Scheme::HTTP), Some(authority));
         parts.uri = Uri::from_parts(target).map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
-        Ok(Plan { service, local, parts, length: checked.length, head })
+        Ok(Plan { service, local, parts, length: checked.length, tunnel: checked.tunnel, head })
     }
 }
 
@@ -204,19 +235,21 @@ struct Plan<'a> {
     parts: request::Parts,
     /// Of the body, if the head promises one.
     length: Option<u64>,
+    tunnel: Option<Tunnel>,
     /// Until the head of the answer.
     head: Option<Duration>,
 }
 
 impl Plan<'_> {
     async fn carry_out(self, body: Body) -> Result<Response<Guarded<Place>>, (Sent, Problem)> {
-        let Self { local, parts, length, head, .. } = self;
+        let Self { local, parts, length, tunnel, head, .. } = self;
         let method = parts.method.clone();
         let body = body.with_length(length);
         let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::new(body));
         let body = source.as_ref().map_or_else(Body::empty, Source::attempt);
         let until = local.limits().total_timeout.map(|total| Instant::now() + total);
-        let due = Due::new(head, until, source.as_ref());
+        // What goes into a tunnel is no upload that must come first.
+        let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none()));
         let response = tokio::select! {
             biased;
             answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|error| {
@@ -237,7 +270,9 @@ impl Plan<'_> {
         let (mut head, body) = response.into_parts();
         let length =
             normal::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;
-        let body = body.with_length(length).with_pace(local.limits().idle_timeout, until, source.as_ref());
+        // Packets do not move their stream; whoever opened it ends it.
+        let idle = local.limits().idle_timeout.filter(|_| tunnel != Some(Tunnel::Udp));
+        let body = body.with_length(length).with_pace(idle, until, source.as_ref());
         Ok(Response::from_parts(head, body))
     }
 }
@@ -264,18 +299,32 @@ struct Counted {
     all: Arc<Services>,
     here: Arc<Here>,
     service: Option<LocalService>,
+    is_tunnel: bool,
 }
 
 impl Counted {
     fn new(all: Arc<Services>, here: Arc<Here>) -> Self {
         all.in_flight.fetch_add(1, Relaxed);
         here.in_flight.fetch_add(1, Relaxed);
-        Self { all, here, service: None }
+        Self { all, here, service: None, is_tunnel: false }
     }
 
     fn is_for(&mut self, service: &LocalService) {
         service.in_flight().fetch_add(1, Relaxed);
         self.service = Some(service.clone());
+    }
+
+    /// It takes a place of another kind.
+    fn is_a_tunnel(&mut self) {
+        for (calls, tunnels) in self.counts() {
+            calls.fetch_sub(1, Relaxed);
+            tunnels.fetch_add(1, Relaxed);
+        }
+        self.is_tunnel = true;
+    }
+
+    fn counts(&self) -> [(&AtomicUsize, &AtomicUsize); 2] {
+        [(&self.all.in_flight, &self.all.tunnels), (&self.here.in_flight, &self.here.tunnels)]
     }
 
     /// How many others there are, of the service: a busy neighbour is not its fault.
@@ -287,8 +336,10 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.all.in_flight.fetch_sub(1, Relaxed);
-        self.here.in_flight.fetch_sub(1, Relaxed);
+        for (calls, tunnels) in self.counts() {
+            let count = if self.is_tunnel { tunnels } else { calls };
+            count.fetch_sub(1, Relaxed);
+        }
         if let Some(service) = &self.service {
             service.in_flight().fetch_sub(1, Relaxed);
         }

@@ -7,6 +7,7 @@ pub(crate) mod distribution;
 pub(crate) mod ledger;
 pub(crate) mod observer;
 pub(crate) mod otlp;
+pub(crate) mod packets;
 pub(crate) mod readings;
 pub(crate) mod text;
 pub mod trace;

@@ -43,7 +43,7 @@ use crate::{
         readings::Books,
         trace::Tracer,
     },
-    outbound::{self, Door},
+    outbound::{self, Complaints, Door, TcpDoor, UdpDoor},
     port::endpoint::{CONTROL, MeshEndpoint, Windows, load_or_create_reset_key},
     state::{StateDir, StateLock},
 };
@@ -52,7 +52,7 @@ pub use self::error::StartError;
 pub(crate) use self::life::keep_peers;
 pub use self::worker::Worker;
 use self::{
-    addresses::{Bound, DoorFrame, MESH_PORT, tokio_listener},
+    addresses::{Bound, DoorFrame, Leads, MESH_PORT, tokio_listener},
     establish::{Established, establish_identity},
     life::{announcement, next_generation, remembered_peers, zone_of},
     reception::Reception,
@@ -196,7 +196,7 @@ impl Node {
         let own = pseudonym(identity.name());
         let introduction = Introduction::new(!config.node.seeds.is_empty() || knows_peers);
         let calls = Arc::new(Calls::new(gossip.watch(), zone_of(config, &identity), own.clone(), introduction));
-        let inbound = Inbound::new(&config.service, own, books.observer(), windows);
+        let inbound = Inbound::new(&config.service, own, books.observer(), books.packets(), windows);
         let start = |((number, thread), socket): ((u8, Thread), _)| {
             let endpoint = thread.enter(|| endpoint(socket, CONTROL + 1 + number, true))?;
             let client = MeshClient::on(calls.clone(), identity.clone(), endpoint.clone());
@@ -226,10 +226,7 @@ impl Node {
             kind,
             listen,
             advertise,
-            outbound: doors
-                .iter()
-                .find(|door| door.service.is_none())
-                .and_then(|door| door.listeners[0].local_addr().ok()),
+            outbound: doors.iter().find_map(DoorFrame::outbound_addr),
             started: Instant::now(),
             introduction,
             seeds: watch::Sender::new(config.node.seeds.clone()),
@@ -292,26 +289,8 @@ impl Node {
         let (socket, subject) = (state.path().join("admin.sock"), running.clone());
         tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
 
-        for DoorFrame { service, limits, listeners } in doors {
-            let places = outbound::places();
-            for (worker, listener) in workers.iter().zip(listeners) {
-                let (client, service, observer) = (worker.client.clone(), service.clone(), worker.observer.clone());
-                let door = Door {
-                    client,
-                    service,
-                    limits,
-                    observer,
-                    places: places.clone(),
-                    shelf: outbound::shelf(workers.len()),
-                };
-                let of = doors_drain.clone();
-                worker.runtime().spawn(async move {
-                    match tokio_listener(listener) {
-                        Ok(listener) => door.serve(listener, of).await,
-                        Err(error) => tracing::error!(%error, "an outbound port"),
-                    }
-                });
-            }
+        for (nth, frame) in doors.into_iter().enumerate() {
+            open_door(frame, nth, &workers, &running);
         }
         Ok(Self { running, workers, export: Mutex::new(export), drain_asked, _lock: lock })
     }
@@ -404,6 +383,56 @@ impl Node {
         while closing.join_next().await.is_some() {}
         self.workers.iter().for_each(Worker::stop);
         finished
+    }
+}
+
+/// Opens the nth door to the application, on all workers; one for packets, on one of them.
+fn open_door(DoorFrame { leads, limits }: DoorFrame, nth: usize, workers: &[Worker], running: &Running) {
+    let places = outbound::places();
+    let door = |worker: &Worker, service: Option<Name>| Door {
+        client: worker.client.clone(),
+        service,
+        limits,
+        observer: worker.observer.clone(),
+        places: places.clone(),
+        shelf: outbound::shelf(workers.len()),
+    };
+    let (drain, failed) = (&running.doors_drain, |error| tracing::error!(%error, "an outbound port"));
+    match leads {
+        Leads::Http(service, listeners) => {
+            for (worker, listener) in workers.iter().zip(listeners) {
+                let (door, drain) = (door(worker, service.clone()), drain.clone());
+                worker.runtime().spawn(async move {
+                    match tokio_listener(listener) {
+                        Ok(listener) => door.serve(listener, drain).await,
+                        Err(error) => failed(error),
+                    }
+                });
+            }
+        }
+        Leads::Tcp(service, listeners) => {
+            let complaints = Complaints::default();
+            for (worker, listener) in workers.iter().zip(listeners) {
+                let (door, drain) =
+                    (TcpDoor::new(door(worker, None), service.clone(), complaints.clone()), drain.clone());
+                worker.runtime().spawn(async move {
+                    match tokio_listener(listener) {
+                        Ok(listener) => door.serve(listener, drain).await,
+                        Err(error) => failed(error),
+                    }
+                });
+            }
+        }
+        Leads::Udp(service, socket) => {
+            let (worker, drain) = (&workers[nth % workers.len()], drain.clone());
+            let door = UdpDoor::new(door(worker, None), service, running.books.packets().clone());
+            worker.runtime().spawn(async move {
+                match tokio::net::UdpSocket::from_std(socket) {
+                    Ok(socket) => door.serve(socket, drain).await,
+                    Err(error) => failed(error),
+                }
+            });
+        }
     }
 }
 

@@ -8,6 +8,8 @@ pub const ATTEMPT: &str = "starling-attempt";
 pub const LOAD: &str = "starling-load";
 /// On responses made by the answering node: `no` when the service saw nothing of the call, `maybe` otherwise.
 pub const SENT: &str = "starling-sent";
+/// On responses made by the answering node: the service was asked to switch to another protocol, and answered as if it had not.
+pub const NOT_SWITCHED: &str = "starling-not-switched";
 /// To the local service: the calling node's name, from its certificate, never from the wire.
 pub const CALLER: &str = "starling-caller";
 /// To the local service: the services that the caller's certificate grants, separated by commas; absent if there are none.

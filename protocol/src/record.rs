@@ -135,6 +135,10 @@ open_enum! {
         0 Http1 "http1",
         /// HTTP/2 without TLS, prior knowledge (RFC 9113 §3.3); what gRPC servers speak.
         1 H2c "h2c",
+        /// Bytes of a TCP connection, whatever they are.
+        2 Tcp "tcp",
+        /// UDP packets.
+        3 Udp "udp",
     }
 }
 
@@ -156,8 +160,9 @@ impl FromStr for Protocol {
         match text {
             "http1" => Ok(Self::Http1),
             "h2c" => Ok(Self::H2c),
-            "tcp" | "udp" => Err(format!("protocol {text:?} is not in this version yet; use http1 or h2c")),
-            _ => Err(format!("unknown protocol {text:?}; use http1 or h2c")),
+            "tcp" => Ok(Self::Tcp),
+            "udp" => Ok(Self::Udp),
+            _ => Err(format!("unknown protocol {text:?}; use http1, h2c, tcp or udp")),
         }
     }
 }

@@ -123,7 +123,7 @@ pub(crate) fn read_file(path: &std::path::Path) -> Result<String, Failure> {
 
 /// `NAME=IP:PORT[,version=V][,protocol=P]`
 pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
-    let (name, rest) = text.split_once('=').ok_or("use NAME=IP:PORT[,version=V][,protocol=http1|h2c]")?;
+    let (name, rest) = text.split_once('=').ok_or("use NAME=IP:PORT[,version=V][,protocol=http1|h2c|tcp|udp]")?;
     let mut parts = rest.split(',');
     let name = name.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?;
     let mut service = ServiceConfig::new(name, parse_addr(parts.next().unwrap_or_default())?);
@@ -131,17 +131,25 @@ pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
         match part.split_once('=') {
             Some(("version", version)) => service.version = version.to_string(),
             Some(("protocol", protocol)) => service.protocol = CheckedProtocol(protocol.parse()?),
-            _ => return Err(format!("unknown part {part:?}; use version=V or protocol=http1|h2c")),
+            _ => return Err(format!("unknown part {part:?}; use version=V or protocol=http1|h2c|tcp|udp")),
         }
     }
     Ok(service)
 }
 
-/// `SERVICE=IP:PORT`
+/// `SERVICE=IP:PORT[,protocol=P]`
 pub(crate) fn parse_upstream(text: &str) -> Result<UpstreamConfig, String> {
-    let (service, addr) = text.split_once('=').ok_or("use SERVICE=IP:PORT")?;
+    let (service, rest) = text.split_once('=').ok_or("use SERVICE=IP:PORT[,protocol=http|tcp|udp]")?;
     let service = service.parse().map_err(|e: starling_protocol::InvalidName| e.to_string())?;
-    Ok(UpstreamConfig::new(service, parse_addr(addr)?))
+    let mut parts = rest.split(',');
+    let mut upstream = UpstreamConfig::new(service, parse_addr(parts.next().unwrap_or_default())?);
+    for part in parts {
+        match part.split_once('=') {
+            Some(("protocol", protocol)) => upstream.protocol = protocol.parse()?,
+            _ => return Err(format!("unknown part {part:?}; use protocol=http|tcp|udp")),
+        }
+    }
+    Ok(upstream)
 }
 
 fn parse_addr(text: &str) -> Result<SocketAddr, String> {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Response, StatusCode, request};
+use http::{HeaderValue, Method, Response, StatusCode, request};
 use starling_gossip::Instance;
 use starling_http::{
     Body, Due, Guard, Guarded, Head, Interim, Late, ProxyError, Source, grpc_timeout,
@@ -12,6 +12,7 @@ use starling_http::{
     },
     names,
     normal::{self, Origin, number},
+    tunnel::{self, NotSwitched, Protocol},
 };
 use starling_protocol::{Name, headers};
 use tokio_util::task::AbortOnDropHandle;
@@ -74,7 +75,7 @@ impl MeshClient {
             late = due.passed() => return Err(too_late(late, due, Sent::No)),
         };
         let pending = candidate.begin();
-        let connection = connection.begin();
+        let connection = connection.begin(parts.method == Method::CONNECT);
         let begun = Instant::now();
         if let Some(span) = span {
             span.tell_time("starling.queue_us", span.begun());
@@ -114,6 +115,9 @@ impl MeshClient {
         let elsewhere = head.status.is_server_error() || head.status == StatusCode::NOT_FOUND;
         let unanswered = sent.filter(|_| elsewhere);
         head.headers.remove(&names::LOAD);
+        if head.headers.remove(&names::NOT_SWITCHED).is_some() {
+            head.extensions.insert(NotSwitched);
+        }
         head.version = http::Version::HTTP_11;
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
@@ -134,7 +138,8 @@ impl MeshClient {
             }
         }
         let span = span.take();
-        let carried = Carried { _pending: pending, _connection: connection, _upload: upload, span };
+        let is_tunnel = tunnel::is_open(&parts.method, &head);
+        let carried = Carried { _pending: pending, connection: Some(connection), upload, is_tunnel, span };
         Ok(Attempted {
             response: Response::from_parts(head, Guarded::new(body, carried)),
             unanswered,
@@ -146,8 +151,9 @@ impl MeshClient {
 /// What the body of an answer keeps: the count of its call, the connection, and the rest of the upload, which ends with it.
 pub struct Carried {
     _pending: PendingCall,
-    _connection: InUse,
-    _upload: Option<AbortOnDropHandle<()>>,
+    connection: Option<InUse>,
+    upload: Option<AbortOnDropHandle<()>>,
+    is_tunnel: bool,
     /// Of the attempt: it ends with the answer.
     span: Option<Box<OpenSpan>>,
 }
@@ -155,6 +161,14 @@ pub struct Carried {
 impl Guard for Carried {
     fn ended(&mut self) {
         self.span = None;
+        // Who says no more through a tunnel may still listen; what goes there ends by itself.
+        if let Some(upload) = self.upload.take_if(|_| self.is_tunnel) {
+            let connection = self.connection.take();
+            tokio::spawn(async move {
+                let _ = upload.await;
+                drop(connection);
+            });
+        }
     }
 }
 
@@ -228,13 +242,18 @@ async fn exchange(
     terms: Terms<'_>,
 ) -> Result<client::Answer, CallError> {
     let node = &instance.node_name;
-    let authority = terms.service.service_host();
+    let protocol = parts.extensions.get::<Protocol>();
+    let host = terms.service.service_host();
+    // CONNECT by itself has a port (RFC 9114 §4.4), though a service has but one.
+    let is_plain_tunnel = parts.method == Method::CONNECT && protocol.is_none();
+    let authority = if is_plain_tunnel { format!("{host}:0") } else { host };
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let head = Head {
         method: &parts.method,
         authority: &authority,
         path,
         fields: &parts.headers,
+        protocol,
         interim: Interim::of(parts),
     };
     tokio::select! {
@@ -260,6 +279,13 @@ fn fault_of(error: &RequestError, connection: &Connection, node: &Name) -> CallE
             StatusCode::SERVICE_UNAVAILABLE,
             ProxyError::DestinationUnavailable,
             format!("node {node} has as many calls from here as it takes"),
+        ),
+        RequestError::Unsupported => CallError::new(
+            Fault::Connection,
+            Sent::No,
+            StatusCode::NOT_IMPLEMENTED,
+            ProxyError::HttpUpgradeFailed,
+            format!("node {node} is of a version that does not change protocols"),
         ),
         RequestError::TooLarge => CallError::new(
             Fault::Caller,

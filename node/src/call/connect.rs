@@ -18,6 +18,9 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::{dial::DialError, pool::Pool};
 
+/// Tunnels on a connection that leave room for calls on it, of 4,096 streams; whoever comes then gets a new one.
+const MAX_TUNNELS: u32 = 2048;
+
 /// A live connection to a peer. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Connection(Arc<State>);
@@ -26,8 +29,9 @@ struct State {
     client: Client,
     silent: CancellationToken,
     generation: u64,
-    /// Calls under way on it.
+    /// Calls under way on it, tunnels among them.
     calls: AtomicU32,
+    tunnels: AtomicU32,
     /// Woken with each call.
     busy: Arc<Notify>,
     retired: AtomicBool,
@@ -40,6 +44,7 @@ impl Connection {
             silent: CancellationToken::new(),
             generation,
             calls: AtomicU32::new(0),
+            tunnels: AtomicU32::new(0),
             busy: Arc::default(),
             retired: AtomicBool::new(false),
         }))
@@ -52,7 +57,10 @@ impl Connection {
     fn is_usable(&self, generation: u64) -> bool {
         // A peer that came back under a new generation may be a new process: calls under way may finish on the old
         // connection, new ones must not be the first to find out that it is gone.
-        self.0.generation >= generation && !self.0.retired.load(Relaxed) && self.0.client.takes_requests()
+        self.0.generation >= generation
+            && !self.0.retired.load(Relaxed)
+            && self.0.tunnels.load(Relaxed) < MAX_TUNNELS
+            && self.0.client.takes_requests()
     }
 
     /// Takes no more calls; those under way keep it alive.
@@ -61,10 +69,11 @@ impl Connection {
     }
 
     /// A call begins; somebody notices if the peer falls silent meanwhile. It ends when what is returned is dropped.
-    pub(crate) fn begin(self) -> InUse {
+    pub(crate) fn begin(self, is_tunnel: bool) -> InUse {
         self.0.calls.fetch_add(1, Relaxed);
+        self.0.tunnels.fetch_add(is_tunnel.into(), Relaxed);
         self.0.busy.notify_one();
-        InUse(self)
+        InUse { connection: self, is_tunnel }
     }
 
     /// Resolves when the peer has fallen silent with calls under way. Cancel safe.
@@ -74,18 +83,23 @@ impl Connection {
 }
 
 /// A connection that carries a call.
-pub(crate) struct InUse(Connection);
+pub(crate) struct InUse {
+    connection: Connection,
+    is_tunnel: bool,
+}
 
 impl Deref for InUse {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        &self.0
+        &self.connection
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.0.0.calls.fetch_sub(1, Relaxed);
+        let State { calls, tunnels, .. } = &*self.connection.0;
+        calls.fetch_sub(1, Relaxed);
+        tunnels.fetch_sub(self.is_tunnel.into(), Relaxed);
     }
 }

@@ -1,6 +1,6 @@
 //! Active checks of the local services: they set the state in this node's record, and so whether anybody calls.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::{Request, Uri};
 use starling_http::Body;
@@ -25,19 +25,18 @@ pub(crate) fn spawn(services: &[ServiceConfig], condition: &Condition) {
 }
 
 async fn run(service: ServiceConfig, health: HealthConfig, condition: Condition) {
-    let local = LocalService::new(&service);
-    let target: Uri = match format!("http://{}{}", service.name.service_host(), health.path).parse() {
-        Ok(target) => target,
-        Err(error) => return tracing::error!(service = %service.name, %error, "health check path"),
+    let local = LocalService::new(&service, Arc::default());
+    let target = match health.path.map(|path| format!("http://{}{path}", service.name.service_host()).parse::<Uri>()) {
+        None => None,
+        Some(Ok(target)) => Some(target),
+        Some(Err(error)) => return tracing::error!(service = %service.name, %error, "health check path"),
     };
     // Nobody knows yet: it was announced as unhealthy, and the first check decides.
     let mut failures = FAILURES;
     let mut state = ServiceState::Unhealthy;
     loop {
-        let mut request = Request::new(Body::empty());
-        *request.uri_mut() = target.clone();
-        let answer = tokio::time::timeout(CHECK_TIMEOUT, local.send(request)).await;
-        let good = matches!(answer, Ok(Ok(response)) if !response.status().is_server_error());
+        let answered = tokio::time::timeout(CHECK_TIMEOUT, is_well(&local, target.as_ref()));
+        let good = answered.await.unwrap_or(false);
         failures = if good { 0 } else { failures.saturating_add(1) };
         let now = if failures >= FAILURES { ServiceState::Unhealthy } else { ServiceState::Up };
         if now != state && (good || now == ServiceState::Unhealthy) {
@@ -47,4 +46,12 @@ async fn run(service: ServiceConfig, health: HealthConfig, condition: Condition)
         }
         tokio::time::sleep(health.interval).await;
     }
+}
+
+/// Asks a service how it is, or, where there is nothing to ask, whether it takes connections.
+async fn is_well(service: &LocalService, target: Option<&Uri>) -> bool {
+    let Some(target) = target else { return service.is_reachable().await };
+    let mut request = Request::new(Body::empty());
+    request.uri_mut().clone_from(target);
+    service.send(request).await.is_ok_and(|response| !response.status().is_server_error())
 }

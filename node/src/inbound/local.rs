@@ -1,9 +1,12 @@
-//! The service behind this node: a client of it over HTTP/1.1, or HTTP/2 with prior knowledge.
+//! The service behind this node: a client of it over HTTP/1.1, HTTP/2 with prior knowledge, TCP or UDP.
 
 mod http1;
 mod http2;
+mod tcp;
+mod udp;
 
 use std::{
+    any::Any,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, Weak,
@@ -13,16 +16,25 @@ use std::{
 };
 
 use http::{Request, Response, StatusCode};
-use starling_http::{Body, Guard, Guarded, Problem, ProxyError, h1::ServerStream};
+use starling_http::{Body, Guard, Guarded, Problem, ProxyError, h1::ServerStream, tunnel::Writing};
 use starling_protocol::Protocol;
 use tokio::{
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use crate::{LimitSettings, Sent, call::RetryBudget, config::ServiceConfig};
+use crate::{
+    LimitSettings, Sent,
+    call::{Kind, RetryBudget},
+    config::ServiceConfig,
+    observe::packets::PacketCounts,
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a service that speaks TCP may take nothing: a program's pause is no fault.
+const TUNNEL_PATIENCE: Duration = Duration::from_secs(3600);
+/// The same of one that has switched from HTTP.
+const SWITCHED_PATIENCE: Duration = Duration::from_secs(30);
 /// Longest head of a response, in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
@@ -47,15 +59,20 @@ struct State {
     limits: LimitSettings,
     repeats: Arc<Repeats>,
     in_flight: AtomicUsize,
+    packets: Arc<PacketCounts>,
 }
 
 enum Connections {
     Http1(http1::Pool),
     Http2(http2::Pool),
+    /// One a tunnel, kept by nobody.
+    Tcp,
+    /// A socket a tunnel.
+    Udp,
 }
 
 impl LocalService {
-    pub(crate) fn new(service: &ServiceConfig) -> Self {
+    pub(crate) fn new(service: &ServiceConfig, packets: Arc<PacketCounts>) -> Self {
         let places = Arc::new(Semaphore::new(service.max_connections));
         let dialler = Dialler { addr: service.addr, places, connections: Mutex::default() };
         Self::with_own_connections(Arc::new(State {
@@ -65,6 +82,7 @@ impl LocalService {
             limits: service.limits(),
             repeats: Arc::default(),
             in_flight: AtomicUsize::new(0),
+            packets,
         }))
     }
 
@@ -76,6 +94,8 @@ impl LocalService {
     fn with_own_connections(service: Arc<State>) -> Self {
         let connections = match service.protocol {
             Protocol::H2c => Connections::Http2(http2::Pool::default()),
+            Protocol::Tcp => Connections::Tcp,
+            Protocol::Udp => Connections::Udp,
             // Others cannot be configured.
             Protocol::Http1 | Protocol::Unknown(_) => {
                 Connections::Http1(http1::Pool::new(service.keep_idle, service.repeats.clone()))
@@ -101,26 +121,44 @@ impl LocalService {
         self.service.repeats.count.load(Relaxed)
     }
 
-    /// Sends a request whose target is `http://authority/path`.
+    /// What it takes.
+    pub(crate) fn kind(&self) -> Kind {
+        Kind::of_service(&self.service.protocol).unwrap_or_default()
+    }
+
+    /// Sends a request whose target is `http://authority/path`, or opens the tunnel that it asks for.
     pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Guarded<Place>>, LocalError> {
         match &*self.connections {
             Connections::Http1(pool) => pool.send(&self.service.dialler, request).await,
             Connections::Http2(pool) => pool.send(&self.service.dialler, request).await,
+            Connections::Tcp => tcp::open(&self.service.dialler, request.into_body()).await,
+            Connections::Udp => udp::open(&self.service.dialler, &self.service.packets, request).await,
         }
+    }
+
+    /// Whether it can be connected to.
+    pub(crate) async fn is_reachable(&self) -> bool {
+        self.service.dialler.dial().await.is_ok()
     }
 }
 
 /// What the body of an answer holds at the service.
 pub(crate) enum Place {
     Http1(http1::Place),
-    Http2 { _place: http2::Place },
+    Http2 {
+        _place: http2::Place,
+    },
+    /// A tunnel, which holds what it needs by itself.
+    Tunnel {
+        _place: Arc<dyn Any + Send + Sync>,
+    },
 }
 
 impl Guard for Place {
     fn ended(&mut self) {
         match self {
             Self::Http1(place) => place.ended(),
-            Self::Http2 { .. } => {}
+            Self::Http2 { .. } | Self::Tunnel { .. } => {}
         }
     }
 }
@@ -165,14 +203,23 @@ impl Dialler {
         all.iter().find_map(|connections| of(connections))
     }
 
-    async fn dial(&self) -> Result<(ServerStream, Room), LocalError> {
-        let Ok(room) = self.places.clone().try_acquire_owned() else {
+    fn room(&self) -> Result<Room, LocalError> {
+        let room = self.places.clone().try_acquire_owned();
+        room.map(Arc::new).map_err(|_| {
             let detail = "the service has as many connections as it may have";
             let problem = Problem::proxy(StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable, detail);
-            return Err(LocalError { sent: Sent::No, problem: problem.retry_after(Duration::from_secs(1)) });
-        };
+            LocalError { sent: Sent::No, problem: problem.retry_after(Duration::from_secs(1)) }
+        })
+    }
+
+    async fn dial(&self) -> Result<(ServerStream, Room), LocalError> {
+        self.connect().await.map(|(stream, room)| (ServerStream::new(stream), room))
+    }
+
+    async fn connect(&self) -> Result<(TcpStream, Room), LocalError> {
+        let room = self.room()?;
         match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.addr)).await {
-            Ok(Ok(stream)) => Ok((ServerStream::new(stream), Arc::new(room))),
+            Ok(Ok(stream)) => Ok((stream, room)),
             Ok(Err(error)) => Err(not_connected(&error)),
             Err(_) => Err(refused("no answer".into())),
         }
@@ -211,6 +258,22 @@ fn not_http(why: &dyn std::fmt::Display) -> LocalError {
         sent: Sent::Maybe,
         problem: Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpProtocolError, detail),
     }
+}
+
+fn not_switched(why: &str) -> LocalError {
+    let detail = format!("the service does not change protocols: {why}");
+    LocalError {
+        sent: Sent::Maybe,
+        problem: Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpUpgradeFailed, detail),
+    }
+}
+
+/// Writes what comes for a tunnel's end at the service, until it ends; `place` is held as long.
+fn carry(writing: Writing, upload: Body, patience: Duration, place: Arc<dyn Any + Send + Sync>) {
+    tokio::spawn(async move {
+        writing.carry(upload, patience).await;
+        drop(place);
+    });
 }
 
 fn terminated(why: &str, sent: Sent) -> LocalError {

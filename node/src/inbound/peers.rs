@@ -10,6 +10,9 @@ use starling_protocol::NodeId;
 /// Calls of one peer at once, whatever number of connections they come on: as many as one of them may carry.
 pub(super) const MAX_IN_FLIGHT: usize = 4096;
 
+/// Tunnels of one peer at once: they are many and idle, so that they have places of their own, and leave calls theirs.
+pub(super) const MAX_TUNNELS: usize = 16_384;
+
 /// All peers that are connected, to any worker.
 #[derive(Debug, Default)]
 pub(super) struct Peers(Mutex<HashMap<NodeId, Weak<Here>>>);
@@ -20,6 +23,7 @@ pub(super) struct Here {
     /// The numbers of its connections.
     connections: Mutex<BTreeSet<usize>>,
     pub(super) in_flight: AtomicUsize,
+    pub(super) tunnels: AtomicUsize,
 }
 
 /// A connection of a peer, counted until it is dropped.

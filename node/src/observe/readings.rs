@@ -12,6 +12,7 @@ use super::{
     ledger::{Account, Ledger, Page},
     observer::Observer,
     otlp::ExportCounts,
+    packets::PacketCounts,
     trace::Tracer,
 };
 use crate::call::Calls;
@@ -81,12 +82,13 @@ pub(crate) struct Books {
     of_workers: Mutex<Vec<(Arc<Page>, Arc<Ledger>)>>,
     workers: usize,
     export: Arc<ExportCounts>,
+    packets: Arc<PacketCounts>,
 }
 
 impl Books {
     /// Of so many workers.
     pub(crate) fn new(own: String, workers: usize, tracer: Tracer, export: Arc<ExportCounts>) -> Self {
-        Self { tracer, own, of_workers: Mutex::default(), workers, export }
+        Self { tracer, own, of_workers: Mutex::default(), workers, export, packets: Arc::default() }
     }
 
     /// Notes the calls of one more worker.
@@ -94,6 +96,11 @@ impl Books {
         let (sent, served) = (Arc::new(Page::new(0)), Arc::new(Ledger::of_one(self.workers)));
         self.of_workers.lock().unwrap_or_else(|e| e.into_inner()).push((sent.clone(), served.clone()));
         Observer { sent, served, tracer: self.tracer.clone() }
+    }
+
+    /// Where UDP packets are counted.
+    pub(crate) fn packets(&self) -> &Arc<PacketCounts> {
+        &self.packets
     }
 
     /// Everything, with what all workers have noted added up.
@@ -111,6 +118,12 @@ impl Books {
             help: "Spans by what became of them: dropped had no room to wait, failed were not taken by the collector",
             unit: Unit::Things,
             points: totals("outcome", spans),
+        });
+        readings.push(Reading {
+            name: "starling.udp.packets",
+            help: "UDP packets: sent into the mesh as datagrams or, too large for that, on the stream; delivered out of it; dropped",
+            unit: Unit::Things,
+            points: totals("outcome", self.packets.read()),
         });
         readings
     }

@@ -100,8 +100,8 @@ const CALLS_IN: Transport = Transport {
     send_window_bytes: 8 << 20,
     idle: Duration::from_secs(120),
     keep_alive: None,
-    // A probe that waited behind more would be stale.
-    datagrams: Some(Datagrams { send_bytes: 16 << 10, receive_bytes: 64 << 10 }),
+    // UDP packets; those of all flows together, that is.
+    datagrams: Some(Datagrams { send_bytes: 256 << 10, receive_bytes: 1 << 20 }),
     between_nodes: true,
 };
 /// Before it is known who dials: enough for a handshake and a request to join.
@@ -111,7 +111,13 @@ const STRANGER_WINDOW_BYTES: u32 = 128 << 10;
 const CALLS_OUT: Transport =
     Transport { bidi_streams: 0, idle: Duration::from_secs(30), keep_alive: Some(Duration::from_secs(10)), ..CALLS_IN };
 /// On the thread that has gossip. Its links are many and nearly silent, so they get places for few streams.
-const GOSSIP_IN: Transport = Transport { bidi_streams: 16, uni_streams: 0, ..CALLS_IN };
+const GOSSIP_IN: Transport = Transport {
+    bidi_streams: 16,
+    uni_streams: 0,
+    // A probe that waited behind more would be stale.
+    datagrams: Some(Datagrams { send_bytes: 16 << 10, receive_bytes: 64 << 10 }),
+    ..CALLS_IN
+};
 /// Gossip's links are kept alive by probes in a small mesh; in a large one often enough for the state that firewalls keep of
 /// a UDP flow that goes both ways.
 const GOSSIP_OUT: Transport = Transport { keep_alive: Some(Duration::from_secs(45)), ..GOSSIP_IN };

@@ -10,7 +10,11 @@ use starling_protocol::{MESH_PORT as MESH_PORT_NUMBER, Name};
 use tokio::net::TcpListener;
 
 use super::StartError;
-use crate::{LimitSettings, config::Config};
+use crate::{
+    LimitSettings,
+    config::{Config, UpstreamProtocol},
+    outbound,
+};
 
 /// What the mesh port is called where it cannot be had.
 pub(super) const MESH_PORT: &str = "the mesh port (UDP)";
@@ -31,11 +35,28 @@ pub(super) struct Bound {
 
 /// A door for the application, not open yet.
 pub(super) struct DoorFrame {
-    /// The service that it leads to; by host name if `None`.
-    pub(super) service: Option<Name>,
+    pub(super) leads: Leads,
     pub(super) limits: LimitSettings,
-    /// One a worker.
-    pub(super) listeners: Vec<std::net::TcpListener>,
+}
+
+/// Where a door leads, and what it listens on: one listener a worker, or one socket in all.
+pub(super) enum Leads {
+    /// By HTTP, to a service, or by host name if `None`.
+    Http(Option<Name>, Vec<std::net::TcpListener>),
+    /// By TCP, to a service.
+    Tcp(Name, Vec<std::net::TcpListener>),
+    /// By UDP, to a service.
+    Udp(Name, UdpSocket),
+}
+
+impl DoorFrame {
+    /// Where the outbound door listens, if this is it.
+    pub(super) fn outbound_addr(&self) -> Option<SocketAddr> {
+        match &self.leads {
+            Leads::Http(None, listeners) => listeners.first()?.local_addr().ok(),
+            _ => None,
+        }
+    }
 }
 
 impl Bound {
@@ -60,12 +81,18 @@ impl Bound {
         if let Some(addr) = config.outbound.listen {
             let what = "the outbound port";
             let listeners = shared_port::tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
-            doors.push(DoorFrame { service: None, limits: config.outbound.limits(), listeners });
+            doors.push(DoorFrame { leads: Leads::Http(None, listeners), limits: config.outbound.limits() });
         }
         for upstream in &config.upstream {
-            let (what, addr) = ("an upstream port", upstream.listen);
-            let listeners = shared_port::tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
-            doors.push(DoorFrame { service: Some(upstream.service.clone()), limits: upstream.limits(), listeners });
+            let (addr, service) = (upstream.listen, upstream.service.clone());
+            let failed = |e| StartError::bind("an upstream port", addr, e);
+            let tcp = || shared_port::tcp(addr, workers).map_err(failed);
+            let leads = match upstream.protocol {
+                UpstreamProtocol::Http => Leads::Http(Some(service), tcp()?),
+                UpstreamProtocol::Tcp => Leads::Tcp(service, tcp()?),
+                UpstreamProtocol::Udp => Leads::Udp(service, outbound::bind_udp(addr).map_err(failed)?),
+            };
+            doors.push(DoorFrame { leads, limits: upstream.limits() });
         }
         let advertise = advertised(config, listen)?;
         Ok(Self { listen, advertise, control_socket, worker_sockets, admin_listener, doors })

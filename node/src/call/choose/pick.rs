@@ -7,7 +7,10 @@ use rand::{Rng, RngExt};
 use starling_gossip::Instance;
 use starling_protocol::NodeId;
 
-use super::experience::{Experience, PendingCall, Reach};
+use super::{
+    super::Kind,
+    experience::{Experience, PendingCall, Reach},
+};
 
 /// Instances that are compared for a call, at most: drawn at random where there are more.
 const COMPARED: usize = 8;
@@ -30,6 +33,8 @@ impl Candidate {
 /// What a call needs of an instance.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Wish<'a> {
+    /// That it takes this.
+    pub(crate) kind: Kind,
     /// That it has this version.
     pub(crate) version: Option<&'a str>,
     /// Better in this zone; none if empty.
@@ -63,10 +68,11 @@ pub(crate) fn pick<'a>(
     rng: &mut impl Rng,
     mut due: impl FnMut(&'a Candidate),
 ) -> Option<&'a Candidate> {
-    let Wish { version, zone, tried, dead } = wish;
+    let Wish { kind, version, zone, tried, dead } = wish;
     let mut standing_of = |candidate: &'a Candidate| {
         let (instance, peer) = (&candidate.instance, &candidate.peer);
-        if version.is_some_and(|version| instance.version != version) {
+        let suits = Kind::of_service(&instance.protocol) == Some(kind);
+        if !suits || version.is_some_and(|version| instance.version != version) {
             return Standing::Unfit;
         }
         let (is_lost, is_due) = peer.look(now);
@@ -175,7 +181,7 @@ mod tests {
         dead: &[NodeId],
         rng: &mut impl Rng,
     ) -> Option<&'a Candidate> {
-        super::pick(candidates, Wish { version: None, zone, tried, dead }, Instant::now(), rng, |_| {})
+        super::pick(candidates, Wish { zone, tried, dead, ..Wish::default() }, Instant::now(), rng, |_| {})
     }
 
     fn shares(candidates: &[Candidate], zone: &str, tried: &[NodeId]) -> Vec<usize> {

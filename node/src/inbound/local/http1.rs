@@ -5,14 +5,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, Request, Response, StatusCode, uri};
+use http::{HeaderMap, Request, Response, StatusCode, header, uri};
 use starling_http::{
     Body, Guarded, Head, Interim, Problem, ProxyError,
-    h1::{self, ExchangeError, Outgoing},
+    h1::{self, ExchangeError, Outgoing, Switched},
     normal,
+    tunnel::{self, Handshake, NotSwitched, Protocol},
 };
 
-use super::{Connections, Dialler, LocalError, Repeats, not_http, terminated};
+use super::{Connections, Dialler, LocalError, Repeats, SWITCHED_PATIENCE, carry, not_http, not_switched, terminated};
 use crate::Sent;
 
 /// Connections kept for the next request, at most.
@@ -65,15 +66,19 @@ impl Pool {
             authority: parts.uri.authority().map_or("", uri::Authority::as_str),
             path: parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str),
             fields: &parts.headers,
+            protocol: parts.extensions.get(),
             interim: Interim::of(&parts),
         };
+        if let Some(protocol) = head.protocol {
+            return self.switch(dialler, head, protocol, body).await;
+        }
         // A kept connection may be closed by the service at the very moment it is used. Then the request comes back unsent,
         // or is sent once more if that is harmless: without a body, and idempotent.
         let repeatable = http_body::Body::is_end_stream(&body) && parts.method.is_idempotent();
         let mut outgoing = Outgoing::new(&head, body);
         let elsewhere = |all: &Connections| match all {
             Connections::Http1(pool) => pool.idle.take(),
-            Connections::Http2(_) => None,
+            _ => None,
         };
         if let Some(kept) = self.idle.take().or_else(|| dialler.borrow(elsewhere)) {
             match self.exchange(kept, outgoing, head.interim).await {
@@ -98,6 +103,45 @@ impl Pool {
         self.exchange(fresh, outgoing, head.interim).await.map_err(|error| failed(&error))
     }
 
+    /// Asks the service to change protocols, on a connection of its own.
+    async fn switch(
+        &self,
+        dialler: &Dialler,
+        head: Head<'_>,
+        protocol: &Protocol,
+        upload: Body,
+    ) -> Result<Response<Guarded<super::Place>>, LocalError> {
+        let mut fields = head.fields.clone();
+        let handshake = protocol.is_websocket().then(Handshake::new);
+        if let Some(handshake) = &handshake {
+            handshake.put_into(&mut fields);
+        }
+        let request = Outgoing::new(&Head { fields: &fields, ..head }, Body::empty());
+        let (stream, room) = dialler.dial().await?;
+        let switched = h1::Connection::new(stream, room).switch(request, head.interim).await;
+        match switched.map_err(|error| failed(&error))? {
+            Switched::To(mut parts, end, place) => {
+                let named = parts.headers.get(header::UPGRADE).and_then(|name| name.to_str().ok());
+                if !named.is_some_and(|named| named.eq_ignore_ascii_case(&protocol.0)) {
+                    return Err(not_switched(&format!("it switched to {}", named.unwrap_or("nothing"))));
+                }
+                if handshake.is_some_and(|handshake| !handshake.is_accepted(&mut parts.headers)) {
+                    return Err(not_switched("its Sec-WebSocket-Accept is wrong"));
+                }
+                parts.status = tunnel::OPEN;
+                let (answer, writing) = end.divide();
+                carry(writing, upload, SWITCHED_PATIENCE, place.clone());
+                Ok(Response::from_parts(parts, Guarded::new(answer, super::Place::Tunnel { _place: place })))
+            }
+            Switched::Not(mut response, http) => {
+                if response.status().is_success() {
+                    response.extensions_mut().insert(NotSwitched);
+                }
+                Ok(self.placed(response, Connection { http, until: Instant::now() }))
+            }
+        }
+    }
+
     async fn exchange(
         &self,
         connection: Connection,
@@ -105,9 +149,14 @@ impl Pool {
         interim: Option<&Interim>,
     ) -> Result<Response<Guarded<super::Place>>, ExchangeError> {
         let response = connection.http.exchange(request, interim).await?;
+        Ok(self.placed(response, connection))
+    }
+
+    /// An answer, with its connection to be kept when it has ended.
+    fn placed(&self, response: Response<Body>, connection: Connection) -> Response<Guarded<super::Place>> {
         let keep = keep_alive(response.headers()).map_or(self.keep, |said| said.min(self.keep));
         let place = Place { connection: Some(connection), keep, idle: self.idle.clone() };
-        Ok(response.map(|body| Guarded::new(body, super::Place::Http1(place))))
+        response.map(|body| Guarded::new(body, super::Place::Http1(place)))
     }
 }
 

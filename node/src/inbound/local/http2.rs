@@ -1,6 +1,7 @@
 //! HTTP/2 to the service: as few connections as carry the calls.
 
 use std::{
+    any::Any,
     future::{Future, poll_fn},
     pin::Pin,
     sync::{
@@ -13,10 +14,13 @@ use std::{
 use http::{Request, Response, Version};
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use starling_http::{Body, Guarded, Shelf};
+use starling_http::{
+    Body, Guarded, Shelf,
+    tunnel::{End, Protocol},
+};
 use tokio::sync::Notify;
 
-use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Room, failed};
+use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Room, SWITCHED_PATIENCE, carry, failed, not_switched};
 
 /// What one answer may hold that nobody reads.
 const STREAM_WINDOW_BYTES: u32 = 64 << 10;
@@ -83,7 +87,7 @@ impl Pool {
         *request.version_mut() = Version::HTTP_2;
         let elsewhere = |all: &Connections| match all {
             Connections::Http2(pool) => pool.enter(),
-            Connections::Http1(_) => None,
+            _ => None,
         };
         let place = match self.enter().or_else(|| dialler.borrow(elsewhere)) {
             Some(place) => place,
@@ -97,6 +101,9 @@ impl Pool {
         };
         let mut sender = place.0.sender.clone();
         sender.ready().await.map_err(|e| failed(&e, true))?;
+        if let Some(protocol) = request.extensions_mut().remove::<Protocol>() {
+            return switch(sender, request, &protocol, place).await;
+        }
         match sender.try_send_request(request).await {
             Ok(response) => Ok(response.map(|body| {
                 Guarded::new(Body::from(body).shelved(&self.shelf), super::Place::Http2 { _place: place })
@@ -150,6 +157,27 @@ impl Pool {
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
         lock(&self.connections)
     }
+}
+
+/// Asks the service to change protocols on a stream (RFC 8441).
+async fn switch(
+    mut sender: SendRequest<Body>,
+    request: Request<Body>,
+    protocol: &Protocol,
+    place: Place,
+) -> Result<Response<Guarded<super::Place>>, LocalError> {
+    let (mut parts, upload) = request.into_parts();
+    parts.extensions.insert(hyper::ext::Protocol::from(protocol.0.as_str()));
+    let sent = sender.send_request(Request::from_parts(parts, Body::empty())).await;
+    let mut response = sent.map_err(|error| failed(&error, false))?;
+    let place: Arc<dyn Any + Send + Sync> = Arc::new(place);
+    if !response.status().is_success() {
+        return Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Tunnel { _place: place })));
+    }
+    let upgraded = hyper::upgrade::on(&mut response).await.map_err(|error| not_switched(&error.to_string()))?;
+    let (answer, writing) = End::of(TokioIo::new(upgraded)).divide();
+    carry(writing, upload, SWITCHED_PATIENCE, place.clone());
+    Ok(response.map(|_| Guarded::new(answer, super::Place::Tunnel { _place: place })))
 }
 
 /// Closes a connection that had no calls twice in a row.

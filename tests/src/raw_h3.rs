@@ -90,6 +90,15 @@ pub fn endpoint(identity: Option<Shown>, protocol: &[u8]) -> Result<quinn::Endpo
 
 /// How such an endpoint dials.
 pub fn client_config(identity: Option<Shown>, protocol: &[u8]) -> Result<quinn::ClientConfig> {
+    let tls = tls_config(identity, protocol)?;
+    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    // On a mesh port, the first byte aims a connection at the thread that takes calls.
+    config.initial_dst_cid_provider(Arc::new(|| ForCalls.generate_cid()));
+    Ok(config)
+}
+
+/// TLS that believes every server, and shows a certificate if it has one.
+pub fn tls_config(identity: Option<Shown>, protocol: &[u8]) -> Result<rustls::ClientConfig> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -100,10 +109,7 @@ pub fn client_config(identity: Option<Shown>, protocol: &[u8]) -> Result<quinn::
         None => tls.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![protocol.to_vec()];
-    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
-    // On a mesh port, the first byte aims a connection at the thread that takes calls.
-    config.initial_dst_cid_provider(Arc::new(|| ForCalls.generate_cid()));
-    Ok(config)
+    Ok(tls)
 }
 
 /// Connection ids of the thread that takes calls.

@@ -15,7 +15,7 @@ use std::{
 use http::HeaderName;
 use serde::{Deserialize, Deserializer, de};
 use starling_node::{
-    LimitSettings,
+    HedgeSettings, LimitSettings, RepeatSettings, RetrySettings,
     config::{self, Config, Diagnostic},
 };
 use starling_protocol::Name;
@@ -141,7 +141,7 @@ impl<'de> Deserialize<'de> for Certificate {
 }
 
 /// `[[route]]`: which requests go to which service, and who may send them.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
     /// Hosts it is for; all if not told.
@@ -171,6 +171,12 @@ pub struct Route {
     /// Time to the end of an answer; none if not told.
     #[serde(default, deserialize_with = "timeout")]
     pub total_timeout: Option<Duration>,
+    /// Attempts at a request.
+    #[serde(default)]
+    pub retry: RetrySettings,
+    /// A second copy of a request that takes long. Default: none.
+    #[serde(default)]
+    pub hedge: Option<HedgeSettings>,
     /// What the service sees as Host; what the client asked for, if not told.
     #[serde(default)]
     pub forward_host: ForwardHost,
@@ -221,6 +227,11 @@ impl Route {
     /// Its limits of time.
     pub fn limits(&self) -> LimitSettings {
         LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
+
+    /// How often a request may be made.
+    pub fn repeats(&self) -> RepeatSettings {
+        RepeatSettings { retry: self.retry, hedge: self.hedge }
     }
 }
 

@@ -288,7 +288,7 @@ impl Gateway {
         dress.put_on(&mut parts, &entry.request_id)?;
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
-        let call = Call { service: route.service.clone(), version, request, limits };
+        let call = Call { service: route.service.clone(), version, request, limits, repeats: route.repeats() };
         let mut response = self.client.call(call, observed).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());

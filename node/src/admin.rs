@@ -22,12 +22,8 @@ use tokio::{
     net::{TcpListener, UnixListener},
 };
 
-pub(crate) use self::view::{members, name_of, rfc3339, sights, status_of};
-use self::{
-    caller::{Caller, UNKNOWN},
-    view::services,
-};
-use crate::call::Calls;
+use self::caller::{Caller, UNKNOWN};
+pub(crate) use self::view::{members, name_of, rfc3339, services, sights, status_of};
 
 /// Longest request body, in bytes.
 const MAX_BODY_BYTES: usize = 512 << 10;
@@ -35,7 +31,7 @@ const MAX_BODY_BYTES: usize = 512 << 10;
 /// What the admin API asks of the node.
 pub(crate) trait Subject: Send + Sync + 'static {
     fn snapshot(&self) -> Arc<Snapshot>;
-    fn calls(&self) -> &Calls;
+    fn services(&self) -> Vec<admin::Service>;
     fn status(&self) -> impl Future<Output = admin::Status> + Send;
     fn is_ready(&self) -> bool;
     fn metrics(&self) -> impl Future<Output = String> + Send;
@@ -133,7 +129,6 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
     if let Some((status, value)) = extra.and_then(|extra| extra.answer(&parts.method, path, &body)) {
         return json(status, &value);
     }
-    let snapshot = subject.snapshot();
     match (parts.method.as_str(), path) {
         ("GET", "/livez") => text(StatusCode::OK, "ok\n".into()),
         ("GET", "/readyz") if subject.is_ready() => text(StatusCode::OK, "ok\n".into()),
@@ -164,7 +159,7 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
             Ok(free) => answer_to(subject.free_name(free.name).await),
             Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
         },
-        ("GET", "/v1/services") => json(StatusCode::OK, &services(&snapshot, subject.calls())),
+        ("GET", "/v1/services") => json(StatusCode::OK, &subject.services()),
         ("GET", "/v1/status") => json(StatusCode::OK, &subject.status().await),
         ("POST", "/v1/drain" | "/v1/leave") => {
             subject.drain();

@@ -3,17 +3,16 @@
 mod attempt;
 mod budget;
 mod error;
+mod hedge;
 mod introduction;
 mod kind;
+mod repeat;
 
 pub(crate) mod choose;
 pub(crate) mod connect;
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -29,8 +28,9 @@ use tokio::sync::watch;
 
 use self::{
     attempt::Terms,
-    choose::{Candidate, KnownPeers, Wish, pick},
+    choose::{Candidate, KnownPeers, Seen, Wish, pick},
     connect::Pool,
+    hedge::Hedge,
 };
 use crate::{
     identity::Identity,
@@ -44,15 +44,19 @@ use crate::{
 pub use self::{
     attempt::{Carried, MadeByNode},
     error::{CallError, Fault, Sent},
+    repeat::{HedgeAfter, HedgeSettings, RepeatSettings, RetrySettings},
 };
-pub(crate) use self::{budget::RetryBudget, introduction::Introduction, kind::Kind};
+pub(crate) use self::{
+    budget::RetryBudget,
+    introduction::Introduction,
+    kind::Kind,
+    repeat::{Called, Repeats},
+};
 
 /// Time to the head of an answer, if nobody sets it.
 const DEFAULT_HEAD: Duration = Duration::from_secs(15);
 /// Silence of a call that ends it, if nobody sets it.
 const DEFAULT_IDLE: Duration = Duration::from_secs(3600);
-/// Attempts per call, the first one included; those that found nobody at the other end are not counted.
-const MAX_ATTEMPTS: u32 = 3;
 /// Attempts per call that are not counted either, because the connection fell silent or broke under them: after a cut, one
 /// after the other may do so, until one is left that answers. They do cost the retry budget.
 const MAX_BROKEN: u32 = 3;
@@ -79,6 +83,8 @@ pub struct Call {
     pub request: Request<Body>,
     /// How long it may take.
     pub limits: Limits,
+    /// How often it may be made. Attempts that found nobody at the other end are not counted.
+    pub repeats: RepeatSettings,
 }
 
 /// How long a call may take; `None` is without limit.
@@ -133,9 +139,7 @@ pub(crate) struct Calls {
     /// How we sign in `Via`.
     pseudonym: String,
     via: HeaderValue,
-    budget: RetryBudget,
     introduction: Introduction,
-    retries: AtomicU64,
 }
 
 impl Calls {
@@ -146,8 +150,7 @@ impl Calls {
         introduction: Introduction,
     ) -> Self {
         let via = HeaderValue::from_str(&format!("2 {pseudonym}")).expect("a pseudonym is ASCII");
-        let (known, budget, retries) = Default::default();
-        Self { snapshot, known, zone, pseudonym, via, budget, introduction, retries }
+        Self { snapshot, known: Arc::default(), zone, pseudonym, via, introduction }
     }
 
     /// Calls in flight.
@@ -155,9 +158,19 @@ impl Calls {
         self.known.in_flight()
     }
 
-    /// Attempts beyond the first, since the start.
-    pub(crate) fn retries(&self) -> u64 {
-        self.retries.load(Relaxed)
+    /// Attempts beyond the first, by service.
+    pub(crate) fn repeats(&self) -> Vec<(Name, Repeats)> {
+        self.known.repeats()
+    }
+
+    /// The same for one.
+    pub(crate) fn repeats_of(&self, service: &Name) -> Repeats {
+        self.known.repeats_of(service)
+    }
+
+    /// What an instance looks like from here; `None` if it was never looked at.
+    pub(crate) fn seen(&self, id: &NodeId, service: &Name) -> Option<Seen> {
+        self.known.seen(id, service)
     }
 
     /// Whether calls keep away from that instance for now.
@@ -195,16 +208,15 @@ impl MeshClient {
         let snapshot = self.snapshot();
         let is_member = |id: &NodeId| snapshot.member(id).is_some();
         self.pool.retain(is_member);
-        self.node.known.retain(is_member);
+        self.node.known.retain(is_member, |service| snapshot.instances(service).is_some());
     }
 
     /// Makes a call, for the one that `observed` notes. Dropping the future cancels it at the service's node too.
     pub async fn call(&self, call: Call, observed: &mut Observed) -> Result<Response<Guarded<Carried>>, CallError> {
-        let Call { service, version, request, limits } = call;
+        let Call { service, version, request, limits, repeats: RepeatSettings { retry, hedge } } = call;
         let (mut parts, body) = request.into_parts();
         let earlier = attempts_so_far(&parts.headers);
         self.prepare(&mut parts)?;
-        self.node.budget.earn();
 
         let bodiless = http_body::Body::is_end_stream(&body);
         let source = (!bodiless).then(|| Source::new(body));
@@ -215,18 +227,15 @@ impl MeshClient {
         // Its packets do not move its stream; who opened it, ends it.
         let idle = limits.idle.filter(|_| tunnel != Some(Tunnel::Udp));
         let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle, until };
+        let (kind, version, zone) = (Kind::of_request(tunnel), version.as_deref(), self.node.zone.as_str());
+        let wish = Wish { kind, version, zone, ..Wish::default() };
+        let is_repeatable = retry.any_method || parts.method.is_idempotent();
         let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
         let mut broken = 0;
         let mut failed = None;
         loop {
-            let wish = Wish {
-                kind: Kind::of_request(tunnel),
-                version: version.as_deref(),
-                zone: &self.node.zone,
-                tried: &tried,
-                dead: &dead,
-            };
-            let candidate = match self.candidate(&service, wish, observed) {
+            let attempted = Wish { tried: &tried, dead: &dead, ..wish };
+            let (candidate, called) = match self.candidate(&service, attempted, observed) {
                 Ok(candidate) => candidate,
                 // Just started, a node does not know yet what there is.
                 Err(_) if failed.is_none() && !self.node.introduction.is_over(&self.snapshot()) && !due.is_over() => {
@@ -236,30 +245,49 @@ impl MeshClient {
                 // What the last one said tells more than that there is no other.
                 Err(none_left) => return Err(failed.unwrap_or(none_left)),
             };
+            if tried.is_empty() {
+                called.budget.earn(retry.budget);
+            }
             let attempt = (tried.len() - dead.len()) as u32 + 1;
             tried.push(candidate.instance.node);
             parts.headers.insert(names::ATTEMPT.clone(), names::numeral((earlier + attempt).into()));
             observed.attempted();
             let span = observed.departure(&mut parts.headers);
             let span = span.map(|span| of_attempt(span, &service, &candidate, attempt));
-            let outcome = self.attempt(&candidate, &mut parts, terms, span).await;
+            let hedge_after = hedge
+                .filter(|_| attempt == 1 && bodiless && is_repeatable && earlier + 2 <= MAX_TOTAL_ATTEMPTS)
+                .and_then(|hedge| called.hedges_after(hedge));
+            let begun = Instant::now();
+            let outcome = match hedge_after {
+                None => self.attempt(&candidate, &mut parts, terms, span).await,
+                Some(after) => {
+                    let hedge = Hedge { after, wish, called: &called, retry: &retry, earlier };
+                    let (outcome, other) = self.hedged(&candidate, &mut parts, terms, span, hedge, observed).await;
+                    tried.extend(other);
+                    outcome
+                }
+            };
+            if hedge.is_some() && outcome.is_ok() {
+                called.answered(begun.elapsed());
+            }
 
             let may_repeat = |sent: Sent, broken: u32| {
-                attempt - broken < MAX_ATTEMPTS
+                attempt - broken < retry.attempts
                     && earlier + attempt < MAX_TOTAL_ATTEMPTS
                     && !due.is_over()
-                    && (sent == Sent::No || parts.method.is_idempotent())
+                    && (sent == Sent::No || is_repeatable)
                     && source.as_ref().is_none_or(Source::can_replay)
-                    && self.node.budget.spend()
+                    && called.may_retry(&retry)
             };
             match outcome {
                 Ok(answer) => match answer.unanswered {
-                    Some(sent) if may_repeat(sent, broken) => {}
+                    // Who has too much to do already is not asked again for the same.
+                    Some(sent) if self.has_other_than(&tried, &service, wish) && may_repeat(sent, broken) => {}
                     _ => return Ok(answer.into_response()),
                 },
                 // Nobody had any work with it, so that it costs no retry, only time.
                 Err(error) if error.fault == Fault::Mesh && !due.is_over() && dead.len() < MAX_UNREACHED => {
-                    self.node.retries.fetch_add(1, Relaxed);
+                    called.passed_over();
                     dead.push(candidate.instance.node);
                     failed = Some(error);
                     continue;
@@ -275,7 +303,6 @@ impl MeshClient {
                     failed = Some(error);
                 }
             }
-            self.node.retries.fetch_add(1, Relaxed);
             if attempt > 1 {
                 let pause = RETRY_PAUSE.mul_f64(rand::rng().random_range(0.1..1.0));
                 tokio::time::sleep(pause).await;
@@ -307,13 +334,25 @@ impl MeshClient {
         Ok(())
     }
 
-    fn candidate(&self, service: &Name, wish: Wish<'_>, observed: &mut Observed) -> Result<Candidate, CallError> {
+    /// Whether there is an instance that was not tried yet.
+    fn has_other_than(&self, tried: &[NodeId], service: &Name, wish: Wish<'_>) -> bool {
+        let Some((candidates, _)) = self.pool.candidates(&self.snapshot(), service) else { return false };
+        let wish = Wish { dead: tried, ..wish };
+        pick(&candidates, wish, Instant::now(), &mut rand::rng(), |_| {}).is_some()
+    }
+
+    fn candidate(
+        &self,
+        service: &Name,
+        wish: Wish<'_>,
+        observed: &mut Observed,
+    ) -> Result<(Candidate, Arc<Called>), CallError> {
         let snapshot = self.snapshot();
         let unavailable = |detail| {
             let status = StatusCode::SERVICE_UNAVAILABLE;
             CallError::new(Fault::Mesh, Sent::No, status, ProxyError::DestinationUnavailable, detail)
         };
-        let Some(candidates) = self.pool.candidates(&snapshot, service) else {
+        let Some((candidates, called)) = self.pool.candidates(&snapshot, service) else {
             return Err(CallError::new(
                 Fault::Caller,
                 Sent::No,
@@ -326,7 +365,7 @@ impl MeshClient {
         observed.is_for(service.as_str());
         let picked =
             pick(&candidates, wish, Instant::now(), &mut rand::rng(), |lost| self.pool.look_for(lost)).cloned();
-        picked.ok_or_else(|| {
+        picked.map(|picked| (picked, called)).ok_or_else(|| {
             let takes = |c: &Candidate| Kind::of_service(&c.instance.protocol);
             if candidates.iter().all(|candidate| takes(candidate) != Some(wish.kind))
                 && let Some(takes) = candidates.first().and_then(takes)

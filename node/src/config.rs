@@ -8,7 +8,7 @@ use starling_gossip::Profile;
 use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
 use toml::de::DeTable;
 
-use crate::{LimitSettings, observe::otlp};
+use crate::{HedgeSettings, LimitSettings, RepeatSettings, RetrySettings, observe::otlp};
 
 /// Everything that a node can be told.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -182,6 +182,10 @@ pub struct OutboundConfig {
     /// Time to the end of an answer. Default: none.
     #[serde(deserialize_with = "limit")]
     pub total_timeout: Option<Duration>,
+    /// Attempts at a call.
+    pub retry: RetrySettings,
+    /// A second copy of a call that takes long. Default: none.
+    pub hedge: Option<HedgeSettings>,
 }
 
 impl Default for OutboundConfig {
@@ -191,6 +195,8 @@ impl Default for OutboundConfig {
             timeout: None,
             idle_timeout: None,
             total_timeout: None,
+            retry: RetrySettings::default(),
+            hedge: None,
         }
     }
 }
@@ -233,6 +239,9 @@ pub struct ServiceConfig {
     /// Connections to the service at most; what comes beyond is refused at once. Default 8192.
     #[serde(default = "max_connections")]
     pub max_connections: usize,
+    /// Calls to it at a time.
+    #[serde(default)]
+    pub limits: LimitsConfig,
 }
 
 impl ServiceConfig {
@@ -251,12 +260,32 @@ impl ServiceConfig {
             total_timeout: None,
             keep_idle: keep_idle(),
             max_connections: max_connections(),
+            limits: LimitsConfig::default(),
         }
     }
 
     /// Its limits of time.
     pub fn limits(&self) -> LimitSettings {
         LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
+    }
+}
+
+/// `limits = { calls = 10000, adaptive = true, late = "500ms" }`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Calls that may wait for an answer at a time. Default 10,000.
+    pub calls: usize,
+    /// Whether there are fewer when even the quickest answers are late. Default: yes.
+    pub adaptive: bool,
+    /// Answers that come so soon are never late; others are if they take twice as long as usual. Default 500 ms.
+    #[serde(deserialize_with = "duration")]
+    pub late: Duration,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self { calls: 10_000, adaptive: true, late: Duration::from_millis(500) }
     }
 }
 
@@ -292,13 +321,33 @@ pub struct UpstreamConfig {
     /// Time to the end of an answer. Default: none.
     #[serde(default, deserialize_with = "limit")]
     pub total_timeout: Option<Duration>,
+    /// Attempts at a call.
+    #[serde(default)]
+    pub retry: RetrySettings,
+    /// A second copy of a call that takes long. Default: none.
+    #[serde(default)]
+    pub hedge: Option<HedgeSettings>,
 }
 
 impl UpstreamConfig {
     /// A port with everything else as usual.
     pub fn new(service: Name, listen: SocketAddr) -> Self {
         let protocol = UpstreamProtocol::default();
-        Self { service, listen, protocol, timeout: None, idle_timeout: None, total_timeout: None }
+        Self {
+            service,
+            listen,
+            protocol,
+            timeout: None,
+            idle_timeout: None,
+            total_timeout: None,
+            retry: RetrySettings::default(),
+            hedge: None,
+        }
+    }
+
+    /// How often a call over it may be made.
+    pub fn repeats(&self) -> RepeatSettings {
+        RepeatSettings { retry: self.retry, hedge: self.hedge }
     }
 
     /// Its limits of time.
@@ -308,6 +357,11 @@ impl UpstreamConfig {
 }
 
 impl OutboundConfig {
+    /// How often a call over it may be made.
+    pub fn repeats(&self) -> RepeatSettings {
+        RepeatSettings { retry: self.retry, hedge: self.hedge }
+    }
+
     /// Its limits of time.
     pub fn limits(&self) -> LimitSettings {
         LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
@@ -382,6 +436,8 @@ fn max_connections() -> usize {
 const MAX_LIMIT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// More often says no more.
 const MIN_METRICS_INTERVAL: Duration = Duration::from_secs(1);
+/// Most calls to a service at a time: a node takes no more of all.
+const MAX_CALLS: usize = 10_000;
 /// Most connections to a service: more than a host has ports.
 const MAX_CONNECTIONS: usize = 65_536;
 
@@ -438,6 +494,13 @@ impl Config {
             }
             if !(1..=MAX_CONNECTIONS).contains(&service.max_connections) {
                 problem(format!("service[{i}].max_connections"), format!("use 1 to {MAX_CONNECTIONS}"));
+            }
+            if !(1..=MAX_CALLS).contains(&service.limits.calls) {
+                problem(format!("service[{i}].limits"), format!("use 1 to {MAX_CALLS} calls"));
+            }
+            if service.limits.late.is_zero() || service.limits.late > MAX_LIMIT {
+                let what = "late is a time above zero, 30 days at most; adaptive = false switches it off";
+                problem(format!("service[{i}].limits"), what.into());
             }
             if service.keep_idle > MAX_LIMIT {
                 problem(format!("service[{i}].keep_idle"), "longer than 30 days; shorten it".into());

@@ -2,6 +2,7 @@
 
 pub(crate) mod condition;
 pub(crate) mod health;
+pub(crate) mod limiter;
 pub(crate) mod local;
 mod peers;
 
@@ -22,7 +23,7 @@ use starling_http::{
     normal::{self, Origin, Tunnel, number},
     tunnel::NotSwitched,
 };
-use starling_protocol::{Name, headers, service_of_host};
+use starling_protocol::{Name, NodeId, headers, service_of_host};
 
 use crate::{
     Sent,
@@ -30,6 +31,7 @@ use crate::{
     config::ServiceConfig,
     identity::tls::Peer,
     inbound::{
+        limiter::{Admitted, Figures},
         local::{LocalService, Place},
         peers::{Here, Peers},
     },
@@ -91,6 +93,14 @@ impl Inbound {
         self.0.in_flight.load(Relaxed)
     }
 
+    /// How many calls each service gets at a time, and how many were refused.
+    pub(crate) fn limits(&self) -> Vec<(Name, Figures)> {
+        let of = |(name, service): (&Name, &LocalService)| (name.clone(), service.limiter().figures());
+        let mut all: Vec<_> = self.0.services.iter().map(of).collect();
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all
+    }
+
     /// Requests that were sent to services once more.
     pub(crate) fn repeats(&self) -> u64 {
         self.0.services.values().map(LocalService::repeated).sum()
@@ -102,7 +112,7 @@ impl Inbound {
         let services = peer.services.iter().map(Name::as_str).collect::<Vec<_>>().join(",");
         let services = (!services.is_empty()).then(|| ascii(&services));
         let page = self.0.observer.of_caller(&caller_name(&peer.services, &peer.name));
-        let caller = Caller { name: ascii(peer.name.as_str()), services };
+        let caller = Caller { id: peer.id, name: ascii(peer.name.as_str()), services };
         let origin = if peer.edge { Origin::Edge } else { Origin::Mesh };
         let connected = self.0.peers.connect(peer.id);
         let windows = self.0.windows.of_connection(connected.nth);
@@ -197,6 +207,16 @@ impl Inbound {
         if head.is_some_and(|head| head.is_zero()) {
             return Err((Some(service), too_late(Duration::ZERO)));
         }
+        // Tunnels are no calls that wait for an answer.
+        let admitted = match checked.tunnel {
+            Some(_) => None,
+            None => Some(local.limiter().admit(caller.id, Instant::now()).ok_or_else(|| {
+                let detail = format!("{service} has as many calls as it answers in time");
+                let problem =
+                    Problem::proxy(StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable, detail);
+                (Some(service), problem.retry_after(Duration::from_secs(1)))
+            })?),
+        };
         // What the local service reads: who called, and nothing else of ours.
         parts.headers.remove(&names::DEADLINE);
         parts.headers.remove(&names::ATTEMPT);
@@ -217,13 +237,14 @@ impl Inbound {
             Some(parts.uri.path_and_query().cloned().unwrap_or(uri::PathAndQuery::from_static("/")));
         (target.scheme, target.authority) = (Some(uri::Scheme::HTTP), Some(authority));
         parts.uri = Uri::from_parts(target).map_err(|_| (Some(service), normal::Malformed::bad_target().into()))?;
-        Ok(Plan { service, local, parts, length: checked.length, tunnel: checked.tunnel, head })
+        Ok(Plan { service, local, parts, length: checked.length, tunnel: checked.tunnel, head, admitted })
     }
 }
 
 /// Who calls, by its certificate, as the service is told.
 #[derive(Clone)]
 struct Caller {
+    id: NodeId,
     name: HeaderValue,
     services: Option<HeaderValue>,
 }
@@ -238,11 +259,13 @@ struct Plan<'a> {
     tunnel: Option<Tunnel>,
     /// Until the head of the answer.
     head: Option<Duration>,
+    /// Until then, too.
+    admitted: Option<Admitted>,
 }
 
 impl Plan<'_> {
     async fn carry_out(self, body: Body) -> Result<Response<Guarded<Place>>, (Sent, Problem)> {
-        let Self { local, parts, length, tunnel, head, .. } = self;
+        let Self { local, parts, length, tunnel, head, admitted, .. } = self;
         let method = parts.method.clone();
         let body = body.with_length(length);
         let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::new(body));
@@ -250,7 +273,7 @@ impl Plan<'_> {
         let until = local.limits().total_timeout.map(|total| Instant::now() + total);
         // What goes into a tunnel is no upload that must come first.
         let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none()));
-        let response = tokio::select! {
+        let outcome = tokio::select! {
             biased;
             answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|error| {
                 if source.as_ref().is_some_and(Source::is_broken) {
@@ -258,8 +281,8 @@ impl Plan<'_> {
                     return (error.sent, Problem::proxy(status, ProxyError::HttpRequestError, detail));
                 }
                 (error.sent, error.problem)
-            })?,
-            late = due.passed() => return Err((Sent::Maybe, match late {
+            }),
+            late = due.passed() => Err((Sent::Maybe, match late {
                 Late::Answer => too_late(due.limit()),
                 Late::Upload => {
                     let detail = "the rest of the request does not come";
@@ -267,6 +290,19 @@ impl Plan<'_> {
                 }
             })),
         };
+        let has_answered = match &outcome {
+            Ok(_) => true,
+            Err((_, problem)) => problem.status == StatusCode::GATEWAY_TIMEOUT,
+        };
+        if let Some(admitted) = admitted.filter(|_| has_answered) {
+            match &source {
+                None => admitted.answered(None, Instant::now()),
+                Some(source) if source.has_ended() => admitted.answered(Some(source.moved()), Instant::now()),
+                // How long it took is the caller's doing.
+                Some(_) => {}
+            }
+        }
+        let response = outcome?;
         let (mut head, body) = response.into_parts();
         let length =
             normal::normalise_response(&mut head, &method, Origin::Outside).map_err(|m| (Sent::Maybe, m.into()))?;

@@ -18,7 +18,10 @@ mod state;
 pub mod config;
 
 pub use admin::ExtraRoutes;
-pub use call::{Call, CallError, Carried, Fault, LimitSettings, Limits, MadeByNode, MeshClient, Sent};
+pub use call::{
+    Call, CallError, Carried, Fault, HedgeAfter, HedgeSettings, LimitSettings, Limits, MadeByNode, MeshClient,
+    RepeatSettings, RetrySettings, Sent,
+};
 pub use identity::{
     authority::{Admin, Authority, AuthorityError, TokenRequest},
     crypto_provider,

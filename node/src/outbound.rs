@@ -31,7 +31,7 @@ pub(crate) use self::{
 };
 
 use crate::{
-    Call, Carried, LimitSettings, MeshClient,
+    Call, Carried, LimitSettings, MeshClient, RepeatSettings,
     observe::{
         observer::{Answered, Observed, Observer},
         trace,
@@ -57,6 +57,7 @@ pub(crate) struct Door {
     /// The service that this door leads to; by host name if `None`.
     pub(crate) service: Option<Name>,
     pub(crate) limits: LimitSettings,
+    pub(crate) repeats: RepeatSettings,
     pub(crate) observer: Observer,
     pub(crate) places: TcpPlaces,
     pub(crate) shelf: Shelf,
@@ -140,7 +141,7 @@ impl Door {
         }
         let limits = self.limits.of(&parts.headers);
         let request = Request::from_parts(parts, body.with_length(checked.length));
-        let call = Call { service, version: None, request, limits };
+        let call = Call { service, version: None, request, limits, repeats: self.repeats };
         Ok(self.client.call(call, observed).await?)
     }
 
@@ -176,7 +177,7 @@ impl Door {
         let mut observed = self.observer.outgoing(&parts.method, &mut parts.headers, trace::Origin::Ours);
         let limits = self.limits.of(&parts.headers);
         let request = Request::from_parts(parts, observed.counting(upload));
-        let call = Call { service: service.clone(), version: None, request, limits };
+        let call = Call { service: service.clone(), version: None, request, limits, repeats: self.repeats };
         let (response, refused) = match self.client.call(call, &mut observed).await {
             Ok(response) if response.status().is_success() => (response, None),
             Ok(response) => {

@@ -387,12 +387,13 @@ impl Node {
 }
 
 /// Opens the nth door to the application, on all workers; one for packets, on one of them.
-fn open_door(DoorFrame { leads, limits }: DoorFrame, nth: usize, workers: &[Worker], running: &Running) {
+fn open_door(DoorFrame { leads, limits, repeats }: DoorFrame, nth: usize, workers: &[Worker], running: &Running) {
     let places = outbound::places();
     let door = |worker: &Worker, service: Option<Name>| Door {
         client: worker.client.clone(),
         service,
         limits,
+        repeats,
         observer: worker.observer.clone(),
         places: places.clone(),
         shelf: outbound::shelf(workers.len()),

@@ -242,6 +242,15 @@ pub struct Service {
     pub version: String,
     /// Its instances, by node name.
     pub instances: Vec<ServiceInstance>,
+    /// Attempts beyond the first at calls of the answering node's to it, in any version: after a failure.
+    #[serde(default)]
+    pub retries: u64,
+    /// The same before a failure.
+    #[serde(default)]
+    pub hedges: u64,
+    /// Retries and hedges that were not made, because the service's budget was spent.
+    #[serde(default)]
+    pub retries_denied: u64,
 }
 
 /// One instance of a service.
@@ -259,6 +268,27 @@ pub struct ServiceInstance {
     pub state: ServiceState,
     /// Whether this node's own experience keeps calls away from it.
     pub ejected: bool,
+    /// How its node speaks to it.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// Calls of the answering node's to it that are under way.
+    #[serde(default)]
+    pub in_flight: u32,
+    /// How soon the answering node expects an answer of it, in microseconds; absent if it was not called of late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_us: Option<u64>,
+    /// Of the answering node's own: calls that the service gets at a time, and how many were refused beyond that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<CallLimit>,
+}
+
+/// How many calls a service gets at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallLimit {
+    /// As it stands.
+    pub calls: u64,
+    /// Calls that were refused at once, since the start.
+    pub shed: u64,
 }
 
 /// The answering node.

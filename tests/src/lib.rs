@@ -16,7 +16,8 @@ use std::{
     time::Duration,
 };
 
-use starling_chaos::{Client, Process, free_port, wait_for};
+use starling_chaos::{Client, Cluster, Process, free_port, wait_for};
+use starling_protocol::admin;
 
 /// The binary, built if need be: `cargo test` alone does not build another package's binary.
 pub fn binary() -> &'static Path {
@@ -161,4 +162,17 @@ pub async fn chaos_with(dir: &Path, args: &[&str], variables: &[(&str, &str)]) -
     let output = tokio::time::timeout(CHAOS_LIMIT, command.output()).await.expect("it ends").expect("it runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+/// Waits until a node knows that many instances of a service.
+pub async fn is_known(cluster: &Cluster, at: &str, service: &str, instances: usize) {
+    wait_for(&format!("{at} knows {service}"), Duration::from_secs(60), || async {
+        let services: Vec<admin::Service> = cluster.admin(at, "/v1/services").await.map_err(|e| e.to_string())?;
+        match services.iter().find(|known| known.name.as_str() == service) {
+            Some(known) if known.instances.len() == instances => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await
+    .expect("a service becomes known");
 }

@@ -10,8 +10,7 @@ mod websocket;
 use std::{net::SocketAddr, time::Duration};
 
 use starling_chaos::{Cluster, NodeSpec, free_port, wait_for};
-use starling_protocol::admin::Service;
-use starling_tests::binary;
+use starling_tests::{binary, is_known};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// How long something may take that should happen at once.
@@ -26,19 +25,6 @@ async fn mesh(service: &str, addr: SocketAddr, protocol: &str) -> (Cluster, Sock
     cluster.add(&NodeSpec::named("near").flag("--upstream").flag(upstream)).await.unwrap();
     is_known(&cluster, "near", service, 1).await;
     (cluster, port)
-}
-
-/// Waits until a node knows that many instances of a service.
-async fn is_known(cluster: &Cluster, at: &str, service: &str, instances: usize) {
-    wait_for(&format!("{at} knows {service}"), LIMIT, || async {
-        let services: Vec<Service> = cluster.admin(at, "/v1/services").await.map_err(|e| e.to_string())?;
-        match services.iter().find(|known| known.name.as_str() == service) {
-            Some(known) if known.instances.len() == instances => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    })
-    .await
-    .unwrap();
 }
 
 /// All that comes until the end, or the error that it ends with.

@@ -1,10 +1,10 @@
 //! The mesh as JSON.
 
 use starling_gossip::{MemberView, Snapshot};
-use starling_protocol::{MemberHealth, NodeId, NodeKind, Sight, admin};
+use starling_protocol::{MemberHealth, Name, NodeId, NodeKind, Sight, admin};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::call::Calls;
+use crate::{call::Calls, inbound::limiter::Figures};
 
 /// Unix seconds as RFC 3339.
 pub(crate) fn rfc3339(unix: u64) -> String {
@@ -72,11 +72,13 @@ pub(crate) fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
 }
 
 /// Services by version, with their instances.
-pub(crate) fn services(snapshot: &Snapshot, calls: &Calls) -> Vec<admin::Service> {
+pub(crate) fn services(snapshot: &Snapshot, calls: &Calls, limits: &[(Name, Figures)]) -> Vec<admin::Service> {
     let mut services: Vec<admin::Service> = Vec::new();
     for member in snapshot.members.iter().filter(|m| !m.left) {
         let Some(record) = &member.record else { continue };
         for service in &record.services {
+            let seen = calls.seen(&member.id, &service.name);
+            let limit = limits.iter().find(|(name, _)| member.is_self && *name == service.name);
             let instance = admin::ServiceInstance {
                 node: record.name.to_string(),
                 addr: member.addr,
@@ -84,14 +86,24 @@ pub(crate) fn services(snapshot: &Snapshot, calls: &Calls) -> Vec<admin::Service
                 status: status_of(member),
                 state: service.state,
                 ejected: calls.is_ejected(&member.id, &service.name),
+                protocol: service.protocol,
+                in_flight: seen.map_or(0, |seen| seen.in_flight),
+                latency_us: seen.and_then(|seen| seen.latency).map(|latency| latency.as_micros() as u64),
+                limit: limit.map(|(_, figures)| admin::CallLimit { calls: figures.limit as u64, shed: figures.shed }),
             };
             match services.iter_mut().find(|s| s.name == service.name && s.version == service.version) {
                 Some(known) => known.instances.push(instance),
-                None => services.push(admin::Service {
-                    name: service.name.clone(),
-                    version: service.version.clone(),
-                    instances: vec![instance],
-                }),
+                None => {
+                    let repeats = calls.repeats_of(&service.name);
+                    services.push(admin::Service {
+                        name: service.name.clone(),
+                        version: service.version.clone(),
+                        instances: vec![instance],
+                        retries: repeats.retries,
+                        hedges: repeats.hedges,
+                        retries_denied: repeats.denied,
+                    });
+                }
             }
         }
     }

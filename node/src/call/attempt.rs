@@ -63,7 +63,7 @@ impl MeshClient {
         span: &mut Option<Box<OpenSpan>>,
     ) -> Result<Attempted, CallError> {
         let Terms { service, source, due, idle, until } = terms;
-        let Candidate { instance, experience, .. } = candidate;
+        let instance = &candidate.instance;
         let unreached = |why: String| {
             let detail = format!("node {} of {service} cannot be reached: {why}", instance.node_name);
             let (status, error) = (StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable);
@@ -74,7 +74,11 @@ impl MeshClient {
             connection = self.pool.connection(instance) => connection.map_err(|e| unreached(e.to_string()))?,
             late = due.passed() => return Err(too_late(late, due, Sent::No)),
         };
-        let pending = candidate.begin();
+        let mut pending = candidate.begin();
+        if source.is_some() {
+            // A slow upload is nobody's latency but the caller's.
+            pending.excuse();
+        }
         let connection = connection.begin(parts.method == Method::CONNECT);
         let begun = Instant::now();
         if let Some(span) = span {
@@ -82,32 +86,33 @@ impl MeshClient {
         }
         tell_deadline(parts, due);
         let outcome = exchange(&connection, instance, parts, terms).await;
-        // A slow upload is nobody's latency but the caller's.
         let since = source.filter(|source| source.has_ended()).map_or(begun, |source| source.moved().max(begun));
         let latency = since.elapsed();
         let client::Answer { mut head, body, upload } = match outcome {
             Ok(answer) => answer,
             Err(_) if source.is_some_and(Source::is_broken) => {
+                pending.excuse();
                 let (status, error) = (StatusCode::BAD_REQUEST, ProxyError::HttpRequestError);
                 let detail = "the request body broke off";
                 return Err(CallError::new(Fault::Caller, Sent::Maybe, status, error, detail));
             }
             Err(error) => {
                 // That a connection went, or is going, says nothing about the service behind it.
-                if error.fault == Fault::Service {
-                    experience.answered(latency, true);
+                match error.fault {
+                    Fault::Service => pending.answered(latency, true),
+                    _ => pending.excuse(),
                 }
                 return Err(error);
             }
         };
         let failed = head.status.is_server_error() || head.status == StatusCode::TOO_MANY_REQUESTS;
-        experience.answered(latency, failed);
+        pending.answered(latency, failed);
         let length = normal::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
             let error = ProxyError::HttpProtocolError;
             CallError::new(Fault::Service, Sent::Maybe, StatusCode::BAD_GATEWAY, error, m.reason)
         })?;
         if let Some(told) = number(&head.headers, headers::LOAD) {
-            experience.told(told);
+            pending.told(told);
         }
         // Only a node sets this field, on answers of its own making: the service's word is never taken for it.
         let sent = head.headers.remove(&names::SENT).map(|v| if v == "no" { Sent::No } else { Sent::Maybe });

@@ -2,42 +2,44 @@
 
 use std::{sync::Mutex, time::Instant};
 
-/// Retries earned by each call, in thousandths, and by each second.
-const BUDGET_PER_CALL: u64 = 200;
-const BUDGET_PER_SECOND: u64 = 10_000;
-const BUDGET_MAX: u64 = 100_000;
+/// What is saved up at most, in retries.
+const MOST: f64 = 100.0;
 
-/// Retries are bounded by what succeeds: a fifth of the calls, and ten a second for quiet times.
+/// Retries are bounded by what is asked: a share of the calls, and some a second for quiet times.
 pub(crate) struct RetryBudget(Mutex<Budget>);
 
 struct Budget {
-    /// In thousandths of a retry.
-    balance: u64,
+    /// In retries. Below nothing it never goes.
+    balance: f64,
     refilled: Instant,
 }
 
 impl Default for RetryBudget {
     fn default() -> Self {
-        Self(Mutex::new(Budget { balance: BUDGET_PER_SECOND, refilled: Instant::now() }))
+        // A second's worth of what is usual.
+        Self(Mutex::new(Budget { balance: 10.0, refilled: Instant::now() }))
     }
 }
 
 impl RetryBudget {
-    pub(crate) fn earn(&self) {
+    /// A call earns a share of a retry.
+    pub(crate) fn earn(&self, share: f64) {
         let mut budget = self.lock();
-        budget.balance = (budget.balance + BUDGET_PER_CALL).min(BUDGET_MAX);
+        budget.balance = (budget.balance + share).min(MOST);
     }
 
-    pub(crate) fn spend(&self) -> bool {
+    /// Takes a retry out, if there is one, or the time has earned it.
+    pub(crate) fn spend(&self, per_second: u32) -> bool {
         let mut budget = self.lock();
         let elapsed = budget.refilled.elapsed();
         budget.refilled = Instant::now();
-        let earned = (elapsed.as_secs_f64() * BUDGET_PER_SECOND as f64) as u64;
+        let per_second = f64::from(per_second);
+        let earned = elapsed.as_secs_f64() * per_second;
         // Time alone never saves up more than a second's worth.
-        budget.balance = budget.balance.max((budget.balance + earned).min(BUDGET_PER_SECOND)).min(BUDGET_MAX);
-        let enough = budget.balance >= 1000;
+        budget.balance = budget.balance.max((budget.balance + earned).min(per_second));
+        let enough = budget.balance >= 1.0;
         if enough {
-            budget.balance -= 1000;
+            budget.balance -= 1.0;
         }
         enough
     }
@@ -54,11 +56,11 @@ mod tests {
     #[test]
     fn retries_stay_within_a_fifth_of_the_calls() {
         let budget = RetryBudget::default();
-        while budget.spend() {}
+        while budget.spend(10) {}
         for _ in 0..1000 {
-            budget.earn();
+            budget.earn(0.2);
         }
-        let retries = (0..).take_while(|_| budget.spend()).count();
+        let retries = (0..).take_while(|_| budget.spend(10)).count();
         assert!((99..=112).contains(&retries), "{retries}: capped at 100, and what the time of the test earned");
     }
 }

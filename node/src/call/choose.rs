@@ -5,7 +5,7 @@ mod known;
 mod pick;
 
 pub(crate) use self::{
-    experience::{Experience, PendingCall, Reach},
+    experience::{Experience, PendingCall, Reach, Seen},
     known::{KnownPeer, KnownPeers},
     pick::{Candidate, Wish, pick},
 };

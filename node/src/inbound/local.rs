@@ -27,6 +27,7 @@ use crate::{
     LimitSettings, Sent,
     call::{Kind, RetryBudget},
     config::ServiceConfig,
+    inbound::limiter::{Limiter, Settings},
     observe::packets::PacketCounts,
 };
 
@@ -60,6 +61,7 @@ struct State {
     repeats: Arc<Repeats>,
     in_flight: AtomicUsize,
     packets: Arc<PacketCounts>,
+    limiter: Arc<Limiter>,
 }
 
 enum Connections {
@@ -83,6 +85,10 @@ impl LocalService {
             repeats: Arc::default(),
             in_flight: AtomicUsize::new(0),
             packets,
+            limiter: Arc::new(Limiter::new(Settings {
+                most: service.limits.calls,
+                late: service.limits.adaptive.then_some(service.limits.late),
+            })),
         }))
     }
 
@@ -109,6 +115,11 @@ impl LocalService {
     /// How long its answers may take, by its operator's word.
     pub(crate) fn limits(&self) -> &LimitSettings {
         &self.service.limits
+    }
+
+    /// Lets calls in.
+    pub(crate) fn limiter(&self) -> &Arc<Limiter> {
+        &self.service.limiter
     }
 
     /// Calls under way, of other nodes.
@@ -163,7 +174,11 @@ impl Guard for Place {
     }
 }
 
-/// Requests that are sent a second time are retries like others: a fifth of all, and counted.
+/// Requests that are sent a second time are retries like others: a fifth of all and ten a second, and counted.
+const REPEATS: f64 = 0.2;
+const REPEATS_PER_SECOND: u32 = 10;
+
+/// Those of one service.
 #[derive(Default)]
 struct Repeats {
     budget: RetryBudget,
@@ -172,7 +187,7 @@ struct Repeats {
 
 impl Repeats {
     fn allow(&self) -> bool {
-        let allowed = self.budget.spend();
+        let allowed = self.budget.spend(REPEATS_PER_SECOND);
         self.count.fetch_add(u64::from(allowed), Relaxed);
         allowed
     }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use starling_gossip::{Counters, MemberView, Refused, Snapshot};
+use starling_protocol::Name;
 
 use super::{
     distribution::Distribution,
@@ -15,7 +16,10 @@ use super::{
     packets::PacketCounts,
     trace::Tracer,
 };
-use crate::call::Calls;
+use crate::{
+    call::{Calls, Repeats},
+    inbound::limiter::Figures,
+};
 
 /// One figure, or the same of several things. Names are OpenTelemetry's, or formed like these.
 #[derive(Debug)]
@@ -67,6 +71,8 @@ pub(crate) struct OfNode<'a> {
     pub(crate) calls: &'a Calls,
     /// Requests sent to services once more.
     pub(crate) repeats: u64,
+    /// How many calls each service behind this node gets.
+    pub(crate) limits: Vec<(Name, Figures)>,
     pub(crate) gossip: &'a GossipFigures,
     /// Seconds until the certificate ends.
     pub(crate) cert_left: i64,
@@ -232,8 +238,25 @@ fn totals<const N: usize>(label: &'static str, of: [(&'static str, u64); N]) -> 
     of.map(|(value, total)| Point { labels: vec![(label, value.into())], value: Figure::Total(total) }).into()
 }
 
+fn repeats_of(calls: &Calls, figures: fn(&Repeats) -> Vec<(&'static str, u64)>) -> Vec<Point> {
+    let of_service = |(service, repeats): (Name, Repeats)| {
+        let point = move |(kind, total): (&'static str, u64)| Point {
+            labels: vec![("service", service.to_string()), ("kind", kind.into())],
+            value: Figure::Total(total),
+        };
+        figures(&repeats).into_iter().map(point).collect::<Vec<_>>()
+    };
+    calls.repeats().into_iter().flat_map(of_service).collect()
+}
+
+fn of_limits(limits: &[(Name, Figures)], value: fn(&Figures) -> Figure) -> Vec<Point> {
+    let of_service =
+        |(service, figures): &(Name, Figures)| Point { labels: labels(None, service.as_str()), value: value(figures) };
+    limits.iter().map(of_service).collect()
+}
+
 fn of_node(node: &OfNode<'_>) -> Vec<Reading> {
-    let OfNode { snapshot, calls, repeats, gossip, cert_left, reloaded } = node;
+    let OfNode { snapshot, calls, repeats, limits, gossip, cert_left, reloaded } = node;
     let alone = |value| vec![Point { labels: Vec::new(), value }];
     let things = |name, help, points| Reading { name, help, unit: Unit::Things, points };
     let of_status = |status: &'static str| {
@@ -284,7 +307,26 @@ fn of_node(node: &OfNode<'_>) -> Vec<Reading> {
             "Calls into the mesh that have no complete answer",
             alone(Figure::Level(calls.in_flight() as i64)),
         ),
-        things("starling.retries", "Attempts beyond a call's first", alone(Figure::Total(calls.retries()))),
+        things(
+            "starling.retries",
+            "Attempts beyond a call's first: after a failure, or, hedged, before one",
+            repeats_of(calls, |repeats| vec![("retry", repeats.retries), ("hedge", repeats.hedges)]),
+        ),
+        things(
+            "starling.retries_denied",
+            "Retries and hedges that were not made, because their service's budget was spent",
+            repeats_of(calls, |repeats| vec![("any", repeats.denied)]),
+        ),
+        things(
+            "starling.shed",
+            "Calls that were refused at once, because the service had as many as it answers in time",
+            of_limits(limits, |figures| Figure::Total(figures.shed)),
+        ),
+        things(
+            "starling.concurrency_limit",
+            "Calls that a service gets at a time",
+            of_limits(limits, |figures| Figure::Level(figures.limit as i64)),
+        ),
         things(
             "starling.service_repeats",
             "Requests sent to a service once more, because a kept connection was closed",

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 
 use super::StartError;
 use crate::{
-    LimitSettings,
+    LimitSettings, RepeatSettings,
     config::{Config, UpstreamProtocol},
     outbound,
 };
@@ -37,6 +37,7 @@ pub(super) struct Bound {
 pub(super) struct DoorFrame {
     pub(super) leads: Leads,
     pub(super) limits: LimitSettings,
+    pub(super) repeats: RepeatSettings,
 }
 
 /// Where a door leads, and what it listens on: one listener a worker, or one socket in all.
@@ -81,7 +82,8 @@ impl Bound {
         if let Some(addr) = config.outbound.listen {
             let what = "the outbound port";
             let listeners = shared_port::tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
-            doors.push(DoorFrame { leads: Leads::Http(None, listeners), limits: config.outbound.limits() });
+            let (leads, outbound) = (Leads::Http(None, listeners), &config.outbound);
+            doors.push(DoorFrame { leads, limits: outbound.limits(), repeats: outbound.repeats() });
         }
         for upstream in &config.upstream {
             let (addr, service) = (upstream.listen, upstream.service.clone());
@@ -92,7 +94,7 @@ impl Bound {
                 UpstreamProtocol::Tcp => Leads::Tcp(service, tcp()?),
                 UpstreamProtocol::Udp => Leads::Udp(service, outbound::bind_udp(addr).map_err(failed)?),
             };
-            doors.push(DoorFrame { leads, limits: upstream.limits() });
+            doors.push(DoorFrame { leads, limits: upstream.limits(), repeats: upstream.repeats() });
         }
         let advertise = advertised(config, listen)?;
         Ok(Self { listen, advertise, control_socket, worker_sockets, admin_listener, doors })

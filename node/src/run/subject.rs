@@ -13,7 +13,6 @@ use starling_protocol::{DocumentEdition, Name, Strike, admin as json};
 use super::Running;
 use crate::{
     admin::{self, ExtraRoutes, Subject},
-    call::Calls,
     identity::{admission::Admission, names, unix_now},
     mesh::{documents, survey},
     observe::{
@@ -54,6 +53,7 @@ impl Running {
             snapshot: &snapshot,
             calls: &self.calls,
             repeats: self.inbound.repeats(),
+            limits: self.inbound.limits(),
             gossip: &figures,
             cert_left,
             reloaded: self.reloaded.load(Relaxed),
@@ -74,8 +74,8 @@ impl Subject for Running {
         self.gossip.snapshot()
     }
 
-    fn calls(&self) -> &Calls {
-        &self.calls
+    fn services(&self) -> Vec<json::Service> {
+        admin::services(&self.snapshot(), &self.calls, &self.inbound.limits())
     }
 
     fn is_ready(&self) -> bool {

@@ -4,13 +4,13 @@ use std::{future::Future, io::ErrorKind, net::SocketAddr, time::Duration};
 
 use http::{Method, Request};
 use starling_chaos::{Client, NodeSpec, Process, free_port, wait_for};
-use starling_tests::{listening, program, run, sample};
+use starling_tests::{is_known, listening, program, run, sample};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
 
-use super::{LIMIT, figure, figure_becomes, is_known, mesh, read_all};
+use super::{LIMIT, figure, figure_becomes, mesh, read_all};
 
 /// A server that does the same with each connection.
 async fn server<F>(each: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr

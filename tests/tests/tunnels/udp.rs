@@ -3,9 +3,10 @@
 use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use starling_chaos::{NodeSpec, wait_for};
+use starling_tests::is_known;
 use tokio::net::UdpSocket;
 
-use super::{LIMIT, figure_becomes, is_known, mesh};
+use super::{LIMIT, figure_becomes, mesh};
 
 /// Repeats packets to whoever sent them, with the address that they came from in front.
 async fn echo() -> SocketAddr {

@@ -6,7 +6,7 @@ use http::{Method, Request, StatusCode};
 use serde_json::Value;
 use starling_chaos::{Cluster, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_tests::{
-    binary, client_script, listening, python,
+    binary, client_script, is_known, listening, python,
     raw_h3::{self, RawClient, endpoint, frame, head, heads},
     run,
     service::{Service, Speaks, text},
@@ -16,7 +16,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{LIMIT, is_known};
+use super::LIMIT;
 
 const HOST: &str = "api.example.com";
 

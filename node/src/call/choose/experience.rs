@@ -26,6 +26,10 @@ const WORST_LATENCY: Duration = Duration::from_secs(1);
 const TOLD_FOR: Duration = Duration::from_secs(1);
 /// Failures in a row that take an instance out.
 const MAX_CONSECUTIVE_FAILURES: u32 = 5;
+/// Or so many of a hundred, of those of so long, if there were enough to tell.
+const MAX_FAILURE_RATE: f64 = 0.2;
+const RATE_WINDOW: Duration = Duration::from_secs(10);
+const RATE_ANSWERS: u32 = 20;
 const EJECT_MIN: Duration = Duration::from_secs(1);
 const EJECT_MAX: Duration = Duration::from_secs(60);
 /// How long a trial may take before there may be another one.
@@ -128,8 +132,39 @@ struct State {
     told: Option<(u32, Instant)>,
     latency: f64,
     updated: Instant,
+    /// It has answered, or was waited for in vain.
+    asked: bool,
     failures: u32,
+    rate: FailureRate,
     ejection: Ejection,
+}
+
+/// Answers and failures of late: of this half of the window, and of the one before.
+#[derive(Debug, Default)]
+struct FailureRate {
+    halves: [(u32, u32); 2],
+    since: Option<Instant>,
+}
+
+impl FailureRate {
+    /// Counts an answer; whether too many of late have failed.
+    fn add(&mut self, failed: bool, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
+        let passed = now.saturating_duration_since(since);
+        if passed >= RATE_WINDOW {
+            self.halves = Default::default();
+        } else if passed >= RATE_WINDOW / 2 {
+            self.halves = [(0, 0), self.halves[0]];
+        }
+        if passed >= RATE_WINDOW / 2 {
+            self.since = Some(now);
+        }
+        let [(answers, failures), (earlier_answers, earlier_failures)] = &mut self.halves;
+        *answers += 1;
+        *failures += u32::from(failed);
+        let (answers, failures) = (*answers + *earlier_answers, *failures + *earlier_failures);
+        answers >= RATE_ANSWERS && f64::from(failures) > MAX_FAILURE_RATE * f64::from(answers)
+    }
 }
 
 impl State {
@@ -150,6 +185,7 @@ impl State {
         // Peaks count at once, recovery takes its time.
         self.latency = if sample > old { sample } else { old * kept + sample * (1.0 - kept) };
         self.updated = now;
+        self.asked = true;
     }
 }
 
@@ -160,7 +196,9 @@ impl Experience {
             told: None,
             latency: UNKNOWN_LATENCY.as_secs_f64(),
             updated: Instant::now(),
+            asked: false,
             failures: 0,
+            rate: FailureRate::default(),
             ejection: Ejection::default(),
         }))
     }
@@ -170,22 +208,20 @@ impl Experience {
         peer.in_flight.fetch_add(1, Relaxed);
         let mut state = self.lock();
         state.in_flight += 1;
-        let is_trial = state.ejection.begin(Instant::now());
-        PendingCall { instance: self.clone(), peer: peer.clone(), is_trial }
+        let now = Instant::now();
+        let is_trial = state.ejection.begin(now);
+        PendingCall { instance: self.clone(), peer: peer.clone(), is_trial, waits: Some(now) }
     }
 
-    pub(crate) fn told(&self, load: u32) {
+    fn told(&self, load: u32) {
         self.lock().told = Some((load, Instant::now()));
     }
 
     /// An answer came after `latency`; `failed` if it was an error of the service or a refusal to work.
-    pub(crate) fn answered(&self, latency: Duration, failed: bool) {
-        self.answered_at(latency, failed, Instant::now());
-    }
-
-    fn answered_at(&self, latency: Duration, failed: bool, now: Instant) {
+    pub(super) fn answered_at(&self, latency: Duration, failed: bool, now: Instant) {
         let mut state = self.lock();
         state.sample(if failed { WORST_LATENCY } else { latency }, now);
+        let has_failed_often = state.rate.add(failed, now);
         if !failed {
             state.failures = 0;
             state.ejection.back();
@@ -193,9 +229,17 @@ impl Experience {
         }
         state.failures += 1;
         // One that is on trial has no more credit.
-        if state.failures >= MAX_CONSECUTIVE_FAILURES || state.ejection.until.is_some() {
-            state.failures = 0;
+        if state.failures >= MAX_CONSECUTIVE_FAILURES || has_failed_often || state.ejection.until.is_some() {
+            (state.failures, state.rate) = Default::default();
             state.ejection.out(now);
+        }
+    }
+
+    /// Whoever asked has waited so long, and waits no more: it would have taken longer still.
+    pub(super) fn waited_at(&self, time: Duration, now: Instant) {
+        let mut state = self.lock();
+        if time.as_secs_f64() > state.latency(now) {
+            state.sample(time, now);
         }
     }
 
@@ -205,6 +249,14 @@ impl Experience {
 
     pub(super) fn is_ejected_at(&self, now: Instant) -> bool {
         self.lock().ejection.is_out(now)
+    }
+
+    /// As it is to be shown.
+    pub(crate) fn seen(&self) -> Seen {
+        let (state, now) = (self.lock(), Instant::now());
+        // Faded, it says nothing of the instance any more.
+        let latency = (state.kept(now) > 0.01).then(|| Duration::from_secs_f64(state.latency(now)));
+        Seen { in_flight: state.in_flight, latency: latency.filter(|_| state.asked) }
     }
 
     /// Whether forgetting it would lose nothing.
@@ -226,16 +278,51 @@ impl Experience {
     }
 }
 
+/// What an instance looks like from this node.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seen {
+    /// Calls from here that are under way.
+    pub(crate) in_flight: u32,
+    /// How soon an answer is expected, if one came of late.
+    pub(crate) latency: Option<Duration>,
+}
+
 /// One call in flight.
 pub(crate) struct PendingCall {
     instance: Arc<Experience>,
     peer: Arc<Reach>,
     is_trial: bool,
+    /// Since when an answer is waited for; `None` if there is no more to be learnt from how long it takes.
+    waits: Option<Instant>,
 }
 
+impl PendingCall {
+    /// An answer came after `latency`; `failed` if it was an error of the service or a refusal to work.
+    pub(crate) fn answered(&mut self, latency: Duration, failed: bool) {
+        self.waits = None;
+        self.instance.answered_at(latency, failed, Instant::now());
+    }
+
+    /// However long it takes, that is not the instance's fault.
+    pub(crate) fn excuse(&mut self) {
+        self.waits = None;
+    }
+
+    /// The instance's word about its own load.
+    pub(crate) fn told(&self, load: u32) {
+        self.instance.told(load);
+    }
+}
+
+/// A call that is given up says something, too: an instance that answers later than anybody waits must not look as good as one
+/// that was never asked.
 impl Drop for PendingCall {
     fn drop(&mut self) {
         self.peer.in_flight.fetch_sub(1, Relaxed);
+        if let Some(since) = self.waits {
+            let now = Instant::now();
+            self.instance.waited_at(now.saturating_duration_since(since), now);
+        }
         let mut state = self.instance.lock();
         state.in_flight -= 1;
         if self.is_trial {

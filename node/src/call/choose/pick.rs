@@ -198,7 +198,7 @@ mod tests {
     fn equals_get_equal_shares() {
         let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
         // As alike as two machines ever are.
-        all[0].experience.answered(Duration::from_micros(1100), false);
+        all[0].experience.answered_at(Duration::from_micros(1100), false, Instant::now());
         let counts = shares(&all, "", &[]);
         assert!(counts.iter().all(|n| (800..1200).contains(n)), "{counts:?}");
     }
@@ -226,8 +226,8 @@ mod tests {
     #[test]
     fn an_instance_that_fails_fast_does_not_look_fast() {
         let all = [candidate(1, ""), candidate(2, "")];
-        all[0].experience.answered(Duration::from_micros(50), true);
-        all[1].experience.answered(Duration::from_millis(20), false);
+        all[0].experience.answered_at(Duration::from_micros(50), true, Instant::now());
+        all[1].experience.answered_at(Duration::from_millis(20), false, Instant::now());
         let counts = shares(&all, "", &[]);
         assert!(counts[0] < 30, "{counts:?}");
     }
@@ -251,7 +251,9 @@ mod tests {
     #[test]
     fn never_more_than_half_are_out_for_their_answers() {
         let all = [candidate(1, ""), candidate(2, ""), candidate(3, "")];
-        let fail = |c: &Candidate| (0..5).for_each(|_| c.experience.answered(Duration::from_millis(1), true));
+        let fail = |c: &Candidate| {
+            (0..5).for_each(|_| c.experience.answered_at(Duration::from_millis(1), true, Instant::now()))
+        };
         fail(&all[0]);
         assert_eq!(shares(&all, "", &[])[0], 0);
         fail(&all[1]);

@@ -16,7 +16,10 @@ use super::{
     silence::watch_for_silence,
 };
 use crate::{
-    call::choose::{Candidate, KnownPeer, KnownPeers, Reach},
+    call::{
+        Called,
+        choose::{Candidate, KnownPeer, KnownPeers, Reach},
+    },
     identity::Identity,
     port::endpoint::MeshEndpoint,
 };
@@ -50,6 +53,7 @@ struct Target {
     /// When it was so. Held weakly: a mesh that is past is not to be kept for services that nobody calls.
     at: Weak<Snapshot>,
     candidates: Arc<[Candidate]>,
+    called: Arc<Called>,
 }
 
 impl Pool {
@@ -64,13 +68,18 @@ impl Pool {
         })
     }
 
-    /// The instances of a service with what is known of them and their peers; `None` if there is no such service.
-    pub(crate) fn candidates(&self, snapshot: &Arc<Snapshot>, service: &Name) -> Option<Arc<[Candidate]>> {
+    /// The instances of a service with what is known of them and their peers, and of the service as a whole; `None` if there is no
+    /// such service.
+    pub(crate) fn candidates(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        service: &Name,
+    ) -> Option<(Arc<[Candidate]>, Arc<Called>)> {
         let mut targets = lock(&self.targets);
         if let Some(target) = targets.get(service)
             && std::ptr::eq(target.at.as_ptr(), Arc::as_ptr(snapshot))
         {
-            return Some(target.candidates.clone());
+            return Some((target.candidates.clone(), target.called.clone()));
         }
         let Some(instances) = snapshot.instances(service) else {
             targets.remove(service);
@@ -83,8 +92,10 @@ impl Pool {
             Candidate { peer: peer.reach.clone(), experience, instance: instance.clone() }
         };
         let candidates: Arc<[Candidate]> = instances.iter().map(candidate).collect();
-        targets.insert(service.clone(), Target { at: Arc::downgrade(snapshot), candidates: candidates.clone() });
-        Some(candidates)
+        let called = self.known.called(service);
+        let (at, kept) = (Arc::downgrade(snapshot), (candidates.clone(), called.clone()));
+        targets.insert(service.clone(), Target { at, candidates, called });
+        Some(kept)
     }
 
     /// Dials one again that was out of reach for a while, beside a call that has others to go to.

@@ -13,7 +13,9 @@ use starling_http::{
     tunnel::{self, Handshake, NotSwitched, Protocol},
 };
 
-use super::{Connections, Dialler, LocalError, Repeats, SWITCHED_PATIENCE, carry, not_http, not_switched, terminated};
+use super::{
+    Connections, Dialler, LocalError, REPEATS, Repeats, SWITCHED_PATIENCE, carry, not_http, not_switched, terminated,
+};
 use crate::Sent;
 
 /// Connections kept for the next request, at most.
@@ -58,7 +60,7 @@ impl Pool {
         dialler: &Dialler,
         request: Request<Body>,
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
-        self.repeats.budget.earn();
+        self.repeats.budget.earn(REPEATS);
         let (mut parts, body) = request.into_parts();
         normal::join_cookies(&mut parts.headers);
         let head = Head {

@@ -1,0 +1,369 @@
+//! How many calls a service gets at a time: as many as it can answer without making all of them wait.
+//!
+//! That calls stand in line there shows in how long the *quickest* answers take, as in CoDel (RFC 8289 §3): slow ones may be so by
+//! nature, but where even the quickest are late, all are. Then fewer calls are let in, and the others are refused at once, who
+//! can go elsewhere; a caller with more than its share first.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use starling_protocol::NodeId;
+
+/// How long answers are gathered that are judged together, and how many there must be.
+const WINDOW: Duration = Duration::from_millis(500);
+const ENOUGH: usize = 20;
+/// How many are kept of a window: the first ones.
+const KEPT: usize = 512;
+/// Which of a window's answers are the quickest: one of so many.
+const QUICKEST: usize = 10;
+/// Answers are late that take so many times as long as usual.
+const LATE: f64 = 2.0;
+/// What is usual follows what is seen: down at once, up so much a window.
+const DRIFT: f64 = 1.02;
+/// By how much the limit goes down a window, at most.
+const STEEPEST: f64 = 0.5;
+/// The limit never goes below.
+const LEAST: f64 = 8.0;
+/// A limit that nothing spoke for during so long is lifted.
+const LIFTED: Duration = Duration::from_secs(30);
+
+/// Lets calls in to one service. Shared by all workers.
+#[derive(Debug)]
+pub(crate) struct Limiter {
+    settings: Settings,
+    state: Mutex<State>,
+}
+
+/// What an operator may set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// Calls at a time, whatever happens.
+    pub(crate) most: usize,
+    /// Answers that come so soon are never late. `None`: the limit does not adapt.
+    pub(crate) late: Option<Duration>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// As long as answers are in time there is only the hard one.
+    limit: Option<f64>,
+    /// Calls that wait for an answer, by caller.
+    waiting: HashMap<NodeId, usize>,
+    in_flight: usize,
+    /// How long the quickest answers take as a rule, in seconds.
+    usual: Option<f64>,
+    window: Window,
+    /// When answers were last late.
+    late: Instant,
+    shed: u64,
+}
+
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    times: Vec<f32>,
+    most_in_flight: usize,
+}
+
+impl Window {
+    fn new(now: Instant) -> Self {
+        Self { since: now, times: Vec::new(), most_in_flight: 0 }
+    }
+
+    /// How long the quickest answers took.
+    fn quickest(&mut self) -> f64 {
+        let at = self.times.len() / QUICKEST;
+        let (_, quickest, _) = self.times.select_nth_unstable_by(at, f32::total_cmp);
+        f64::from(*quickest)
+    }
+}
+
+/// A call that waits for its answer.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    limiter: Arc<Limiter>,
+    caller: NodeId,
+    since: Instant,
+}
+
+/// What there is to be told of a limiter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Figures {
+    /// Calls at a time, as it stands.
+    pub(crate) limit: usize,
+    /// Calls that were refused.
+    pub(crate) shed: u64,
+}
+
+impl Limiter {
+    pub(crate) fn new(settings: Settings) -> Self {
+        let now = Instant::now();
+        let (limit, waiting, in_flight, usual, window, shed) = (None, HashMap::new(), 0, None, Window::new(now), 0);
+        Self { settings, state: Mutex::new(State { limit, waiting, in_flight, usual, window, late: now, shed }) }
+    }
+
+    /// Lets a call in, or not.
+    pub(crate) fn admit(self: &Arc<Self>, caller: NodeId, now: Instant) -> Option<Admitted> {
+        let mut state = self.lock();
+        let may = state.has_room(caller, self.settings.most, now);
+        if !may {
+            state.shed += 1;
+            return None;
+        }
+        *state.waiting.entry(caller).or_default() += 1;
+        state.in_flight += 1;
+        state.window.most_in_flight = state.window.most_in_flight.max(state.in_flight);
+        drop(state);
+        Some(Admitted { limiter: self.clone(), caller, since: now })
+    }
+
+    /// As it stands.
+    pub(crate) fn figures(&self) -> Figures {
+        let state = self.lock();
+        let limit = state.limit.map_or(self.settings.most, |limit| (limit as usize).min(self.settings.most));
+        Figures { limit, shed: state.shed }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl State {
+    /// Whether there is room for one more. Beyond the limit there still is for a caller that has less than its share of it, which
+    /// all of them together have not more than: those who have more are not let in until they have not.
+    fn has_room(&mut self, caller: NodeId, most: usize, now: Instant) -> bool {
+        if self.in_flight >= most {
+            return false;
+        }
+        if self.limit.is_some() && now.saturating_duration_since(self.late) > LIFTED {
+            self.limit = None;
+        }
+        let Some(limit) = self.limit else { return true };
+        if (self.in_flight as f64) < limit {
+            return true;
+        }
+        let own = self.waiting.get(&caller).copied().unwrap_or_default();
+        let callers = self.waiting.len() + usize::from(own == 0);
+        let share = (limit / callers as f64).max(1.0);
+        (own as f64) < share.floor()
+    }
+
+    /// An answer came after so long.
+    fn answered(&mut self, time: Duration, late: Duration, now: Instant) {
+        if self.window.times.len() < KEPT {
+            self.window.times.push(time.as_secs_f32());
+        }
+        let is_over = now.saturating_duration_since(self.window.since) >= WINDOW && self.window.times.len() >= ENOUGH;
+        if is_over {
+            let quickest = self.window.quickest();
+            let most_in_flight = self.window.most_in_flight as f64;
+            self.window = Window::new(now);
+            self.judge(quickest, most_in_flight, late.as_secs_f64(), now);
+        }
+    }
+
+    fn judge(&mut self, quickest: f64, most_in_flight: f64, late: f64, now: Instant) {
+        let usual = *self.usual.get_or_insert(quickest);
+        let in_time = late.max(usual * LATE);
+        if quickest > in_time {
+            // What is usual is not learnt now.
+            let down = (in_time / quickest).max(STEEPEST);
+            let from = self.limit.unwrap_or(f64::MAX).min(most_in_flight);
+            self.limit = Some((from * down).max(LEAST));
+            self.late = now;
+            return;
+        }
+        self.usual = Some(quickest.min(usual * DRIFT).max(usual.min(quickest)));
+        if let Some(limit) = &mut self.limit
+            && most_in_flight > *limit * 0.8
+        {
+            // It is made use of, and answers are in time: a little more may go, too.
+            *limit += limit.sqrt().max(2.0);
+        }
+    }
+}
+
+impl Admitted {
+    /// Its answer has come, or did not come in time, which is an answer, too. It took from when all of the request was there, if
+    /// that was later.
+    pub(crate) fn answered(self, asked: Option<Instant>, now: Instant) {
+        if let Some(late) = self.limiter.settings.late {
+            let time = now.saturating_duration_since(asked.map_or(self.since, |asked| asked.max(self.since)));
+            self.limiter.lock().answered(time, late, now);
+        }
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let mut state = self.limiter.lock();
+        state.in_flight -= 1;
+        if let Some(waiting) = state.waiting.get_mut(&self.caller) {
+            *waiting -= 1;
+            if *waiting == 0 {
+                state.waiting.remove(&self.caller);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    const LATE_MS: Duration = Duration::from_millis(100);
+
+    fn settings() -> Settings {
+        Settings { most: 5000, late: Some(LATE_MS) }
+    }
+
+    fn id(n: u8) -> NodeId {
+        NodeId([n; 16])
+    }
+
+    /// A service that answers one call after the other, each in `work`, and its callers, each with as many calls under way as it
+    /// has `hands`. Who is refused tries again a moment later.
+    struct Line {
+        limiter: Arc<Limiter>,
+        now: Instant,
+        work: Duration,
+        queue: VecDeque<Admitted>,
+        busy_until: Instant,
+    }
+
+    struct Caller {
+        id: NodeId,
+        hands: usize,
+        waiting: usize,
+        answered: usize,
+        refused: usize,
+        longest: Duration,
+    }
+
+    impl Line {
+        fn new(work: Duration) -> Self {
+            let now = Instant::now();
+            let limiter = Arc::new(Limiter::new(settings()));
+            Self { limiter, now, work, queue: VecDeque::new(), busy_until: now }
+        }
+
+        fn run(&mut self, callers: &mut [Caller], time: Duration) {
+            const STEP: Duration = Duration::from_millis(1);
+            let end = self.now + time;
+            while self.now < end {
+                for caller in callers.iter_mut() {
+                    while caller.waiting < caller.hands {
+                        match self.limiter.admit(caller.id, self.now) {
+                            Some(admitted) => {
+                                caller.waiting += 1;
+                                self.queue.push_back(admitted);
+                            }
+                            None => {
+                                caller.refused += 1;
+                                break;
+                            }
+                        }
+                    }
+                }
+                while let Some(next) = self.queue.front() {
+                    let done = self.busy_until.max(next.since) + self.work;
+                    if done > self.now + STEP {
+                        break;
+                    }
+                    self.busy_until = done;
+                    let Some(next) = self.queue.pop_front() else { break };
+                    let caller = callers.iter_mut().find(|caller| caller.id == next.caller).unwrap();
+                    caller.waiting -= 1;
+                    caller.answered += 1;
+                    caller.longest = caller.longest.max(done.saturating_duration_since(next.since));
+                    next.answered(None, done);
+                }
+                self.now += STEP;
+            }
+        }
+    }
+
+    fn caller(n: u8, hands: usize) -> Caller {
+        Caller { id: id(n), hands, waiting: 0, answered: 0, refused: 0, longest: Duration::ZERO }
+    }
+
+    #[test]
+    fn who_is_answered_in_time_knows_no_limit() {
+        let mut line = Line::new(Duration::from_micros(500));
+        let mut callers = [caller(1, 100)];
+        line.run(&mut callers, Duration::from_secs(20));
+        assert_eq!((callers[0].refused, line.limiter.figures().limit), (0, 5000));
+    }
+
+    /// A thousand at a time for a service that does a hundred a second would all wait for ten seconds.
+    #[test]
+    fn what_is_too_much_is_refused_and_the_rest_is_answered_soon() {
+        let mut line = Line::new(Duration::from_millis(10));
+        let mut callers = [caller(1, 1)];
+        line.run(&mut callers, Duration::from_secs(5));
+        let mut callers = [caller(1, 1000)];
+        line.run(&mut callers, Duration::from_secs(30));
+        callers[0].longest = Duration::ZERO;
+        callers[0].answered = 0;
+        line.run(&mut callers, Duration::from_secs(10));
+        assert!(callers[0].answered >= 990, "the service is kept busy: {}", callers[0].answered);
+        assert!(callers[0].longest < LATE_MS * 6, "{:?}", callers[0].longest);
+        assert!(callers[0].refused > 0);
+    }
+
+    #[test]
+    fn one_that_takes_all_leaves_the_others_their_share() {
+        let mut line = Line::new(Duration::from_millis(10));
+        let mut callers = [caller(1, 2), caller(2, 1000), caller(3, 2)];
+        line.run(&mut callers, Duration::from_secs(30));
+        for caller in &mut callers {
+            (caller.answered, caller.refused) = (0, 0);
+        }
+        line.run(&mut callers, Duration::from_secs(10));
+        assert_eq!((callers[0].refused, callers[2].refused), (0, 0), "less than their share, they are never refused");
+        assert!(callers[0].answered > 30, "{}", callers[0].answered);
+    }
+
+    #[test]
+    fn the_limit_goes_with_its_reason() {
+        let mut line = Line::new(Duration::from_millis(10));
+        let mut callers = [caller(1, 1000)];
+        line.run(&mut callers, Duration::from_secs(20));
+        assert!(line.limiter.figures().limit < 500);
+        // Without traffic, too.
+        line.queue.clear();
+        line.now += LIFTED * 2;
+        assert!(line.limiter.admit(id(2), line.now).is_some());
+        assert_eq!(line.limiter.figures().limit, 5000);
+    }
+
+    /// Long polls beside quick calls are no sign of a queue, whatever their number.
+    #[test]
+    fn slow_calls_among_quick_ones_are_no_overload() {
+        let limiter = Arc::new(Limiter::new(settings()));
+        let mut now = Instant::now();
+        for round in 0..10_000u32 {
+            now += Duration::from_millis(5);
+            let time = if round % 4 == 0 { Duration::from_millis(2) } else { Duration::from_secs(30) };
+            let mut admitted = limiter.admit(id(1), now).unwrap();
+            admitted.since = now - time;
+            admitted.answered(None, now);
+        }
+        assert_eq!(limiter.figures(), Figures { limit: 5000, shed: 0 });
+    }
+
+    #[test]
+    fn the_hard_limit_holds_for_everybody() {
+        let limiter = Arc::new(Limiter::new(Settings { most: 2, late: None }));
+        let now = Instant::now();
+        let _kept = (limiter.admit(id(1), now).unwrap(), limiter.admit(id(1), now).unwrap());
+        assert!(limiter.admit(id(2), now).is_none());
+        assert_eq!(limiter.figures(), Figures { limit: 2, shed: 1 });
+    }
+}

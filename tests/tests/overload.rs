@@ -1,0 +1,238 @@
+//! Calls that end well: services with too much to do, slow instances, retries that are allowed and such that are not.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{Method, Request};
+use starling_chaos::{Client, Cluster, Door, NodeSpec, free_port, wait_for};
+use starling_tests::{
+    binary, is_known,
+    service::{Service, Speaks, text},
+};
+use tokio::sync::Semaphore;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A service that works on one request at a time, each for so long.
+async fn one_at_a_time(work: Duration) -> Service {
+    let turn = Arc::new(Semaphore::new(1));
+    Service::start(Speaks::Http1, move |_, _| {
+        let turn = turn.clone();
+        async move {
+            let _turn = turn.acquire().await;
+            tokio::time::sleep(work).await;
+            text(200, "done")
+        }
+    })
+    .await
+}
+
+/// Hands that call again and again, until they are dropped: how many answers had which status.
+struct Hands {
+    good: Arc<AtomicUsize>,
+    shed: Arc<AtomicUsize>,
+    other: Arc<AtomicUsize>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Hands {
+    fn start(door: SocketAddr, hands: usize) -> Self {
+        let (good, shed, other): (Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>) = Default::default();
+        let tasks = (0..hands)
+            .map(|_| {
+                let (good, shed, other) = (good.clone(), shed.clone(), other.clone());
+                tokio::spawn(async move {
+                    loop {
+                        // POST, so that nothing is repeated but what was not begun.
+                        let request =
+                            Request::post("http://slow.mesh.internal/").body(Bytes::from_static(b"work")).unwrap();
+                        match Client::plain().send(Door::PlainHttp1, door, request).await {
+                            Ok(answer) if answer.status == 200 => good.fetch_add(1, SeqCst),
+                            Ok(answer) if answer.status == 503 && answer.header("retry-after") == "1" => {
+                                tokio::time::sleep(Duration::from_millis(50)).await;
+                                shed.fetch_add(1, SeqCst)
+                            }
+                            _ => other.fetch_add(1, SeqCst),
+                        };
+                    }
+                })
+            })
+            .collect();
+        Self { good, shed, other, tasks }
+    }
+}
+
+impl Drop for Hands {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+/// What a service cannot answer in time is refused at once, those who ask little are served as before, and when it is over, all
+/// is as it was.
+#[tokio::test]
+async fn too_much_is_refused_at_once_and_one_caller_cannot_take_all() {
+    let service = one_at_a_time(Duration::from_millis(20)).await;
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("far").serving(format!("slow={}", service.addr))).await.unwrap();
+    cluster.add(&NodeSpec::named("greedy")).await.unwrap();
+    cluster.add(&NodeSpec::named("modest")).await.unwrap();
+    for node in ["greedy", "modest"] {
+        is_known(&cluster, node, "slow", 1).await;
+    }
+    // As long as it is not too much, nobody is refused.
+    let few = Hands::start(cluster.node("modest").outbound, 2);
+    wait_for("some are answered", LIMIT, || async {
+        if few.good.load(SeqCst) > 50 { Ok(()) } else { Err(few.good.load(SeqCst).to_string()) }
+    })
+    .await
+    .unwrap();
+    assert_eq!((few.shed.load(SeqCst), few.other.load(SeqCst)), (0, 0));
+
+    // Two hundred at a time would wait for four seconds each.
+    let many = Hands::start(cluster.node("greedy").outbound, 200);
+    wait_for("some are refused", LIMIT, || async {
+        if many.shed.load(SeqCst) > 500 { Ok(()) } else { Err(many.shed.load(SeqCst).to_string()) }
+    })
+    .await
+    .unwrap();
+    assert_eq!(many.other.load(SeqCst), 0, "refused in order, or answered");
+    assert!(many.good.load(SeqCst) > 0);
+    let before = (few.good.load(SeqCst), few.shed.load(SeqCst));
+    wait_for("who asks little is answered", LIMIT, || async {
+        let good = few.good.load(SeqCst) - before.0;
+        if good > 20 { Ok(()) } else { Err(good.to_string()) }
+    })
+    .await
+    .unwrap();
+    assert_eq!(few.shed.load(SeqCst), before.1, "who has less than its share is not refused");
+    let admin = cluster.node("far").admin;
+    let metrics = Client::plain().get(admin, &admin.to_string(), "/metrics").await.unwrap().text();
+    assert!(metrics.contains("starling_shed_total{service=\"slow\"}"), "{metrics}");
+
+    drop(many);
+    let begun = Instant::now();
+    wait_for("it is quick again", LIMIT, || async {
+        let asked = Instant::now();
+        let answer = Client::plain().get(cluster.node("greedy").outbound, "slow.mesh.internal", "/").await;
+        match answer {
+            Ok(answer) if answer.status == 200 && asked.elapsed() < Duration::from_millis(500) => Ok(()),
+            other => Err(format!("{:?} after {:?}", other.map(|answer| answer.status), asked.elapsed())),
+        }
+    })
+    .await
+    .unwrap();
+    assert!(begun.elapsed() < LIMIT);
+}
+
+/// A service of which every `nth` answer takes long, and the number of requests that it saw.
+async fn sometimes_slow(nth: usize, time: Duration) -> (Service, Arc<AtomicUsize>) {
+    let seen = Arc::<AtomicUsize>::default();
+    let counted = seen.clone();
+    let service = Service::start(Speaks::Http1, move |_, _| {
+        let number = counted.fetch_add(1, SeqCst);
+        async move {
+            if number % nth == nth - 1 {
+                tokio::time::sleep(time).await;
+            }
+            text(200, "done")
+        }
+    })
+    .await;
+    (service, seen)
+}
+
+/// A second copy goes where the first one takes long, if the operator says so; then nobody waits for the slow answers.
+#[tokio::test]
+async fn a_hedged_call_does_not_wait_for_the_slow_one() {
+    let slow = Duration::from_secs(5);
+    let (one, _) = sometimes_slow(10, slow).await;
+    let (two, _) = sometimes_slow(10, slow).await;
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    for (name, service) in [("a", &one), ("b", &two)] {
+        cluster.add(&NodeSpec::named(name).serving(format!("web={}", service.addr))).await.unwrap();
+    }
+    let (port, dir) = (free_port(), cluster.dir().to_path_buf());
+    let file = dir.join("hedged.toml");
+    let config = format!(
+        "[[upstream]]\nservice = \"web\"\nlisten = \"{port}\"\nhedge = {{ after = \"100ms\" }}\nretry = {{ budget = 1.0, per_second \
+         = 100 }}\n"
+    );
+    std::fs::write(&file, config).unwrap();
+    cluster.add(&NodeSpec::named("near").flag("--config").flag(file.to_string_lossy())).await.unwrap();
+    is_known(&cluster, "near", "web", 2).await;
+    let mut longest = Duration::ZERO;
+    for _ in 0..100 {
+        let begun = Instant::now();
+        let answer = Client::plain().get(port, "web", "/").await.unwrap();
+        assert_eq!(answer.status, 200);
+        longest = longest.max(begun.elapsed());
+    }
+    assert!(longest < slow, "{longest:?}");
+    let admin = cluster.node("near").admin;
+    let metrics = Client::plain().get(admin, &admin.to_string(), "/metrics").await.unwrap().text();
+    let hedges = metrics.lines().find(|line| line.starts_with("starling_retries_total") && line.contains("hedge"));
+    let hedges = hedges.and_then(|line| line.rsplit(' ').next()).and_then(|count| count.parse::<f64>().ok());
+    assert!(hedges.is_some_and(|hedges| hedges >= 1.0), "{metrics}");
+}
+
+/// Where a service does not answer at all, a call is repeated as its upstream says, and no more.
+#[tokio::test]
+async fn retries_are_as_many_as_the_upstream_says() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let seen = Arc::<AtomicUsize>::default();
+    let counted = seen.clone();
+    // It takes the request, and closes.
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let counted = counted.clone();
+            tokio::spawn(async move {
+                use tokio::io::AsyncReadExt;
+                if matches!(stream.read(&mut [0; 4096]).await, Ok(read) if read > 0) {
+                    counted.fetch_add(1, SeqCst);
+                }
+            });
+        }
+    });
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    for name in ["a", "b", "c", "d", "e"] {
+        cluster.add(&NodeSpec::named(name).serving(format!("web={addr}"))).await.unwrap();
+    }
+    let [usual, none, five, posts] = [(); 4].map(|()| free_port());
+    let file = cluster.dir().join("retries.toml");
+    let upstream = |port: SocketAddr, retry: &str| {
+        format!("[[upstream]]\nservice = \"web\"\nlisten = \"{port}\"\nretry = {{ {retry} }}\n")
+    };
+    let config = [
+        upstream(usual, ""),
+        upstream(none, "attempts = 1"),
+        upstream(five, "attempts = 5, budget = 1.0, per_second = 100"),
+        upstream(posts, "any_method = true"),
+    ];
+    std::fs::write(&file, config.concat()).unwrap();
+    cluster.add(&NodeSpec::named("near").flag("--config").flag(file.to_string_lossy())).await.unwrap();
+    is_known(&cluster, "near", "web", 5).await;
+    for (port, method, attempts) in [
+        (usual, Method::GET, 3),
+        (usual, Method::POST, 1),
+        (none, Method::GET, 1),
+        (five, Method::GET, 5),
+        (posts, Method::POST, 3),
+        (posts, Method::PATCH, 3),
+    ] {
+        let before = seen.load(SeqCst);
+        let request = Request::builder().method(&method).uri("http://web/").body(Bytes::from_static(b"x")).unwrap();
+        let request = if method == Method::GET { request.map(|_| Bytes::new()) } else { request };
+        let answer = Client::plain().send(Door::PlainHttp1, port, request).await.unwrap();
+        assert_eq!(answer.status, 502, "{method}");
+        assert_eq!(seen.load(SeqCst) - before, attempts, "{method} over {port}");
+    }
+}

@@ -1,4 +1,4 @@
-//! Everything in one run: pairs of proxies, loss between them, edges, how cost grows, memory; and what was aimed at.
+//! Everything in one run: pairs of proxies, loss between them, edges, tunnels, growth, memory; and what was aimed at.
 
 mod bench;
 mod drop_rule;
@@ -9,6 +9,7 @@ mod growth;
 mod loss;
 mod marks;
 mod memory;
+mod tcp;
 
 use std::path::PathBuf;
 
@@ -58,6 +59,7 @@ enum Section {
     EastWest,
     Loss,
     Edge,
+    Tcp,
     Growth,
     Memory,
 }
@@ -72,6 +74,7 @@ impl Section {
             Self::EastWest => east_west::run(bench, output),
             Self::Loss => loss::run(bench, output),
             Self::Edge => edge::run(bench, output),
+            Self::Tcp => tcp::run(bench, output),
             Self::Growth => growth::run(bench, output),
             Self::Memory => memory::run(bench, output),
         }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::oha::{self, Oha};
 use crate::process::Process;
+use crate::stream::Stream;
 use crate::wrk::{self, Wrk};
 
 /// How often a running load is looked at.
@@ -16,10 +17,14 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 /// How long after its time a load may end: calls under way are waited for, and a lossy hop may hold them up.
 const OVERTIME: Duration = Duration::from_secs(60);
 
-/// A program that makes load, set up for one kind of it.
-pub(crate) struct Load {
-    generator: Generator,
-    dir: PathBuf,
+/// What makes load, set up for one kind of it.
+pub(crate) struct Load(Kind);
+
+enum Kind {
+    /// A program, whose output goes to a directory.
+    Program(Generator, PathBuf),
+    /// The bench itself.
+    Stream(Stream),
 }
 
 enum Generator {
@@ -30,12 +35,17 @@ enum Generator {
 impl Load {
     /// As much as the target takes over plain HTTP/1; the program's output is kept in `dir` while it runs.
     pub(crate) fn wrk(wrk: Wrk, dir: &Path) -> Self {
-        Self { generator: Generator::Wrk(wrk), dir: dir.to_owned() }
+        Self(Kind::Program(Generator::Wrk(wrk), dir.to_owned()))
     }
 
     /// A fixed rate, or any version of HTTP over TLS; the program's output is kept in `dir` while it runs.
     pub(crate) fn oha(oha: Oha, dir: &Path) -> Self {
-        Self { generator: Generator::Oha(oha), dir: dir.to_owned() }
+        Self(Kind::Program(Generator::Oha(oha), dir.to_owned()))
+    }
+
+    /// Plain TCP, made by the bench itself.
+    pub(crate) fn stream(stream: Stream) -> Self {
+        Self(Kind::Stream(stream))
     }
 
     /// Loads `entry` for `seconds`, calling `watch` a few times a second meanwhile.
@@ -45,13 +55,17 @@ impl Load {
         seconds: u32,
         mut watch: impl FnMut() -> Result<()>,
     ) -> Result<Outcome> {
-        let (name, (program, args)) = match &self.generator {
+        let (generator, dir) = match &self.0 {
+            Kind::Program(generator, dir) => (generator, dir),
+            Kind::Stream(stream) => return run_stream(*stream, entry, seconds, watch),
+        };
+        let (name, (program, args)) = match generator {
             Generator::Wrk(wrk) => ("wrk", wrk.command(entry, seconds)),
             Generator::Oha(oha) => ("oha", oha.command(entry, seconds)),
         };
-        let mut process = Process::start(name, &program, args, &self.dir)?;
+        let mut process = Process::start(name, &program, args, dir)?;
         let end = Instant::now() + Duration::from_secs(seconds.into());
-        let mut to_interrupt = matches!(&self.generator, Generator::Oha(oha) if oha.runs_until_interrupted());
+        let mut to_interrupt = matches!(generator, Generator::Oha(oha) if oha.runs_until_interrupted());
         let status = loop {
             if let Some(status) = process.exit()? {
                 break status;
@@ -66,12 +80,27 @@ impl Load {
         };
         let text = process.output()?;
         ensure!(status.success(), "{name} ended with {status}:\n{text}");
-        let outcome = match self.generator {
+        let outcome = match generator {
             Generator::Wrk(_) => wrk::parse(&text),
             Generator::Oha(_) => oha::parse(&text),
         };
         outcome.with_context(|| format!("{name} printed what could not be read:\n{text}"))
     }
+}
+
+/// Needs no limit of time: no connection waits for ever.
+fn run_stream(
+    stream: Stream,
+    entry: SocketAddr,
+    seconds: u32,
+    mut watch: impl FnMut() -> Result<()>,
+) -> Result<Outcome> {
+    let load = stream.start(entry, seconds);
+    while !load.is_finished() {
+        watch()?;
+        std::thread::sleep(WATCH_INTERVAL);
+    }
+    Ok(load.join().expect("the load does not panic"))
 }
 
 /// What the callers saw.

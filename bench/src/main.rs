@@ -17,6 +17,7 @@ mod process;
 mod report;
 mod scratch;
 mod starling;
+mod stream;
 mod table;
 mod target;
 mod template;
@@ -50,7 +51,7 @@ enum Command {
     Pair(PairArgs),
     /// Meshes of many agents: how fast they agree, and what they cost at rest.
     Gossip(GossipArgs),
-    /// Everything in one run: pairs, loss, edges, how cost grows, memory; and what was aimed at.
+    /// Everything in one run: pairs, loss, edges, tunnels, how cost grows, memory; and what was aimed at.
     Compare(CompareArgs),
 }
 

@@ -1,4 +1,5 @@
-//! Meshes of Starling nodes, of which one takes the calls and the others serve `web`; and an edge in front of a node.
+//! Meshes of Starling nodes, of which one takes the calls and the others serve `web`; an edge in front of a node; and a
+//! tunnel from one node to another.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -85,6 +86,29 @@ pub(crate) fn start_mesh(name: &'static str, program: &Path, shape: Shape, backe
         target.wait_for_answer_at(entry, &format!("{}.mesh.internal", peer.own_service()))?;
     }
     target.wait_for_answer()?;
+    Ok(target)
+}
+
+/// Makes a mesh of two nodes, with one worker each, that carries TCP to `server`, and waits until it does.
+pub(crate) fn start_tunnel(program: &Path, server: SocketAddr, scratch: &Path) -> Result<Target> {
+    let version = version(program)?;
+    let dir = scratch.join("starling-tunnel");
+    std::fs::create_dir(&dir)?;
+    let nodes = Node::many(2, 1, &dir)?;
+    let [near, far] = &nodes[..] else { unreachable!("two were asked for") };
+    let [entry] = scratch::free_ports()?.map(loopback);
+    init(program, &near.state)?;
+    let upstream = format!("stream={entry},protocol=tcp");
+    let mut near_process = near.start(program, &dir, &["--upstream", &upstream])?;
+    near.wait_until_ready(&mut near_process)?;
+    let seed = loopback(near.listen);
+    let token = token(program, &near.state, seed, ["--service", "stream"])?;
+    let (seed, service) = (seed.to_string(), format!("stream={server},protocol=tcp"));
+    let mut far_process = far.start(program, &dir, &["--seed", &seed, "--token", &token, "--service", &service])?;
+    far.wait_until_ready(&mut far_process)?;
+    let hop = nodes.iter().map(|node| node.listen).collect();
+    let mut target = Target { name: "Starling", version, entry, hop, proxies: vec![near_process, far_process] };
+    target.wait_for_echo()?;
     Ok(target)
 }
 

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use crate::backend::BODY;
 use crate::http;
 use crate::process::{self, Process};
+use crate::stream;
 
 /// The service name that every call carries as its Host.
 pub(crate) const HOST: &str = "web.mesh.internal";
@@ -48,6 +49,14 @@ impl Target {
             let whole = body.windows(start.len()).any(|part| part == start);
             ensure!(whole, "200, but not with the backend's body");
             Ok(())
+        })
+    }
+
+    /// Waits until the server of [`crate::stream`] is reached.
+    pub(crate) fn wait_for_echo(&mut self) -> Result<()> {
+        let (what, entry) = (format!("a message through {} come back", self.name), self.entry);
+        process::wait_until(&what, START_LIMIT, &mut self.proxies.iter_mut().collect::<Vec<_>>(), || {
+            stream::ping(entry)
         })
     }
 }

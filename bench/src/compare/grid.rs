@@ -104,6 +104,12 @@ impl Grid {
         self.line(what)?.cells[0].ratio(self.cell(what, peer)?)
     }
 
+    /// The ratios of ours to those of all peers that have a figure to be trusted.
+    pub(super) fn ratios(&self, what: &str) -> Vec<f64> {
+        let Some(Line { cells, .. }) = self.line(what) else { return Vec::new() };
+        cells.iter().skip(1).filter_map(|theirs| cells[0].ratio(theirs)).collect()
+    }
+
     /// The lowest median of a figure among the peers.
     pub(super) fn lowest_of_peers(&self, what: &str) -> Option<f64> {
         let medians = self.line(what)?.cells.iter().skip(1).filter_map(Cell::median);
@@ -204,6 +210,7 @@ mod tests {
         let grid = grid(Cell::of(vec![10.0, 40.0, 50.0]));
         // The ratio of the medians would be 0.25, as that of the second round is.
         assert_eq!(grid.ratio("cpu", "peer"), Some(0.4));
+        assert_eq!((grid.ratios("cpu"), grid.ratios("rate")), (vec![0.4], vec![]));
         assert_eq!(grid.median("cpu", "ours"), Some(10.0));
         assert_eq!(grid.lowest_of_peers("cpu"), Some(40.0));
         assert_eq!(grid.text(), "t    ours  peer  / peer\ncpu  10.0  40.0    0.40\n");

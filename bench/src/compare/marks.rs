@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::grid::{Grid, dash, number};
-use super::{east_west, edge, loss};
+use super::{east_west, edge, loss, tcp};
 use crate::oha::Version;
 use crate::table::Table;
 
@@ -79,6 +79,13 @@ pub(super) fn judge(grids: &[Grid]) -> Vec<Mark> {
     let rate = |version| median(edge::lines(version)[1], OURS);
     let h3_of_h2 = rate(Version::H3).zip(rate(Version::H2)).map(|(h3, h2)| h3 / h2);
     mark("edge, h3: requests/s, of our own h2", at_least(0.6), h3_of_h2);
+    let ratios = |what: &str| grids.iter().flat_map(|grid| grid.ratios(what)).collect::<Vec<_>>();
+    for [rate, cpu, _] in tcp::BULK.map(|(_, lines)| lines) {
+        let least = ratios(rate).into_iter().min_by(f64::total_cmp);
+        mark(&format!("TCP, {rate}, of the best peer's"), at_least(1.0), least);
+        let most = ratios(cpu).into_iter().max_by(f64::total_cmp);
+        mark(&format!("TCP, {cpu}, of the best peer's"), at_most(1.3), most);
+    }
     marks
 }
 
@@ -110,7 +117,11 @@ mod tests {
         grid.push(east_west::CPU_SMALL, [30.0, 100.0, 25.0].map(|us| Cell::of(vec![us])).into());
         grid.push(east_west::P99_FIXED, [3.0, 4.0, 5.0].map(|ms| Cell::of(vec![ms])).into());
         grid.push(east_west::RATE_SMALL, [20.0, 10.0, 30.0].map(|rate| Cell::of(vec![rate])).into());
-        let marks = judge(&[grid]);
+        let mut tunnels = Grid::of_cases("t", [OURS, "nginx", "HAProxy"].map(str::to_owned).into());
+        let [(_, [rate, cpu, _]), _] = tcp::BULK;
+        tunnels.push(rate, [15.0, 10.0, 20.0].map(|mib| Cell::of(vec![mib])).into());
+        tunnels.push(cpu, [6.0, 5.0, 9.0].map(|ms| Cell::of(vec![ms])).into());
+        let marks = judge(&[grid, tunnels]);
         let met = |what: &str| marks.iter().find(|mark| mark.what == what).unwrap().met();
         assert_eq!(met("128 B: CPU, of HAProxy's"), Some(false));
         assert_eq!(met("128 B: CPU, of Envoy's"), Some(true));
@@ -118,6 +129,12 @@ mod tests {
         assert_eq!(met("128 B: requests/s, of HAProxy's"), Some(false));
         assert_eq!(met("1500/s: p99 ms, the best peer's"), Some(true));
         assert_eq!(met("1 MiB: MiB/s, of Envoy's"), None);
-        assert!(table(&marks).contains("128 B: CPU, of HAProxy's             <= 1.00      1.20        missed"));
+        assert_eq!(met("TCP, 1 connection: MiB/s, of the best peer's"), Some(false));
+        assert_eq!(met("TCP, 1 connection: CPU ms/MiB, of the best peer's"), Some(true));
+        assert_eq!(met("TCP, 8 connections: MiB/s, of the best peer's"), None);
+        assert!(
+            table(&marks)
+                .contains("128 B: CPU, of HAProxy's                            <= 1.00      1.20        missed")
+        );
     }
 }

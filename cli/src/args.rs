@@ -288,7 +288,7 @@ pub(crate) struct NodeArgs {
     /// TCP address of the outbound listener
     #[arg(long, env = "STARLING_OUTBOUND", value_name = "IP:PORT")]
     pub(crate) outbound: Option<SocketAddr>,
-    /// A local port that leads to a service, as `SERVICE=IP:PORT`; may be repeated
+    /// A local port that leads to a service, as `SERVICE=IP:PORT[,protocol=http|tcp|udp]`; may be repeated
     #[arg(long = "upstream", value_name = "SERVICE=IP:PORT", value_parser = crate::commands::node::parse_upstream)]
     pub(crate) upstreams: Vec<starling_node::config::UpstreamConfig>,
     /// TCP address of the admin API

@@ -5,7 +5,10 @@ use std::{num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
-use starling_http::shared_port::{self, UdpGroup};
+use starling_http::{
+    accept::Sources,
+    shared_port::{self, UdpGroup},
+};
 use starling_node::{ExtraRoutes, Node, StartError, StateDir, config::Config};
 use starling_protocol::{NodeKind, admin};
 
@@ -86,6 +89,7 @@ impl Edge {
                 true => HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).ok(),
                 false => None,
             },
+            tunnels: Sources::default(),
             failures: Limiter::new(
                 Rate { count: FAILURES_PER_SECOND, window: Duration::from_secs(1) },
                 FAILURES_AT_ONCE,

@@ -5,13 +5,15 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, request};
 use starling_http::{
-    Body, Guard, Guarded, Problem, ProxyError, accept, is_grpc,
+    Body, Guard, Guarded, Problem, ProxyError,
+    accept::{self, Place, Sources},
+    is_grpc,
     normal::{self, Origin, Tunnel},
 };
 use starling_node::{Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, Worker, trace};
@@ -161,7 +163,13 @@ pub(crate) struct Standing {
     pub(crate) alt_svc: Option<HeaderValue>,
     /// Of addresses that send tokens which do not verify.
     pub(crate) failures: Limiter,
+    /// Who has WebSockets, and other tunnels.
+    pub(crate) tunnels: Sources,
 }
+
+/// Tunnels at a time, and of one address, over all workers: an HTTP/2 connection alone could have a hundred of them.
+const MAX_TUNNELS: usize = 10_000;
+const MAX_TUNNELS_OF_ONE: usize = MAX_TUNNELS / 4;
 
 impl Gateway {
     pub(crate) fn on(worker: &Worker, standing: Arc<Standing>) -> Self {
@@ -191,7 +199,8 @@ impl Gateway {
             ..Entry::default()
         };
         let mut extra = HeaderMap::new();
-        let mut response = match self.pass(request, arrival, &mut entry, &mut extra, &mut observed).await {
+        let mut place = None;
+        let mut response = match self.pass(request, arrival, &mut entry, &mut extra, &mut place, &mut observed).await {
             Ok(response) => response,
             Err(problem) => {
                 entry.error = Some(problem.detail.clone());
@@ -218,17 +227,18 @@ impl Gateway {
         entry.cut = !http_body::Body::is_end_stream(response.body()) && method != Method::HEAD;
         observed.tell("starling.request_id", || entry.request_id.clone());
         let log = self.standing.log.clone();
-        let log = |carried| Logged { entry: Some(entry), begun, log, carried };
+        let log = |carried| Logged { entry: Some(entry), begun, log, carried, _place: place };
         observed.answered(response.map(|body| body.map_guard(log)))
     }
 
-    /// The steps. `extra` collects fields of the answer, whatever becomes of the request.
+    /// The steps. `extra` collects fields of the answer, whatever becomes of the request; `place` is what a tunnel takes.
     async fn pass(
         &self,
         request: Request<Body>,
         arrival: &Arrival,
         entry: &mut Entry,
         extra: &mut HeaderMap,
+        place: &mut Option<Place>,
         observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
@@ -272,6 +282,15 @@ impl Gateway {
         entry.consumer.clone_from(&caller.consumer);
         let admitted = limit(&policy, route, &caller, arrival.client.ip())?;
         extra.extend(admitted.fields);
+        if checked.tunnel.is_some() {
+            let free = self.standing.tunnels.enter(arrival.client.ip(), MAX_TUNNELS_OF_ONE);
+            *place = free.filter(|_| self.standing.tunnels.total() <= MAX_TUNNELS);
+            if place.is_none() {
+                let detail = "this address has as many connections open as it may";
+                let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-tunnels", detail);
+                return Err(problem.retry_after(Duration::from_secs(10)));
+            }
+        }
         let version = match picker {
             None => None,
             Some(picker) => {
@@ -504,6 +523,7 @@ pub(crate) struct Logged {
     begun: Instant,
     log: AccessLog,
     carried: Option<Carried>,
+    _place: Option<Place>,
 }
 
 impl Guard for Logged {

@@ -15,7 +15,7 @@ use starling_http::{
     accept::{self, Room, TcpPlaces, TcpRoom},
     h3,
     shared_port::OwnedBy,
-    tcp::{self, Limits, Socket, Speaks},
+    tcp::{self, Control, Limits, Socket, Speaks},
 };
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
@@ -71,8 +71,8 @@ pub(crate) fn places() -> TcpPlaces {
     TCP_ROOM.places()
 }
 
-fn limits(shelf: Shelf) -> Limits {
-    Limits { max_streams: MAX_STREAMS, stream_window_bytes: STREAM_WINDOW_BYTES, idle: IDLE, shelf }
+fn limits(shelf: Shelf, control: Control) -> Limits {
+    Limits { max_streams: MAX_STREAMS, stream_window_bytes: STREAM_WINDOW_BYTES, idle: IDLE, shelf, control }
 }
 
 /// TLS for TCP.
@@ -129,6 +129,7 @@ pub(crate) async fn serve_tcp(
 }
 
 async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway: Gateway, shelf: Shelf, drain: Drain) {
+    let control = stream.control();
     let accepted = tls.accept_with(stream, |session| session.set_buffer_limit(Some(TLS_BUFFER_BYTES)));
     let Ok(Ok(stream)) = tokio::time::timeout(accept::HANDSHAKE_TIMEOUT, accepted).await else { return };
     let session = stream.get_ref().1;
@@ -137,7 +138,7 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
         _ => (PublicProtocol::Http1, Speaks::Http1),
     };
     let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
-    tcp::serve(stream, speaks, limits(shelf), drain, move |request| {
+    tcp::serve(stream, speaks, limits(shelf, control), drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
     })
@@ -184,7 +185,8 @@ pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drai
     let of = drain.clone();
     accept::tcp(listener, places(), drain, move |stream, _| {
         let answer = move |request| async move { redirect(request, public_port) };
-        tcp::serve(stream, Speaks::Http1, limits(shelf(1)), of.clone(), answer)
+        let limits = limits(shelf(1), stream.control());
+        tcp::serve(stream, Speaks::Http1, limits, of.clone(), answer)
     })
     .await;
 }

@@ -95,7 +95,7 @@ impl Inbound {
 
     /// How many calls each service gets at a time, and how many were refused.
     pub(crate) fn limits(&self) -> Vec<(Name, Figures)> {
-        let of = |(name, service): (&Name, &LocalService)| (name.clone(), service.limiter().figures());
+        let of = |(name, service): (&Name, &LocalService)| (name.clone(), service.calls().figures());
         let mut all: Vec<_> = self.0.services.iter().map(of).collect();
         all.sort_by(|(a, _), (b, _)| a.cmp(b));
         all
@@ -207,16 +207,15 @@ impl Inbound {
         if head.is_some_and(|head| head.is_zero()) {
             return Err((Some(service), too_late(Duration::ZERO)));
         }
-        // Tunnels are no calls that wait for an answer.
-        let admitted = match checked.tunnel {
-            Some(_) => None,
-            None => Some(local.limiter().admit(caller.id, Instant::now()).ok_or_else(|| {
-                let detail = format!("{service} has as many calls as it answers in time");
-                let problem =
-                    Problem::proxy(StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable, detail);
-                (Some(service), problem.retry_after(Duration::from_secs(1)))
-            })?),
+        let (limiter, what) = match checked.tunnel {
+            Some(_) => (local.tunnels(), "tunnels as it may have"),
+            None => (local.calls(), "calls as it answers in time"),
         };
+        let admitted = limiter.admit(caller.id, Instant::now()).ok_or_else(|| {
+            let (status, detail) = (StatusCode::SERVICE_UNAVAILABLE, format!("{service} has as many {what}"));
+            let problem = Problem::proxy(status, ProxyError::DestinationUnavailable, detail);
+            (Some(service), problem.retry_after(Duration::from_secs(1)))
+        })?;
         // What the local service reads: who called, and nothing else of ours.
         parts.headers.remove(&names::DEADLINE);
         parts.headers.remove(&names::ATTEMPT);
@@ -259,8 +258,8 @@ struct Plan<'a> {
     tunnel: Option<Tunnel>,
     /// Until the head of the answer.
     head: Option<Duration>,
-    /// Until then, too.
-    admitted: Option<Admitted>,
+    /// Until then, too; of a tunnel, as long as it is open.
+    admitted: Admitted,
 }
 
 impl Plan<'_> {
@@ -268,14 +267,24 @@ impl Plan<'_> {
         let Self { local, parts, length, tunnel, head, admitted, .. } = self;
         let method = parts.method.clone();
         let body = body.with_length(length);
-        let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::new(body));
+        // Nothing is sent twice from here, but what has no body.
+        let source = (!http_body::Body::is_end_stream(&body)).then(|| Source::once(body));
         let body = source.as_ref().map_or_else(Body::empty, Source::attempt);
         let until = local.limits().total_timeout.map(|total| Instant::now() + total);
         // What goes into a tunnel is no upload that must come first.
         let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none()));
+        let request = Request::from_parts(parts, body);
+        // A call waits for its answer; a tunnel begins with it.
+        let (waiting, opening) = if tunnel.is_none() { (Some(admitted), None) } else { (None, Some(admitted)) };
+        let sent = async {
+            match opening {
+                Some(admitted) => local.open(request, admitted).await,
+                None => local.send(request).await,
+            }
+        };
         let outcome = tokio::select! {
             biased;
-            answered = local.send(Request::from_parts(parts, body)) => answered.map_err(|error| {
+            answered = sent => answered.map_err(|error| {
                 if source.as_ref().is_some_and(Source::is_broken) {
                     let (status, detail) = (StatusCode::BAD_REQUEST, "the request body broke off");
                     return (error.sent, Problem::proxy(status, ProxyError::HttpRequestError, detail));
@@ -294,10 +303,10 @@ impl Plan<'_> {
             Ok(_) => true,
             Err((_, problem)) => problem.status == StatusCode::GATEWAY_TIMEOUT,
         };
-        if let Some(admitted) = admitted.filter(|_| has_answered) {
+        if let Some(waiting) = waiting.filter(|_| has_answered) {
             match &source {
-                None => admitted.answered(None, Instant::now()),
-                Some(source) if source.has_ended() => admitted.answered(Some(source.moved()), Instant::now()),
+                None => waiting.answered(None, Instant::now()),
+                Some(source) if source.has_ended() => waiting.answered(Some(source.moved()), Instant::now()),
                 // How long it took is the caller's doing.
                 Some(_) => {}
             }
@@ -357,6 +366,10 @@ impl Counted {
             tunnels.fetch_add(1, Relaxed);
         }
         self.is_tunnel = true;
+        if let Some(service) = self.service.take_if(|service| service.kind() == Kind::Http) {
+            // Where there are calls, a tunnel is none of them.
+            service.in_flight().fetch_sub(1, Relaxed);
+        }
     }
 
     fn counts(&self) -> [(&AtomicUsize, &AtomicUsize); 2] {
@@ -365,8 +378,8 @@ impl Counted {
 
     /// How many others there are, of the service: a busy neighbour is not its fault.
     fn others(&self) -> usize {
-        let of = self.service.as_ref().map_or(&*self.all.in_flight, |service| service.in_flight());
-        of.load(Relaxed).saturating_sub(1)
+        let of = self.service.as_ref().map_or(0, |service| service.in_flight().load(Relaxed));
+        of.saturating_sub(1)
     }
 }
 

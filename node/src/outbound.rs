@@ -16,7 +16,7 @@ use starling_http::{
     accept::{self, Seldom, TcpPlaces, TcpRoom},
     is_grpc,
     normal::{self, Origin, Tunnel},
-    tcp::{Limits, Speaks},
+    tcp::{Control, Limits, Speaks},
     tunnel::{End, Protocol},
 };
 use starling_protocol::{Name, service_of_host};
@@ -77,14 +77,18 @@ impl Door {
     /// Serves until the drain is over.
     pub(crate) async fn serve(self, listener: TcpListener, drain: Drain) {
         let of = drain.clone();
-        accept::tcp(listener, self.places.clone(), drain, move |stream, _| self.clone().speak(stream, of.clone()))
-            .await;
+        accept::tcp(listener, self.places.clone(), drain, move |socket, _| {
+            let control = socket.control();
+            self.clone().speak(socket, control, of.clone())
+        })
+        .await;
     }
 
     /// Serves one connection, or what is in a tunnel.
     fn speak(
         self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        control: Control,
         drain: Drain,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let limits = Limits {
@@ -92,6 +96,7 @@ impl Door {
             stream_window_bytes: STREAM_WINDOW_BYTES,
             idle: IDLE,
             shelf: self.shelf.clone(),
+            control,
         };
         let of = drain.clone();
         Box::pin(starling_http::tcp::serve(stream, Speaks::Either, limits, drain, move |request| {
@@ -151,7 +156,7 @@ impl Door {
         let (near, far) = tokio::io::duplex(TUNNEL_BYTES);
         let (answer, writing) = End::of(near).divide();
         tokio::spawn(writing.carry(sent, IDLE));
-        tokio::spawn(Self { service: Some(service), ..self.clone() }.speak(far, drain));
+        tokio::spawn(Self { service: Some(service), ..self.clone() }.speak(far, Control::default(), drain));
         answer
     }
 
@@ -164,15 +169,9 @@ impl Door {
     ) -> Result<Response<Guarded<Answered<Carried>>>, String> {
         let mut request = Request::new(upload);
         *request.method_mut() = Method::CONNECT;
-        request.extensions_mut().extend(
-            protocol
-                .map(|protocol| {
-                    let mut extensions = http::Extensions::new();
-                    extensions.insert(protocol);
-                    extensions
-                })
-                .unwrap_or_default(),
-        );
+        if let Some(protocol) = protocol {
+            request.extensions_mut().insert(protocol);
+        }
         let (mut parts, upload) = request.into_parts();
         let mut observed = self.observer.outgoing(&parts.method, &mut parts.headers, trace::Origin::Ours);
         let limits = self.limits.of(&parts.headers);

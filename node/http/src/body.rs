@@ -21,8 +21,9 @@ use crate::{
     normal,
     replay::Replay,
     shelf::{Shelf, Standing},
+    stall::STALL,
     tcp::Http2Body,
-    tunnel::{Awaited, CapsuleBody, Reading, websocket::Leaving},
+    tunnel::{Awaited, CapsuleBody, Leaving, Reading},
 };
 
 /// How long a request that should have no body may take to end.
@@ -211,9 +212,14 @@ impl Body {
     }
 
     /// Puts the body on a shelf: it may be ended when nobody reads it.
-    pub fn shelved(mut self, shelf: &Shelf) -> Self {
+    pub fn shelved(self, shelf: &Shelf) -> Self {
+        self.shelved_for(shelf, STALL)
+    }
+
+    /// The same, where its reader may stand still for so long, if there is room.
+    pub(crate) fn shelved_for(mut self, shelf: &Shelf, patience: Duration) -> Self {
         if !self.is_end_stream() && !self.kind.is_all_here() {
-            self.kind = Kind::Shelved(shelf.put(std::mem::replace(&mut self.kind, Kind::Empty)));
+            self.kind = Kind::Shelved(shelf.put(std::mem::replace(&mut self.kind, Kind::Empty), patience));
         }
         self
     }

@@ -32,6 +32,11 @@ impl Drain {
         self.draining.cancelled().await;
     }
 
+    /// The same, for somebody who outlives a borrow.
+    pub fn begun(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.draining.clone().cancelled_owned()
+    }
+
     /// Resolves when the patience is over: who has a word for that is to say it now. Cancel safe.
     pub fn leaving(&self) -> impl Future<Output = ()> + Send + use<> {
         self.leaving.clone().cancelled_owned()

@@ -29,6 +29,8 @@ struct Progress {
     /// What was read so far; `None` once it was too much to keep.
     kept: Option<Vec<Bytes>>,
     kept_bytes: usize,
+    /// What is read from now on is not kept.
+    sent_once: bool,
     ended: bool,
     broken: bool,
     /// When the body last moved, and how many bytes it had then.
@@ -58,6 +60,7 @@ impl Source {
             rest: body,
             kept: Some(Vec::new()),
             kept_bytes: 0,
+            sent_once: false,
             ended: false,
             broken: false,
             moved: Instant::now(),
@@ -65,6 +68,18 @@ impl Source {
             starved: false,
             attempt: 0,
         })))
+    }
+
+    /// Takes over a body that is sent once.
+    pub fn once(body: Body) -> Self {
+        let source = Self::new(body);
+        source.keep_no_more();
+        source
+    }
+
+    /// There will be no other attempt, so that nothing has to be kept for one.
+    pub fn keep_no_more(&self) {
+        self.lock().sent_once = true;
     }
 
     /// The body for one attempt, from its start. Former attempts read no more.
@@ -132,6 +147,9 @@ impl Replay {
         if let Some(chunk) = shared.kept.as_ref().and_then(|kept| kept.get(self.next)) {
             self.next += 1;
             return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
+        }
+        if shared.sent_once {
+            shared.kept = None;
         }
         if shared.broken {
             return Poll::Ready(Some(Err(BodyError::Broken("the request's body broke off".into()))));

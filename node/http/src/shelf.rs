@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{body::Kind, stall::STALL};
+use crate::body::Kind;
 
 /// A body that was not asked for more for so long stands, as far as room for others is concerned.
 const STANDS: Duration = Duration::from_secs(1);
@@ -64,6 +64,8 @@ pub(crate) struct Standing {
 
 struct State {
     kind: Kind,
+    /// How long nobody may take it.
+    patience: Duration,
     /// Since when nobody has asked for more; `None` while somebody waits for it.
     since: Option<Instant>,
 }
@@ -82,8 +84,9 @@ impl Shelf {
     }
 
     /// Puts a body on it.
-    pub(crate) fn put(&self, kind: Kind) -> Arc<Standing> {
-        let standing = Arc::new(Standing { state: Mutex::new(State { kind, since: Some(Instant::now()) }) });
+    pub(crate) fn put(&self, kind: Kind, patience: Duration) -> Arc<Standing> {
+        let state = State { kind, patience, since: Some(Instant::now()) };
+        let standing = Arc::new(Standing { state: Mutex::new(state) });
         let mut bodies = self.lock();
         if bodies.all.len() == bodies.all.capacity() {
             // Before it grows: most of a busy connection's bodies are over soon.
@@ -109,13 +112,19 @@ impl Shelf {
         if all.is_empty() {
             return None;
         }
-        let mut standing: Vec<(Instant, &Arc<Standing>)> =
-            all.iter().filter_map(|body| Some((body.lock().since?, body))).collect();
-        standing.retain(|(since, _)| now.saturating_duration_since(*since) >= STANDS);
-        standing.sort_by_key(|(since, _)| *since);
+        let standing_since = |body: &Arc<Standing>| {
+            let state = body.lock();
+            Some((state.since?, state.patience))
+        };
+        let mut standing: Vec<(Instant, Duration, &Arc<Standing>)> = all
+            .iter()
+            .filter_map(|body| standing_since(body).map(|(since, patience)| (since, patience, body)))
+            .collect();
+        standing.retain(|(since, ..)| now.saturating_duration_since(*since) >= STANDS);
+        standing.sort_by_key(|(since, ..)| *since);
         let excess = standing.len().saturating_sub(self.0.room);
-        for (i, (since, body)) in standing.iter().enumerate() {
-            if now.saturating_duration_since(*since) >= STALL {
+        for (i, (since, patience, body)) in standing.iter().enumerate() {
+            if now.saturating_duration_since(*since) >= *patience {
                 body.end("nobody took it", &STALLED);
             } else if i < excess {
                 body.end("nobody took it, and others needed the room", &CLEARED);

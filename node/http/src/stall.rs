@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep};
 /// that has nothing to give is no stall.
 pub(crate) const STALL: Duration = Duration::from_secs(30);
 
-/// The same at the end of a tunnel, where the pause of a program is no fault: as long as it may be silent.
+/// The same where bytes are carried that are no HTTP: a program's pause is no fault, and as long as its silence may be.
 pub(crate) const TUNNEL_STALL: Duration = Duration::from_secs(3600);
 
 /// Measures how long something that should move has not.

@@ -4,6 +4,7 @@ mod http1;
 mod http2;
 mod preface;
 mod socket;
+mod switch;
 mod watched;
 
 use std::{future::Future, time::Duration};
@@ -13,7 +14,7 @@ use http::{Request, Response};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub(crate) use self::http2::Http2Body;
-pub use self::socket::{Socket, notice_when_gone};
+pub use self::socket::{Control, Socket, notice_when_gone};
 use crate::{Body, BodyError, Drain, Shelf};
 
 /// How long a request's head may take to arrive.
@@ -44,6 +45,8 @@ pub struct Limits {
     pub idle: Duration,
     /// Where uploads over HTTP/2 stand that nobody reads.
     pub shelf: Shelf,
+    /// Of the TCP connection below, if there is one.
+    pub control: Control,
 }
 
 /// Serves one connection until it ends; a drain lets requests under way finish. Errors of the connection are the other

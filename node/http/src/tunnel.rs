@@ -3,11 +3,13 @@
 //! Whatever protocol it came by, such a request has the method CONNECT. One that asks for a protocol has [`Protocol`] among its
 //! extensions, as extended CONNECT has it (RFC 8441, RFC 9220), also where HTTP/1.1 said `Upgrade`; one without asks for bytes
 //! to whoever is behind the authority (RFC 9110 §9.3.6). What the client sends through it is the request's body, and what it
-//! gets is that of the answer, so that windows, limits of time, counts and resets are those of every other exchange.
+//! gets is that of the answer, so that windows, counts and resets are those of every other exchange.
 
 mod half;
 mod packets;
 pub(crate) mod websocket;
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Response, StatusCode, response};
@@ -17,17 +19,26 @@ use tokio::{
     sync::oneshot,
 };
 
-use self::websocket::{Leaving, To};
+use self::websocket::To;
 pub use self::{
     half::Writing,
-    packets::{Capsules, PacketReceiver, PacketSender, Sent, packets},
+    packets::{Capsules, PacketReceiver, PacketSender, Passage, packets},
     websocket::{Handshake, accept_of},
 };
 pub(crate) use self::{
     half::{Awaited, Reading},
-    packets::{CapsuleBody, Taken},
+    packets::{CapsuleBody, FlowSlot},
+    websocket::Leaving,
 };
-use crate::{Body, Drain, Problem, ProxyError, h1::ServerStream};
+use crate::{
+    Body, Drain, Problem, ProxyError,
+    h1::ServerStream,
+    stall::{STALL, TUNNEL_STALL},
+    tcp::Control,
+};
+
+/// The status of an answer that opens a tunnel.
+pub const OPEN: StatusCode = StatusCode::OK;
 
 /// Which protocol a tunnel is for, by its name in the registry of upgrade tokens, in lower case: among the extensions of a
 /// request. HTTP/2 and 3 say `:protocol`, HTTP/1.1 says `Upgrade`.
@@ -50,6 +61,11 @@ impl Protocol {
     pub fn is_websocket(&self) -> bool {
         self.0 == Self::WEBSOCKET
     }
+
+    /// Whether it is UDP.
+    pub fn is_udp(&self) -> bool {
+        self.0 == Self::UDP
+    }
 }
 
 /// Marks an answer, by an extension, that looks like consent and is none: an HTTP/1.1 server may answer a request to switch as if
@@ -62,14 +78,46 @@ pub fn is_open(method: &Method, answer: &response::Parts) -> bool {
     *method == Method::CONNECT && answer.status.is_success() && answer.extensions.get::<NotSwitched>().is_none()
 }
 
-/// An answer as HTTP/2 and 3 can say it: there, success opens the tunnel that was asked for, and nothing else is success.
-pub(crate) fn consented<B>(method: &Method, answer: Response<B>) -> Result<Response<B>, Problem> {
-    if *method != Method::CONNECT || !answer.status().is_success() || answer.extensions().get::<NotSwitched>().is_none()
-    {
-        return Ok(answer);
+/// How long what a request brings, or is answered, may be left lying. Bytes that are no HTTP go to programs that pause as they
+/// like.
+pub fn patience_with(method: &Method, protocol: Option<&Protocol>) -> Duration {
+    if *method == Method::CONNECT && protocol.is_none() { TUNNEL_STALL } else { STALL }
+}
+
+/// What a client sends through a tunnel to a server, which is told when this node goes away, if the protocol has a word for that.
+pub(crate) fn sent(body: Body, protocol: Option<&Protocol>, drain: &Drain) -> Body {
+    match protocol {
+        Some(protocol) if protocol.is_websocket() => Leaving::websocket(body, To::Server, drain.leaving()).into(),
+        _ => body,
     }
-    let detail = "the service answered as if it had not been asked to change protocols";
-    Err(Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpUpgradeFailed, detail))
+}
+
+/// An answer as HTTP/2 and 3 can give it, and whether it opens the tunnel that was asked for: there success does, so that nothing
+/// else may look like it.
+pub(crate) fn answered<B>(
+    answer: Response<B>,
+    method: &Method,
+    protocol: Option<&Protocol>,
+    drain: &Drain,
+) -> Result<(Response<Leaving<B>>, bool), Problem> {
+    let (head, body) = answer.into_parts();
+    let is_open = is_open(method, &head);
+    if *method == Method::CONNECT && head.status.is_success() && !is_open {
+        let detail = "the service answered as if it had not been asked to change protocols";
+        return Err(Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpUpgradeFailed, detail));
+    }
+    let protocol = protocol.filter(|_| is_open);
+    Ok((Response::from_parts(head, received(body, protocol, drain)), is_open))
+}
+
+/// What comes out of a tunnel to a client, which is told when this node goes away: a WebSocket at the deadline of the drain, and
+/// who has sent packets at once, since they go elsewhere with the next one. Any other body as it is.
+pub(crate) fn received<B>(body: B, protocol: Option<&Protocol>, drain: &Drain) -> Leaving<B> {
+    match protocol {
+        Some(protocol) if protocol.is_websocket() => Leaving::websocket(body, To::Client, drain.leaving()),
+        Some(protocol) if protocol.is_udp() => Leaving::packets(body, drain.begun()),
+        _ => Leaving::plain(body),
+    }
 }
 
 /// A connection that is one end of a tunnel.
@@ -87,15 +135,20 @@ impl End {
 
     /// A connection to a server of which some was read already.
     pub(crate) fn server(stream: ServerStream, read: Bytes) -> Self {
-        let (reading, over) = Reading::tcp(stream.clone(), read);
-        Self { reading, writing: Writing::tcp(stream, over) }
+        let (reading, other) = Reading::tcp(stream.clone(), read);
+        Self { reading, writing: Writing::tcp(stream, other) }
     }
 
-    /// Any other stream.
+    /// Any other stream. If the other end of the tunnel breaks off, it is dropped without having been shut down.
     pub fn of(stream: impl AsyncRead + AsyncWrite + Send + 'static) -> Self {
+        Self::controlled(stream, Control::default())
+    }
+
+    /// The same, of which somebody below is told if it is broken off.
+    pub(crate) fn controlled(stream: impl AsyncRead + AsyncWrite + Send + 'static, control: Control) -> Self {
         let (read, write) = tokio::io::split(stream);
-        let (reading, over) = Reading::io(Box::new(read));
-        Self { reading, writing: Writing::io(Box::new(write), over) }
+        let (reading, other) = Reading::io(Box::new(read));
+        Self { reading, writing: Writing::io(Box::new(write), control, other) }
     }
 
     /// What comes from it, as a body, and the half that takes what goes there.
@@ -110,22 +163,3 @@ impl End {
         self.writing
     }
 }
-
-/// What a client sends through a tunnel to a server; one that is told when this node goes away, if the protocol has a word for it.
-pub(crate) fn sent(body: Body, protocol: Option<&Protocol>, drain: &Drain) -> Body {
-    match protocol {
-        Some(protocol) if protocol.is_websocket() => Leaving::websocket(body, To::Server, drain.leaving()).into(),
-        _ => body,
-    }
-}
-
-/// The same of what comes back. Takes any other body as it is.
-pub(crate) fn answered<B>(body: B, protocol: Option<&Protocol>, drain: &Drain) -> Leaving<B> {
-    match protocol {
-        Some(protocol) if protocol.is_websocket() => Leaving::websocket(body, To::Client, drain.leaving()),
-        _ => Leaving::plain(body),
-    }
-}
-
-/// The status of an answer that opens a tunnel.
-pub const OPEN: StatusCode = StatusCode::OK;

@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     CallError, Fault, MeshClient, Sent,
     choose::{Candidate, PendingCall},
-    connect::{Connection, InUse},
+    connect::{Connection, InUse, Lane},
 };
 use crate::observe::trace::{OpenSpan, Value};
 
@@ -71,7 +71,7 @@ impl MeshClient {
         };
         let connection = tokio::select! {
             biased;
-            connection = self.pool.connection(instance) => connection.map_err(|e| unreached(e.to_string()))?,
+            connection = self.pool.connection(instance, Lane::of(parts)) => connection.map_err(|e| unreached(e.to_string()))?,
             late = due.passed() => return Err(too_late(late, due, Sent::No)),
         };
         let mut pending = candidate.begin();
@@ -144,6 +144,12 @@ impl MeshClient {
         }
         let span = span.take();
         let is_tunnel = tunnel::is_open(&parts.method, &head);
+        if is_tunnel {
+            pending.opened();
+            if let Some(source) = source {
+                source.keep_no_more();
+            }
+        }
         let carried = Carried { _pending: pending, connection: Some(connection), upload, is_tunnel, span };
         Ok(Attempted {
             response: Response::from_parts(head, Guarded::new(body, carried)),

@@ -12,11 +12,31 @@ use std::{
     },
 };
 
-use starling_http::h3::client::Client;
+use http::request;
+use starling_http::{h3::client::Client, tunnel::Protocol};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::{dial::DialError, pool::Pool};
+
+/// Which of the connections to a peer a call goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// All but packets.
+    Calls,
+    /// UDP packets: a connection sends datagrams before everything else, so that a flow of them would leave calls nothing.
+    Packets,
+}
+
+impl Lane {
+    /// The one of a request.
+    pub(crate) fn of(request: &request::Parts) -> Self {
+        match request.extensions.get::<Protocol>() {
+            Some(protocol) if protocol.is_udp() => Self::Packets,
+            _ => Self::Calls,
+        }
+    }
+}
 
 /// Tunnels on a connection that leave room for calls on it, of 4,096 streams; whoever comes then gets a new one.
 const MAX_TUNNELS: u32 = 2048;

@@ -42,6 +42,8 @@ pub(crate) struct Limiter {
 pub(crate) struct Settings {
     /// Calls at a time, whatever happens.
     pub(crate) most: usize,
+    /// The same of one caller.
+    pub(crate) of_one: usize,
     /// Answers that come so soon are never late. `None`: the limit does not adapt.
     pub(crate) late: Option<Duration>,
 }
@@ -108,7 +110,7 @@ impl Limiter {
     /// Lets a call in, or not.
     pub(crate) fn admit(self: &Arc<Self>, caller: NodeId, now: Instant) -> Option<Admitted> {
         let mut state = self.lock();
-        let may = state.has_room(caller, self.settings.most, now);
+        let may = state.has_room(caller, self.settings, now);
         if !may {
             state.shed += 1;
             return None;
@@ -135,8 +137,9 @@ impl Limiter {
 impl State {
     /// Whether there is room for one more. Beyond the limit there still is for a caller that has less than its share of it, which
     /// all of them together have not more than: those who have more are not let in until they have not.
-    fn has_room(&mut self, caller: NodeId, most: usize, now: Instant) -> bool {
-        if self.in_flight >= most {
+    fn has_room(&mut self, caller: NodeId, Settings { most, of_one, .. }: Settings, now: Instant) -> bool {
+        let own = self.waiting.get(&caller).copied().unwrap_or_default();
+        if self.in_flight >= most || own >= of_one {
             return false;
         }
         if self.limit.is_some() && now.saturating_duration_since(self.late) > LIFTED {
@@ -146,7 +149,6 @@ impl State {
         if (self.in_flight as f64) < limit {
             return true;
         }
-        let own = self.waiting.get(&caller).copied().unwrap_or_default();
         let callers = self.waiting.len() + usize::from(own == 0);
         let share = (limit / callers as f64).max(1.0);
         (own as f64) < share.floor()
@@ -220,7 +222,7 @@ mod tests {
     const LATE_MS: Duration = Duration::from_millis(100);
 
     fn settings() -> Settings {
-        Settings { most: 5000, late: Some(LATE_MS) }
+        Settings { most: 5000, of_one: 5000, late: Some(LATE_MS) }
     }
 
     fn id(n: u8) -> NodeId {
@@ -359,11 +361,13 @@ mod tests {
     }
 
     #[test]
-    fn the_hard_limit_holds_for_everybody() {
-        let limiter = Arc::new(Limiter::new(Settings { most: 2, late: None }));
+    fn the_hard_limits_hold_for_everybody() {
+        let limiter = Arc::new(Limiter::new(Settings { most: 3, of_one: 2, late: None }));
         let now = Instant::now();
         let _kept = (limiter.admit(id(1), now).unwrap(), limiter.admit(id(1), now).unwrap());
-        assert!(limiter.admit(id(2), now).is_none());
-        assert_eq!(limiter.figures(), Figures { limit: 2, shed: 1 });
+        assert!(limiter.admit(id(1), now).is_none());
+        let _other = limiter.admit(id(2), now).unwrap();
+        assert!(limiter.admit(id(3), now).is_none());
+        assert_eq!(limiter.figures(), Figures { limit: 3, shed: 2 });
     }
 }

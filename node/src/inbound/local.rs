@@ -15,8 +15,12 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response, StatusCode};
-use starling_http::{Body, Guard, Guarded, Problem, ProxyError, h1::ServerStream, tunnel::Writing};
+use http::{Method, Request, Response, StatusCode};
+use starling_http::{
+    Body, Guard, Guarded, Problem, ProxyError,
+    h1::ServerStream,
+    tunnel::{self, Protocol as UpgradeTo, Writing},
+};
 use starling_protocol::Protocol;
 use tokio::{
     net::TcpStream,
@@ -27,15 +31,11 @@ use crate::{
     LimitSettings, Sent,
     call::{Kind, RetryBudget},
     config::ServiceConfig,
-    inbound::limiter::{Limiter, Settings},
+    inbound::limiter::{Admitted, Limiter, Settings},
     observe::packets::PacketCounts,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long a service that speaks TCP may take nothing: a program's pause is no fault.
-const TUNNEL_PATIENCE: Duration = Duration::from_secs(3600);
-/// The same of one that has switched from HTTP.
-const SWITCHED_PATIENCE: Duration = Duration::from_secs(30);
 /// Longest head of a response, in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
@@ -61,7 +61,8 @@ struct State {
     repeats: Arc<Repeats>,
     in_flight: AtomicUsize,
     packets: Arc<PacketCounts>,
-    limiter: Arc<Limiter>,
+    calls: Arc<Limiter>,
+    tunnels: Arc<Limiter>,
 }
 
 enum Connections {
@@ -85,9 +86,16 @@ impl LocalService {
             repeats: Arc::default(),
             in_flight: AtomicUsize::new(0),
             packets,
-            limiter: Arc::new(Limiter::new(Settings {
+            calls: Arc::new(Limiter::new(Settings {
                 most: service.limits.calls,
+                of_one: service.limits.calls,
                 late: service.limits.adaptive.then_some(service.limits.late),
+            })),
+            // They stay for long, so that one peer must not have them all.
+            tunnels: Arc::new(Limiter::new(Settings {
+                most: service.max_connections,
+                of_one: (service.max_connections * 3).div_ceil(4),
+                late: None,
             })),
         }))
     }
@@ -118,8 +126,13 @@ impl LocalService {
     }
 
     /// Lets calls in.
-    pub(crate) fn limiter(&self) -> &Arc<Limiter> {
-        &self.service.limiter
+    pub(crate) fn calls(&self) -> &Arc<Limiter> {
+        &self.service.calls
+    }
+
+    /// Lets tunnels in, which have places of their own: they are many and idle, and would leave calls none.
+    pub(crate) fn tunnels(&self) -> &Arc<Limiter> {
+        &self.service.tunnels
     }
 
     /// Calls under way, of other nodes.
@@ -137,19 +150,33 @@ impl LocalService {
         Kind::of_service(&self.service.protocol).unwrap_or_default()
     }
 
-    /// Sends a request whose target is `http://authority/path`, or opens the tunnel that it asks for.
+    /// Opens the tunnel that a request asks for, which is let in.
+    pub(crate) async fn open(
+        &self,
+        request: Request<Body>,
+        admitted: Admitted,
+    ) -> Result<Response<Guarded<Place>>, LocalError> {
+        let dialler = &self.service.dialler;
+        match &*self.connections {
+            Connections::Http1(_) => http1::switch(dialler, request, admitted).await,
+            Connections::Http2(pool) => pool.switch(dialler, request, admitted).await,
+            Connections::Tcp => tcp::open(dialler, request.into_body(), admitted).await,
+            Connections::Udp => udp::open(dialler, &self.service.packets, request, admitted).await,
+        }
+    }
+
+    /// Sends a request whose target is `http://authority/path`, to a service that takes HTTP.
     pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Guarded<Place>>, LocalError> {
         match &*self.connections {
             Connections::Http1(pool) => pool.send(&self.service.dialler, request).await,
             Connections::Http2(pool) => pool.send(&self.service.dialler, request).await,
-            Connections::Tcp => tcp::open(&self.service.dialler, request.into_body()).await,
-            Connections::Udp => udp::open(&self.service.dialler, &self.service.packets, request).await,
+            Connections::Tcp | Connections::Udp => Err(not_http(&"it was not asked for HTTP")),
         }
     }
 
     /// Whether it can be connected to.
     pub(crate) async fn is_reachable(&self) -> bool {
-        self.service.dialler.dial().await.is_ok()
+        self.service.dialler.connect().await.is_ok()
     }
 }
 
@@ -159,9 +186,9 @@ pub(crate) enum Place {
     Http2 {
         _place: http2::Place,
     },
-    /// A tunnel, which holds what it needs by itself.
+    /// A tunnel, or an answer in place of one.
     Tunnel {
-        _place: Arc<dyn Any + Send + Sync>,
+        _place: TunnelPlace,
     },
 }
 
@@ -218,23 +245,19 @@ impl Dialler {
         all.iter().find_map(|connections| of(connections))
     }
 
-    fn room(&self) -> Result<Room, LocalError> {
-        let room = self.places.clone().try_acquire_owned();
-        room.map(Arc::new).map_err(|_| {
+    async fn dial(&self) -> Result<(ServerStream, Room), LocalError> {
+        let Ok(room) = self.places.clone().try_acquire_owned() else {
             let detail = "the service has as many connections as it may have";
             let problem = Problem::proxy(StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable, detail);
-            LocalError { sent: Sent::No, problem: problem.retry_after(Duration::from_secs(1)) }
-        })
+            return Err(LocalError { sent: Sent::No, problem: problem.retry_after(Duration::from_secs(1)) });
+        };
+        Ok((ServerStream::new(self.connect().await?), Arc::new(room)))
     }
 
-    async fn dial(&self) -> Result<(ServerStream, Room), LocalError> {
-        self.connect().await.map(|(stream, room)| (ServerStream::new(stream), room))
-    }
-
-    async fn connect(&self) -> Result<(TcpStream, Room), LocalError> {
-        let room = self.room()?;
+    /// Connects without taking one of the places for calls.
+    async fn connect(&self) -> Result<TcpStream, LocalError> {
         match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.addr)).await {
-            Ok(Ok(stream)) => Ok((stream, room)),
+            Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(not_connected(&error)),
             Err(_) => Err(refused("no answer".into())),
         }
@@ -275,18 +298,19 @@ fn not_http(why: &dyn std::fmt::Display) -> LocalError {
     }
 }
 
-fn not_switched(why: &str) -> LocalError {
+fn not_switched(why: &str, sent: Sent) -> LocalError {
     let detail = format!("the service does not change protocols: {why}");
-    LocalError {
-        sent: Sent::Maybe,
-        problem: Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpUpgradeFailed, detail),
-    }
+    LocalError { sent, problem: Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpUpgradeFailed, detail) }
 }
 
+/// What a tunnel holds at its service, until both of its halves are over.
+type TunnelPlace = Arc<dyn Any + Send + Sync>;
+
 /// Writes what comes for a tunnel's end at the service, until it ends; `place` is held as long.
-fn carry(writing: Writing, upload: Body, patience: Duration, place: Arc<dyn Any + Send + Sync>) {
+fn carry(writing: Writing, upload: Body, protocol: Option<&UpgradeTo>, place: TunnelPlace) {
+    let patience = tunnel::patience_with(&Method::CONNECT, protocol);
     tokio::spawn(async move {
-        writing.carry(upload, patience).await;
+        writing.carry_to_server(upload, patience).await;
         drop(place);
     });
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use starling_http::tunnel::Sent;
+use starling_http::tunnel::Passage;
 
 /// UDP packets of all workers, by what became of them, since the start.
 #[derive(Debug, Default)]
@@ -15,11 +15,11 @@ pub(crate) struct PacketCounts {
 
 impl PacketCounts {
     /// Counts one that was to go into a tunnel.
-    pub(crate) fn sent(&self, how: Sent) {
+    pub(crate) fn sent(&self, how: Passage) {
         let count = match how {
-            Sent::Datagram => &self.datagrams,
-            Sent::Capsule => &self.capsules,
-            Sent::Dropped => &self.dropped,
+            Passage::Datagram => &self.datagrams,
+            Passage::Capsule => &self.capsules,
+            Passage::Dropped => &self.dropped,
         };
         count.fetch_add(1, Relaxed);
     }

@@ -1,15 +1,15 @@
 //! A port that carries TCP to a service, whatever it says.
 
-use std::time::Duration;
-
-use starling_http::{Drain, accept, tcp::Socket, tunnel::End};
+use http::Method;
+use starling_http::{
+    Drain, accept,
+    tcp::Socket,
+    tunnel::{self, End},
+};
 use starling_protocol::Name;
 use tokio::net::TcpListener;
 
 use super::{Complaints, Door};
-
-/// How long the application may take nothing of what is there for it: a program's pause is no fault.
-const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// One port for one service, as one worker serves it.
 #[derive(Clone)]
@@ -45,7 +45,10 @@ impl TcpDoor {
         let Some(stream) = socket.into_tcp() else { return };
         let (upload, writing) = End::tcp(stream).divide();
         match self.door.open_tunnel(&self.service, None, upload).await {
-            Ok(answer) => writing.carry(answer.into_body(), PATIENCE).await,
+            Ok(answer) => {
+                let patience = tunnel::patience_with(&Method::CONNECT, None);
+                writing.carry(answer.into_body(), patience).await;
+            }
             Err(why) => self.complaints.tell(&self.service, &why),
         }
     }

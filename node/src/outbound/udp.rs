@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -22,13 +25,18 @@ use crate::{
     observe::{observer::Answered, packets::PacketCounts},
 };
 
-/// Addresses at a time. Each is a call, and a peer takes some thousands of those from here.
-const MAX_FLOWS: usize = 1024;
-/// Packets of one address that wait, while others are sent or its tunnel opens. More are dropped: so nobody has more room than others
-/// on the way.
+/// Addresses at a time. Where there are more, the one that has been silent longest makes room.
+const MAX_FLOWS: usize = 2048;
+/// Packets of one address that wait, while others are sent or its tunnel opens, and their bytes. More are dropped: so nobody has more
+/// room than others on the way.
 const WAITING: usize = 128;
-/// Silence that ends a flow, if nobody sets it: twice as long as most would be answered.
+const WAITING_BYTES: usize = 256 << 10;
+/// Silence that ends a flow, if nobody sets it: longer than most would wait for an answer.
 const IDLE: Duration = Duration::from_secs(60);
+/// The same of one that has sent a single packet: resolvers take a new port for each question.
+const ASKED_ONCE: Duration = Duration::from_secs(10);
+/// How long the end of a tunnel may take that is not needed any more.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// After a tunnel that did not open, packets are dropped for so long.
 const PAUSE: Duration = Duration::from_millis(250);
 /// Longest packet, in bytes.
@@ -53,7 +61,7 @@ impl UdpDoor {
         let (door, socket) = (Arc::new(self), Arc::new(socket));
         // Ended with this.
         let mut tasks = JoinSet::new();
-        let mut flows: HashMap<SocketAddr, mpsc::Sender<Bytes>> = HashMap::new();
+        let mut flows: HashMap<SocketAddr, Entry> = HashMap::new();
         let mut packet = vec![0; MAX_PACKET_BYTES];
         loop {
             let received = tokio::select! {
@@ -61,29 +69,36 @@ impl UdpDoor {
                 Some(_) = tasks.join_next() => continue,
                 () = drain.closing() => return,
             };
-            // That an answer came to nobody is told with an error, and says nothing about the next packet.
-            let Ok((length, from)) = received else { continue };
-            let mut packet = Bytes::copy_from_slice(&packet[..length]);
-            if let Some(flow) = flows.get(&from) {
-                match flow.try_send(packet) {
-                    Ok(()) => continue,
-                    Err(mpsc::error::TrySendError::Full(_)) => {
-                        door.counts.dropped(1);
-                        continue;
-                    }
-                    // It has ended for its silence, which is over.
-                    Err(mpsc::error::TrySendError::Closed(kept)) => packet = kept,
+            let (length, from) = match received {
+                Ok(received) => received,
+                // That an answer came to nobody says nothing about the next packet.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
+                Err(_) => {
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
                 }
-            }
-            flows.retain(|_, flow| !flow.is_closed());
-            if flows.len() >= MAX_FLOWS {
-                door.fail(1, "as many addresses as there may be send packets");
+            };
+            let packet = Bytes::copy_from_slice(&packet[..length]);
+            // One that has ended for its silence begins anew.
+            if let Some(flow) = flows.get(&from).filter(|flow| !flow.send.is_closed()) {
+                if !flow.put(packet) {
+                    door.counts.dropped(1);
+                }
                 continue;
             }
+            flows.retain(|_, flow| !flow.send.is_closed());
+            if flows.len() >= MAX_FLOWS
+                && let Some(silent) = flows.iter().min_by_key(|(_, flow)| flow.moved.last()).map(|(from, _)| *from)
+            {
+                // Without its sender it ends.
+                flows.remove(&silent);
+            }
             let (send, waiting) = mpsc::channel(WAITING);
-            let _ = send.try_send(packet);
-            flows.insert(from, send);
-            let flow = Flow { door: door.clone(), socket: socket.clone(), from, waiting };
+            let (moved, waiting_bytes) = (Arc::<Moved>::default(), Arc::<AtomicUsize>::default());
+            let entry = Entry { send, waiting_bytes: waiting_bytes.clone(), moved: moved.clone() };
+            entry.put(packet);
+            flows.insert(from, entry);
+            let flow = Flow { door: door.clone(), socket: socket.clone(), from, waiting, waiting_bytes, moved };
             tasks.spawn(flow.run());
         }
     }
@@ -105,19 +120,42 @@ impl UdpDoor {
 
 type Tunnel = (PacketSender, PacketReceiver<Guarded<Answered<Carried>>>);
 
+/// A flow, as the port has it.
+struct Entry {
+    send: mpsc::Sender<Bytes>,
+    /// Of the packets that wait.
+    waiting_bytes: Arc<AtomicUsize>,
+    moved: Arc<Moved>,
+}
+
+impl Entry {
+    /// Whether there was room for a packet.
+    fn put(&self, packet: Bytes) -> bool {
+        let length = packet.len();
+        let fits = self.waiting_bytes.load(Relaxed) + length <= WAITING_BYTES;
+        let has_room = fits && self.send.try_send(packet).is_ok();
+        if has_room {
+            self.waiting_bytes.fetch_add(length, Relaxed);
+        }
+        has_room
+    }
+}
+
 /// What one address sends, and is sent.
 struct Flow {
     door: Arc<UdpDoor>,
     socket: Arc<UdpSocket>,
     from: SocketAddr,
     waiting: mpsc::Receiver<Bytes>,
+    waiting_bytes: Arc<AtomicUsize>,
+    moved: Arc<Moved>,
 }
 
-/// How a tunnel ended.
-enum End {
-    /// Nothing was said for long.
+/// Why a flow's tunnel is over.
+enum Over {
+    /// Nothing was said for long, or the flow made room for another one.
     Silent,
-    /// At its other end: another one may take its place.
+    /// It has ended at its other end: another one may take its place.
     Gone,
 }
 
@@ -125,66 +163,101 @@ impl Flow {
     /// Carries packets until there are none for a while. Each time a tunnel ends, the next packet opens another one.
     async fn run(mut self) {
         let idle = self.door.door.limits.idle_timeout.unwrap_or(IDLE);
-        while let Ok(Some(first)) = tokio::time::timeout(idle, self.waiting.recv()).await {
+        while let Ok(Some(first)) = tokio::time::timeout(idle, self.next()).await {
             match self.door.open().await {
                 Ok(tunnel) => {
-                    if let End::Silent = self.carry(first, tunnel, idle).await {
+                    if let Over::Silent = self.carry(first, tunnel, idle).await {
                         return;
                     }
                 }
                 Err(why) => {
                     tokio::time::sleep(PAUSE).await;
-                    let waiting = self.waiting.len() as u64;
-                    while self.waiting.try_recv().is_ok() {}
-                    self.door.fail(1 + waiting, &why);
+                    let mut dropped = 1;
+                    while let Ok(packet) = self.waiting.try_recv() {
+                        self.waiting_bytes.fetch_sub(packet.len(), Relaxed);
+                        dropped += 1;
+                    }
+                    self.door.fail(dropped, &why);
                 }
             }
         }
     }
 
-    async fn carry(&mut self, first: Bytes, (sender, mut receiver): Tunnel, idle: Duration) -> End {
-        let Self { door, socket, from, waiting } = self;
-        let moved = Moved::default();
-        let questions = async {
-            let mut next = Some(first);
-            while let Some(packet) = next {
-                door.counts.sent(sender.send(&packet).await);
-                moved.now();
-                next = waiting.recv().await;
+    /// The next packet that waits. Cancel safe.
+    async fn next(&mut self) -> Option<Bytes> {
+        let packet = self.waiting.recv().await?;
+        self.waiting_bytes.fetch_sub(packet.len(), Relaxed);
+        Some(packet)
+    }
+
+    async fn carry(&mut self, first: Bytes, (sender, mut receiver): Tunnel, idle: Duration) -> Over {
+        let (door, socket, moved, from) = (self.door.clone(), self.socket.clone(), self.moved.clone(), self.from);
+        let over = {
+            let questions = async {
+                let mut next = Some(first);
+                while let Some(packet) = next {
+                    door.counts.sent(sender.send(&packet).await);
+                    moved.asked();
+                    next = self.next().await;
+                }
+            };
+            let answers = async {
+                while let Some(packet) = receiver.receive().await {
+                    door.counts.came_out(socket.send_to(&packet, from).await.is_ok());
+                    moved.now();
+                }
+            };
+            tokio::select! {
+                () = questions => Over::Silent,
+                () = answers => Over::Gone,
+                () = sender.closed() => Over::Gone,
+                () = moved.silent_for(idle) => Over::Silent,
             }
         };
-        let answers = async {
-            while let Some(packet) = receiver.receive().await {
-                door.counts.came_out(socket.send_to(&packet, *from).await.is_ok());
-                moved.now();
-            }
-        };
-        tokio::select! {
-            () = questions => End::Silent,
-            () = answers => End::Gone,
-            () = sender.closed() => End::Gone,
-            () = moved.silent_for(idle) => End::Silent,
+        if let Over::Silent = over {
+            // Ended, and not broken off, of which the connection would have to remember each.
+            drop(sender);
+            let _ = tokio::time::timeout(FAREWELL, async { while receiver.receive().await.is_some() {} }).await;
         }
+        over
     }
 }
 
 /// When a packet last went either way.
-struct Moved(Mutex<Instant>);
+struct Moved(Mutex<State>);
+
+struct State {
+    last: Instant,
+    /// Packets of the application, so far.
+    asked: u64,
+}
 
 impl Default for Moved {
     fn default() -> Self {
-        Self(Mutex::new(Instant::now()))
+        Self(Mutex::new(State { last: Instant::now(), asked: 0 }))
     }
 }
 
 impl Moved {
     fn now(&self) {
-        *self.lock() = Instant::now();
+        self.lock().last = Instant::now();
+    }
+
+    fn asked(&self) {
+        let mut state = self.lock();
+        *state = State { last: Instant::now(), asked: state.asked + 1 };
+    }
+
+    fn last(&self) -> Instant {
+        self.lock().last
     }
 
     async fn silent_for(&self, limit: Duration) {
         loop {
-            let due = *self.lock() + limit;
+            let due = {
+                let state = self.lock();
+                state.last + if state.asked > 1 { limit } else { limit.min(ASKED_ONCE) }
+            };
             if due <= Instant::now() {
                 return;
             }
@@ -192,7 +265,7 @@ impl Moved {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Instant> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 }

@@ -350,3 +350,106 @@ async fn a_thousand_idle_tunnels_are_no_burden() {
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
     }
 }
+
+/// A program in a pager takes nothing for a while, and wants the rest then.
+#[tokio::test]
+async fn a_reader_may_pause_for_longer_than_http_lets() {
+    const PAUSE: Duration = Duration::from_secs(40);
+    let much = 32 << 20;
+    let gives = server(move |mut stream| async move {
+        stream.write_all(&pattern(much)).await?;
+        stream.shutdown().await
+    })
+    .await;
+    let takes = server(move |mut stream| async move {
+        tokio::time::sleep(PAUSE).await;
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await?;
+        stream.write_all(if all == pattern(much) { b"all" } else { b"not" }).await
+    })
+    .await;
+    let (_down, down) = mesh("db", gives, "tcp").await;
+    let (_up, up) = mesh("db", takes, "tcp").await;
+    let uploading = tokio::spawn(async move {
+        let mut stream = TcpStream::connect(up).await.unwrap();
+        stream.write_all(&pattern(much)).await.unwrap();
+        stream.shutdown().await.unwrap();
+        read_all(&mut stream).await.unwrap()
+    });
+    let mut stream = TcpStream::connect(down).await.unwrap();
+    tokio::time::sleep(PAUSE).await;
+    assert!(read_all(&mut stream).await.unwrap() == pattern(much));
+    assert_eq!(uploading.await.unwrap(), b"all");
+}
+
+/// Over CONNECT, too, half of what there is must not look like all of it.
+#[tokio::test]
+async fn what_breaks_off_breaks_off_over_connect_too() {
+    let breaks = server(|mut stream| async move {
+        stream.write_all(&pattern(10_000)).await?;
+        stream.read_u8().await?;
+        reset(&stream);
+        Ok(())
+    })
+    .await;
+    let (cluster, _) = mesh("db", breaks, "tcp").await;
+    let (_, mut stream) = connect(cluster.node("near").outbound, "db:1", "1.1").await;
+    stream.read_exact(&mut vec![0; 10_000]).await.unwrap();
+    stream.write_u8(1).await.unwrap();
+    let error = read_all(&mut stream).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+}
+
+/// What a client sends behind a CONNECT without waiting for the answer are bytes of its tunnel, and never requests.
+#[tokio::test]
+async fn nothing_behind_a_refused_connect_is_a_request() {
+    let (mut cluster, _) = mesh("db", echo().await, "tcp").await;
+    let (_web, addr) = sample(cluster.dir(), "web").await;
+    cluster.add(&NodeSpec::named("web").serving(format!("web={addr}"))).await.unwrap();
+    is_known(&cluster, "near", "web", 1).await;
+    let mut stream = TcpStream::connect(cluster.node("near").outbound).await.unwrap();
+    let sent =
+        "CONNECT www.example.com:443 HTTP/1.1\r\nhost: www.example.com:443\r\n\r\nGET / HTTP/1.1\r\nhost: web\r\n\r\n";
+    stream.write_all(sent.as_bytes()).await.unwrap();
+    let answer = String::from_utf8(read_all(&mut stream).await.unwrap()).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.matches("HTTP/1.1").count() == 1, "{answer}");
+}
+
+/// A client that is gone leaves nothing at the service, though that takes nothing.
+#[tokio::test]
+async fn callers_that_go_are_noticed_while_the_service_does_not_read() {
+    let open = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = open.clone();
+    let stuck = server(move |stream| {
+        let open = counted.clone();
+        async move {
+            open.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            // It reads nothing, and sees only that the connection is reset.
+            while stream.take_error()?.is_none() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            open.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+            Ok(())
+        }
+    })
+    .await;
+    let (cluster, port) = mesh("db", stuck, "tcp").await;
+    let mut callers = Vec::new();
+    for _ in 0..10 {
+        let mut stream = TcpStream::connect(port).await.unwrap();
+        let _ = tokio::time::timeout(Duration::from_millis(300), stream.write_all(&pattern(8 << 20))).await;
+        callers.push(stream);
+    }
+    let are_open = |wanted: usize| {
+        let open = open.clone();
+        wait_for("connections of the service", LIMIT, move || {
+            let now = open.load(std::sync::atomic::Ordering::SeqCst);
+            async move { if now == wanted { Ok(()) } else { Err(now.to_string()) } }
+        })
+    };
+    are_open(10).await.unwrap();
+    callers.iter().for_each(reset);
+    drop(callers);
+    are_open(0).await.unwrap();
+    figure_becomes(&cluster, "near", "starling_calls_in_flight", &[], |calls| calls == 0.0).await;
+}

@@ -153,3 +153,16 @@ async fn a_flood_of_one_flow_leaves_others_alone() {
     .await
     .unwrap();
 }
+
+/// As resolvers do, which take a new port for each question: newcomers find room, however many have been there before.
+#[tokio::test]
+async fn more_addresses_than_there_is_room_for_are_all_answered() {
+    let (_cluster, port) = mesh("dns", echo().await, "udp").await;
+    for _ in 0..25 {
+        let mut asking = tokio::task::JoinSet::new();
+        for _ in 0..100 {
+            asking.spawn(async move { ask(&client(port).await, b"who").await.1 });
+        }
+        assert!(asking.join_all().await.iter().all(|answer| answer == b"who"));
+    }
+}

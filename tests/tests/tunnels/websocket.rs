@@ -294,3 +294,80 @@ async fn a_drain_closes_websockets_with_1001_at_its_deadline() {
         assert!(cluster.terminate(drained).await.is_ok());
     }
 }
+
+/// A client that breaks off in the middle of the handshake leaves nothing behind. It used to leave its task, its place and its
+/// descriptor, for ever.
+#[tokio::test]
+async fn a_handshake_that_breaks_off_leaves_nothing() {
+    let Some(stage) = stage().await else { return };
+    let edge = stage.cluster.node("edge");
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", edge.process.pid().unwrap())).unwrap().count();
+    let before = descriptors();
+    for _ in 0..50 {
+        let mut stream = TcpStream::connect(edge.outbound).await.unwrap();
+        let head = "GET / HTTP/1.1\r\nhost: chat\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: \
+                    13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n\x01";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    }
+    super::figure_becomes(&stage.cluster, "edge", "starling_calls_in_flight", &[], |calls| calls == 0.0).await;
+    wait_for("all is closed", LIMIT, || async {
+        let now = descriptors();
+        if now <= before + 3 { Ok(()) } else { Err(format!("{now}, {before} before")) }
+    })
+    .await
+    .unwrap();
+}
+
+/// A service that shouts where it is asked to, and otherwise says its name.
+async fn named(name: &'static str) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut head = vec![0; 4096];
+                while let Ok(length @ 1..) = stream.read(&mut head).await {
+                    let asked = String::from_utf8_lossy(&head[..length]).contains("upgrade: shouting");
+                    let answer = match asked {
+                        true => "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: shouting\r\n\r\n"
+                            .into(),
+                        false => format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{name}", name.len()),
+                    };
+                    if stream.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    addr
+}
+
+/// Tunnels that are open beside calls say nothing about how busy an instance is: one that has just started, and has none, must
+/// not get all calls.
+#[tokio::test]
+async fn idle_tunnels_drive_no_calls_away() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("old").serving(format!("web={}", named("old").await))).await.unwrap();
+    is_known(&cluster, "seed", "web", 1).await;
+    let door = cluster.node("seed").outbound;
+    let mut open = Vec::new();
+    for _ in 0..100 {
+        let mut stream = TcpStream::connect(door).await.unwrap();
+        let head = "GET / HTTP/1.1\r\nhost: web\r\nconnection: upgrade\r\nupgrade: shouting\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).await.unwrap();
+        assert_eq!(&status, b"HTTP/1.1 101");
+        open.push(stream);
+    }
+    cluster.add(&NodeSpec::named("new").serving(format!("web={}", named("new").await))).await.unwrap();
+    is_known(&cluster, "seed", "web", 2).await;
+    let mut by_old = 0;
+    for _ in 0..200 {
+        let answer = starling_chaos::Client::plain().get(door, "web", "/").await.unwrap();
+        by_old += usize::from(answer.text() == "old");
+    }
+    assert!((20..=180).contains(&by_old), "{by_old} of 200");
+}

@@ -59,6 +59,16 @@ impl ServerStream {
         let _ = rustix::net::shutdown(&self.0.stream, Shutdown::Both);
     }
 
+    /// Resolves when the connection is broken, whether or not anybody reads or writes. Cancel safe.
+    pub(crate) async fn broken(&self) {
+        loop {
+            match self.0.stream.ready(Interest::ERROR).await {
+                Ok(ready) if !ready.is_error() => {}
+                _ => return,
+            }
+        }
+    }
+
     /// Breaks it off for everybody: the server sees a reset, and no end that could be taken for one.
     pub(crate) fn abort(&self) {
         self.0.closed.store(true, Relaxed);

@@ -22,7 +22,7 @@ use crate::{
     Body, Head, Shelf,
     interim::MAX_TAKEN,
     normal::Origin,
-    tunnel::{Protocol, Taken},
+    tunnel::{self, FlowSlot, Protocol},
 };
 
 /// A request waits so long for others to end, if the server takes no more at a time: it is not a queue.
@@ -111,22 +111,22 @@ impl Client {
         let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
         match head.protocol {
             Some(_) if !self.takes_protocols().await => return Err(RequestError::Unsupported),
-            None if *head.method == Method::CONNECT => sender.be_patient(),
-            _ => {}
+            _ => sender.have_patience(patience_with(&head)),
         }
         if !connection.takes_requests() {
             // It said so while we waited for our turn; the stream goes with a reset.
             return Err(RequestError::NotSent("the server goes away".into()));
         }
         let flow = head.protocol.filter(|protocol| protocol.0 == Protocol::UDP);
-        let flow = flow.map(|_| Taken::new(Flow::of(connection, sender.stream_id())));
+        let flow = flow.map(|_| FlowSlot::new(Flow::of(connection, sender.stream_id())));
         sender.request(&head).map_err(|_| RequestError::TooLarge)?;
 
         let Some(body) = body else {
             sender.flush().await.map_err(|error| RequestError::NotSent(error.to_string()))?;
             sender.finish();
+            let patience = patience_with(&head);
             let head = receive_head(&mut receiver, head).await?;
-            return Ok(Answer { head, body: self.body(receiver), upload: None });
+            return Ok(Answer { head, body: self.body(receiver, patience), upload: None });
         };
         let mut upload = Box::pin(async move {
             let stopped = sender.stopped();
@@ -157,7 +157,7 @@ impl Client {
             answer_head.extensions.insert(flow);
         }
         let upload = uploading.then(|| AbortOnDropHandle::new(tokio::spawn(async move { drop(upload.await) })));
-        Ok(Answer { head: answer_head, body: self.body(receiver), upload })
+        Ok(Answer { head: answer_head, body: self.body(receiver, patience_with(&head)), upload })
     }
 }
 
@@ -168,9 +168,14 @@ impl Client {
         told.is_ok_and(|settings| settings.extended_connect)
     }
 
-    fn body(&self, receiver: Receiver) -> Body {
-        Body::from(receiver).shelved(&self.0.shelf)
+    fn body(&self, receiver: Receiver, patience: Duration) -> Body {
+        Body::from(receiver).shelved_for(&self.0.shelf, patience)
     }
+}
+
+/// How long what a request brings may be left lying.
+fn patience_with(head: &Head<'_>) -> Duration {
+    tunnel::patience_with(head.method, head.protocol)
 }
 
 async fn receive_head(receiver: &mut Receiver, request: Head<'_>) -> Result<response::Parts, Broken> {

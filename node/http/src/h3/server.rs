@@ -29,7 +29,7 @@ use super::{
 use crate::{
     Body, BodyError, Drain, Interim, Problem, ProxyError, Shelf,
     patience::{HOLD, Patience},
-    tunnel::{self, Protocol, Taken},
+    tunnel::{self, FlowSlot, Protocol},
 };
 
 /// How long a request's head may take to arrive.
@@ -205,26 +205,25 @@ impl Exchange {
         };
         let method = head.method.clone();
         let protocol = head.extensions.get::<Protocol>().cloned();
-        match &protocol {
-            None if method == Method::CONNECT => sender.be_patient(),
-            Some(Protocol(name)) if name == Protocol::UDP => {
-                head.extensions.insert(Taken::new(Flow::of(sender.connection(), sender.stream_id())));
-            }
-            _ => {}
+        let stall = tunnel::patience_with(&method, protocol.as_ref());
+        sender.have_patience(stall);
+        if protocol.as_ref().is_some_and(Protocol::is_udp) {
+            head.extensions.insert(FlowSlot::new(Flow::of(sender.connection(), sender.stream_id())));
         }
         // Mostly the end comes along with the head; then there is no body, and nothing to watch but the answer.
         let (upload, body) = if receiver.has_ended() {
             (None, Body::empty())
         } else {
             let (upload, body) = Upload::divide(receiver);
-            (Some(upload), tunnel::sent(Body::from(body).shelved(&shelf), protocol.as_ref(), &drain))
+            (Some(upload), tunnel::sent(Body::from(body).shelved_for(&shelf, stall), protocol.as_ref(), &drain))
         };
+        let mut is_open = false;
         let outcome = {
             let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
             match ask(&mut sender, head, body, upload.as_ref(), &patience, handler, unwanted.as_mut()).await {
-                Ok(response) => match tunnel::consented(&method, response) {
-                    Ok(response) => {
-                        let response = response.map(|body| tunnel::answered(body, protocol.as_ref(), &drain));
+                Ok(response) => match tunnel::answered(response, &method, protocol.as_ref(), &drain) {
+                    Ok((response, opened)) => {
+                        is_open = opened;
                         reply(&mut sender, &method, response, upload.as_ref(), unwanted).await
                     }
                     Err(problem) => Err(Unanswered::Problem(Box::new(problem))),
@@ -240,7 +239,7 @@ impl Exchange {
             Ok(()) => {
                 match upload {
                     // The other half of a tunnel may be open for long, and is what a drain waits for.
-                    Some(upload) if method == Method::CONNECT => upload.ended().await,
+                    Some(upload) if is_open => upload.ended().await,
                     Some(upload) => upload.answered(),
                     None => {}
                 }

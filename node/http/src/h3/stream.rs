@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     BodyError, Head,
-    stall::{STALL, Stall, TUNNEL_STALL},
+    stall::{STALL, Stall},
 };
 
 /// Payloads up to this size are copied behind their frame's header: one buffer is cheaper than two.
@@ -92,9 +92,9 @@ impl Sender {
         self.stream.id()
     }
 
-    /// Has patience with a peer that takes nothing: what a tunnel carries may be left lying for as long as its ends like.
-    pub(crate) fn be_patient(&mut self) {
-        self.patience = TUNNEL_STALL;
+    /// Has so much patience with a peer that takes nothing.
+    pub(crate) fn have_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     /// Queues the head of a response.

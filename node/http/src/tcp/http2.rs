@@ -25,7 +25,7 @@ use super::{HEAD_TIMEOUT, Limits, MAX_HEAD_BYTES};
 use crate::{
     Body, BodyError, Drain, Interim,
     patience::{HOLD, Patience},
-    stall::{STALL, Stall, TUNNEL_STALL},
+    stall::Stall,
     tunnel::{self, Protocol},
 };
 
@@ -86,7 +86,9 @@ where
                         }
                         let body = Http2Body::new(body);
                         let upload = body.upload.clone();
-                        let request = Request::from_parts(head, Body::from(body).shelved(&shelf));
+                        let protocol = head.extensions.get::<Protocol>();
+                        let stall = tunnel::patience_with(&head.method, protocol);
+                        let request = Request::from_parts(head, Body::from(body).shelved_for(&shelf, stall));
                         answer(request, &upload, respond, &patience, &drain, handler).await;
                         drop(place);
                     });
@@ -200,8 +202,8 @@ async fn answer<H, F, B>(
     let (mut head, body) = request.into_parts();
     let protocol = head.extensions.get::<Protocol>().cloned();
     let body = tunnel::sent(body, protocol.as_ref(), drain);
-    let is_plain_tunnel = method == Method::CONNECT && protocol.is_none();
-    let stall = if is_plain_tunnel { TUNNEL_STALL } else { STALL };
+    let stall = tunnel::patience_with(&method, protocol.as_ref());
+    let mut is_open = false;
     let mut expects =
         head.headers.get(header::EXPECT).is_some_and(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     let interim = Interim::default();
@@ -237,16 +239,17 @@ async fn answer<H, F, B>(
     while let Some(early) = interim.take() {
         let _ = respond.send_informational(early);
     }
-    let sent = match response.and_then(|response| tunnel::consented(&method, response)) {
-        Ok(response) => {
-            let response = response.map(|body| tunnel::answered(body, protocol.as_ref(), drain));
+    let answered = response.and_then(|response| tunnel::answered(response, &method, protocol.as_ref(), drain));
+    let sent = match answered {
+        Ok((response, opened)) => {
+            is_open = opened;
             send(&mut respond, &method, response, stall).await
         }
         Err(problem) => send(&mut respond, &method, problem.into_response("starling", false), stall).await,
     };
     match sent {
         Ok(stream) => {
-            if method == Method::CONNECT {
+            if is_open {
                 // The other half of a tunnel may be open for long.
                 upload.ended.notified().await;
             } else if !upload.over.load(Relaxed) {

@@ -3,7 +3,10 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -14,7 +17,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::stall::Stall;
+use crate::stall::{Stall, TUNNEL_STALL};
 
 /// Bytes that wait in the kernel and are not sent yet, at most: what is there cannot be given back.
 const NOT_SENT_BYTES: u32 = 64 << 10;
@@ -31,11 +34,35 @@ const MAX_LINGERING: usize = 512;
 
 static LINGERING: AtomicUsize = AtomicUsize::new(0);
 
+/// Tells a connection, from above whatever is on it, how it is to be treated. Cheap to clone; every clone means the same one.
+#[derive(Debug, Clone, Default)]
+pub struct Control(Arc<Treatment>);
+
+#[derive(Debug, Default)]
+struct Treatment {
+    severed: AtomicBool,
+    patient: AtomicBool,
+}
+
+impl Control {
+    /// What was written is not all: dropped, the connection is reset, and not ended.
+    pub(crate) fn sever(&self) {
+        self.0.severed.store(true, Relaxed);
+    }
+
+    /// What is on it is no HTTP: its client may pause as long as it may be silent.
+    pub(crate) fn be_patient(&self) {
+        self.0.patient.store(true, Relaxed);
+    }
+}
+
 /// A client's connection.
 #[derive(Debug)]
 pub struct Socket {
     stream: Option<TcpStream>,
+    control: Control,
     stall: Stall,
+    is_patient: bool,
     /// The client sends no more.
     read_all: bool,
     /// There may be something on its way to the client.
@@ -50,12 +77,30 @@ impl Socket {
         let _ = socket.set_tcp_notsent_lowat(NOT_SENT_BYTES);
         let _ = socket.set_tcp_user_timeout(Some(UNHEARD));
         notice_when_gone(&stream);
-        Self { stream: Some(stream), stall: Stall::default(), read_all: false, wrote: false }
+        let (stall, control) = (Stall::default(), Control::default());
+        Self { stream: Some(stream), control, stall, is_patient: false, read_all: false, wrote: false }
     }
 
-    /// The connection by itself, without the care of [`Socket`] for how it ends.
+    /// The handle by which it is told how to end.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// The connection by itself, without the care of [`Socket`] for how it ends, and for how long its client takes nothing.
     pub fn into_tcp(mut self) -> Option<TcpStream> {
-        self.stream.take()
+        let stream = self.stream.take()?;
+        let _ = socket2::SockRef::from(&stream).set_tcp_user_timeout(None);
+        Some(stream)
+    }
+
+    /// Does as it was told, if it was told so since.
+    fn heed(&mut self) {
+        if self.control.0.patient.load(Relaxed) && !std::mem::replace(&mut self.is_patient, true) {
+            self.stall = Stall::of(TUNNEL_STALL);
+            if let Some(stream) = &self.stream {
+                let _ = socket2::SockRef::from(stream).set_tcp_user_timeout(None);
+            }
+        }
     }
 
     fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
@@ -63,6 +108,7 @@ impl Socket {
     }
 
     fn written(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.heed();
         match written {
             Poll::Ready(written) => {
                 self.stall.moved();
@@ -129,6 +175,13 @@ impl AsyncWrite for Socket {
 /// it is listened to for a while (RFC 9112 §9.6).
 impl Drop for Socket {
     fn drop(&mut self) {
+        if self.control.0.severed.load(Relaxed) {
+            // Reset, then, and not ended.
+            if let Some(stream) = &self.stream {
+                let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+            }
+            return;
+        }
         let Some(mut stream) = self.stream.take().filter(|_| self.wrote && !self.read_all) else { return };
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         if LINGERING.fetch_add(1, Relaxed) >= MAX_LINGERING {

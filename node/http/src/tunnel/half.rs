@@ -18,7 +18,7 @@ use tokio::{
     sync::oneshot,
 };
 
-use crate::{BodyError, h1::ServerStream, stall::Stall};
+use crate::{Body, BodyError, h1::ServerStream, stall::Stall, tcp::Control};
 
 /// Read at a time.
 const READ_BYTES: usize = 32 << 10;
@@ -38,8 +38,8 @@ pub(crate) struct Reading {
     /// Read before it was a tunnel.
     ahead: Bytes,
     ended: bool,
-    /// Dropped with this half.
-    _over: oneshot::Sender<()>,
+    /// Told when this half has ended; dropped without a word if it is given up before.
+    over: Option<oneshot::Sender<()>>,
 }
 
 enum Source {
@@ -58,7 +58,7 @@ impl Reading {
 
     fn of(from: Source, ahead: Bytes) -> (Self, oneshot::Receiver<()>) {
         let (over, told) = oneshot::channel();
-        (Self { from, ahead, ended: false, _over: over }, told)
+        (Self { from, ahead, ended: false, over: Some(over) }, told)
     }
 
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
@@ -82,6 +82,9 @@ impl Reading {
         Poll::Ready(match ready!(read) {
             Ok(piece) if piece.is_empty() => {
                 self.ended = true;
+                if let Some(over) = self.over.take() {
+                    let _ = over.send(());
+                }
                 None
             }
             Ok(piece) => Some(Ok(Frame::data(piece))),
@@ -138,39 +141,87 @@ impl Awaited {
 pub struct Writing {
     into: Sink,
     ended: bool,
-    over: oneshot::Receiver<()>,
+    /// When the other half is over: with an error if it was given up.
+    other: oneshot::Receiver<()>,
 }
 
 enum Sink {
     Tcp(ServerStream),
-    Io(Box<dyn AsyncWrite + Send + Unpin>),
+    Io(Box<dyn AsyncWrite + Send + Unpin>, Control),
 }
 
 impl Writing {
-    pub(super) fn tcp(stream: ServerStream, over: oneshot::Receiver<()>) -> Self {
-        Self { into: Sink::Tcp(stream), ended: false, over }
+    pub(super) fn tcp(stream: ServerStream, other: oneshot::Receiver<()>) -> Self {
+        Self { into: Sink::Tcp(stream), ended: false, other }
     }
 
-    pub(super) fn io(stream: Box<dyn AsyncWrite + Send + Unpin>, over: oneshot::Receiver<()>) -> Self {
-        Self { into: Sink::Io(stream), ended: false, over }
+    pub(super) fn io(
+        stream: Box<dyn AsyncWrite + Send + Unpin>,
+        control: Control,
+        other: oneshot::Receiver<()>,
+    ) -> Self {
+        Self { into: Sink::Io(stream, control), ended: false, other }
     }
 
     /// Writes a body until it ends, or until its receiver takes no more, or nothing for so long. Then waits for the end of the other
     /// half: who hears no more may still speak. If the body breaks off, so does the connection.
-    pub async fn carry<B>(mut self, mut body: B, patience: Duration)
+    ///
+    /// For a client's end, whose other half the server may give up while it still answers.
+    pub async fn carry<B>(mut self, body: B, patience: Duration)
     where
         B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
     {
-        match self.into.write(&mut body, Stall::of(patience)).await {
-            Ok(()) => self.ended = true,
-            Err(Unwritten::Body(error)) => return tracing::debug!(%error, "a tunnel broke off"),
-            Err(Unwritten::Taker(error)) => {
-                return tracing::debug!(%error, "an end of a tunnel takes no more");
+        let broken = self.into.broken();
+        let mut transfer = Transfer::new(body, patience);
+        let written = tokio::select! {
+            biased;
+            written = poll_fn(|cx| transfer.poll(&mut self.into, cx)) => written,
+            // Nothing may come that could be written to it, and nothing go that could be read from it.
+            () = broken => Err(Unwritten::Taker(io::ErrorKind::ConnectionReset.into())),
+        };
+        // What the body keeps is not needed any more.
+        drop(transfer);
+        if self.has_written(written) {
+            let _ = (&mut self.other).await;
+        }
+    }
+
+    /// The same for a server's end: if the other half is given up, nobody is there any more, and the connection breaks off, whether
+    /// or not the server takes what is there for it. Once the other half has ended, this one may be silent for so long, too.
+    pub async fn carry_to_server(mut self, body: Body, patience: Duration) {
+        let mut transfer = Transfer::new(body, patience);
+        let written = tokio::select! {
+            biased;
+            written = poll_fn(|cx| transfer.poll(&mut self.into, cx)) => Some(written),
+            over = &mut self.other => match over {
+                Ok(()) => None,
+                Err(_) => return tracing::debug!("a tunnel was given up"),
+            },
+        };
+        match written {
+            Some(written) => {
+                if self.has_written(written) {
+                    let _ = (&mut self.other).await;
+                }
+            }
+            None => {
+                // The limit of time for silence went with the other half.
+                let body = std::mem::replace(&mut transfer.body, Body::empty());
+                transfer.body = body.with_pace(Some(patience), None, None);
+                let written = poll_fn(|cx| transfer.poll(&mut self.into, cx)).await;
+                self.has_written(written);
             }
         }
-        // What the body keeps is not needed any more.
-        drop(body);
-        let _ = (&mut self.over).await;
+    }
+
+    /// Whether all was written.
+    fn has_written(&mut self, written: Result<(), Unwritten>) -> bool {
+        match written {
+            Ok(()) => self.ended = true,
+            Err(Unwritten::Body(error)) => tracing::debug!(%error, "a tunnel broke off"),
+            Err(Unwritten::Taker(error)) => tracing::debug!(%error, "an end of a tunnel takes no more"),
+        }
+        self.ended
     }
 }
 
@@ -188,49 +239,63 @@ enum Unwritten {
     Taker(io::Error),
 }
 
-impl Sink {
-    /// Writes all of a body, and then that there is no more.
-    async fn write<B>(&mut self, body: &mut B, mut stall: Stall) -> Result<(), Unwritten>
-    where
-        B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
-    {
-        let mut pieces = VecDeque::new();
-        let (mut gathered, mut ended) = (0, false);
-        poll_fn(|cx| {
-            loop {
-                while !ended && gathered < GATHER_BYTES && pieces.len() < GATHER_PIECES {
-                    match Pin::new(&mut *body).poll_frame(cx) {
-                        Poll::Ready(Some(Ok(frame))) => {
-                            if let Some(data) = frame.into_data().ok().filter(|data| !data.is_empty()) {
-                                gathered += data.len();
-                                pieces.push_back(data);
-                            }
-                        }
-                        Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(Unwritten::Body(error))),
-                        Poll::Ready(None) => ended = true,
-                        Poll::Pending => break,
-                    }
-                }
-                if pieces.is_empty() {
-                    if ended {
-                        return self.poll_end(cx).map_err(Unwritten::Taker);
-                    }
-                    ready!(self.poll_flush(cx)).map_err(Unwritten::Taker)?;
-                    return Poll::Pending;
-                }
-                let Poll::Ready(written) = self.poll_write(cx, &pieces) else {
-                    ready!(stall.poll_stalled(cx));
-                    return Poll::Ready(Err(Unwritten::Taker(io::ErrorKind::TimedOut.into())));
-                };
-                stall.moved();
-                let written = written.map_err(Unwritten::Taker)?;
-                gathered -= written;
-                consume(&mut pieces, written);
-            }
-        })
-        .await
+/// A body on its way to a connection.
+struct Transfer<B> {
+    body: B,
+    /// Read, and not written yet.
+    pieces: VecDeque<Bytes>,
+    gathered: usize,
+    ended: bool,
+    stall: Stall,
+}
+
+impl<B> Transfer<B>
+where
+    B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
+{
+    fn new(body: B, patience: Duration) -> Self {
+        Self { body, pieces: VecDeque::new(), gathered: 0, ended: false, stall: Stall::of(patience) }
     }
 
+    /// Writes all of it, and then that there is no more.
+    fn poll(&mut self, into: &mut Sink, cx: &mut Context<'_>) -> Poll<Result<(), Unwritten>> {
+        loop {
+            while !self.ended && self.gathered < GATHER_BYTES && self.pieces.len() < GATHER_PIECES {
+                match Pin::new(&mut self.body).poll_frame(cx) {
+                    Poll::Ready(Some(Ok(frame))) => {
+                        if let Some(data) = frame.into_data().ok().filter(|data| !data.is_empty()) {
+                            self.gathered += data.len();
+                            self.pieces.push_back(data);
+                        }
+                    }
+                    Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(Unwritten::Body(error))),
+                    Poll::Ready(None) => self.ended = true,
+                    Poll::Pending => break,
+                }
+            }
+            let is_out = self.pieces.is_empty();
+            let written = match (is_out, self.ended) {
+                (true, true) => into.poll_end(cx).map_ok(|()| 0),
+                (true, false) => into.poll_flush(cx).map_ok(|()| 0),
+                (false, _) => into.poll_write(cx, &self.pieces),
+            };
+            let Poll::Ready(written) = written else {
+                ready!(self.stall.poll_stalled(cx));
+                return Poll::Ready(Err(Unwritten::Taker(io::ErrorKind::TimedOut.into())));
+            };
+            self.stall.moved();
+            let written = written.map_err(Unwritten::Taker)?;
+            if is_out {
+                // More comes with the body, which has been asked for it.
+                return if self.ended { Poll::Ready(Ok(())) } else { Poll::Pending };
+            }
+            self.gathered -= written;
+            consume(&mut self.pieces, written);
+        }
+    }
+}
+
+impl Sink {
     fn poll_write(&mut self, cx: &mut Context<'_>, pieces: &VecDeque<Bytes>) -> Poll<io::Result<usize>> {
         let mut bufs = [IoSlice::new(&[]); GATHER_PIECES];
         for (buf, piece) in bufs.iter_mut().zip(pieces) {
@@ -242,7 +307,7 @@ impl Sink {
                 let written = ready!(stream.poll_write_some(cx, bufs));
                 if stream.is_deaf() { Err(io::ErrorKind::BrokenPipe.into()) } else { written }
             }
-            Self::Io(stream) => ready!(Pin::new(stream).poll_write_vectored(cx, bufs)),
+            Self::Io(stream, _) => ready!(Pin::new(stream).poll_write_vectored(cx, bufs)),
         };
         Poll::Ready(match written {
             Ok(0) => Err(io::ErrorKind::WriteZero.into()),
@@ -253,21 +318,36 @@ impl Sink {
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(_) => Poll::Ready(Ok(())),
-            Self::Io(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Io(stream, _) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Io(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Io(stream, _) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 
-    /// Breaks off. A stream that is no connection by itself is dropped without its end, which says the same.
+    /// Resolves when the connection is broken, as far as that can be seen without using it.
+    fn broken(&self) -> impl Future<Output = ()> + use<> {
+        let stream = match self {
+            Self::Tcp(stream) => Some(stream.clone()),
+            Self::Io(..) => None,
+        };
+        async move {
+            match stream {
+                Some(stream) => stream.broken().await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Breaks off: with a reset, where there is a connection of its own that can be reset.
     fn abort(&self) {
-        if let Self::Tcp(stream) = self {
-            stream.abort();
+        match self {
+            Self::Tcp(stream) => stream.abort(),
+            Self::Io(_, control) => control.sever(),
         }
     }
 }

@@ -22,9 +22,9 @@ const WAITING: usize = 16;
 /// What a tunnel for packets has beside its stream: among the extensions of its request at a server, and of its answer at a client.
 /// It can be taken once.
 #[derive(Debug, Clone)]
-pub(crate) struct Taken(Arc<Mutex<Option<Flow>>>);
+pub(crate) struct FlowSlot(Arc<Mutex<Option<Flow>>>);
 
-impl Taken {
+impl FlowSlot {
     pub(crate) fn new(flow: Flow) -> Self {
         Self(Arc::new(Mutex::new(Some(flow))))
     }
@@ -69,14 +69,14 @@ pub fn packets<B>(
     capsules: Capsules,
     stream: B,
 ) -> Option<(PacketSender, PacketReceiver<B>)> {
-    let Taken(flow) = extensions.get()?;
+    let FlowSlot(flow) = extensions.get()?;
     let flow = flow.lock().unwrap_or_else(|e| e.into_inner()).take()?;
     Some((PacketSender { flow: flow.sender(), capsules }, PacketReceiver { flow, stream, read: BytesMut::new() }))
 }
 
-/// How a packet went.
+/// Which way a packet went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sent {
+pub enum Passage {
     /// As a datagram.
     Datagram,
     /// On the stream.
@@ -87,20 +87,20 @@ pub enum Sent {
 
 impl PacketSender {
     /// Sends a packet. Waits while there is no room on the connection. Cancel safe: it is sent, or not.
-    pub async fn send(&self, packet: &[u8]) -> Sent {
+    pub async fn send(&self, packet: &[u8]) -> Passage {
         let mut payload = BytesMut::with_capacity(1 + packet.len());
         payload.put_u8(CONTEXT);
         payload.put_slice(packet);
         match self.flow.send(&payload).await {
-            Ok(()) => Sent::Datagram,
-            Err(Unsendable::Lost) => Sent::Dropped,
+            Ok(()) => Passage::Datagram,
+            Err(Unsendable::Lost) => Passage::Dropped,
             Err(Unsendable::TooLarge) => {
                 let mut capsule = BytesMut::with_capacity(16 + payload.len());
                 varint::encode(DATAGRAM, &mut capsule);
                 varint::encode(payload.len() as u64, &mut capsule);
                 capsule.put(payload);
                 // A stream that is behind is no place for packets that are late by then.
-                self.capsules.0.try_send(capsule.freeze()).map_or(Sent::Dropped, |()| Sent::Capsule)
+                self.capsules.0.try_send(capsule.freeze()).map_or(Passage::Dropped, |()| Passage::Capsule)
             }
         }
     }

@@ -69,14 +69,15 @@ impl To {
     }
 }
 
-/// One direction of a WebSocket, which ends with a Close frame when its node goes away; any other body, as it is.
+/// A body that ends when its node goes away, one direction of a WebSocket with a Close frame; any other body, as it is.
 pub(crate) struct Leaving<B> {
     body: B,
     farewell: Option<Box<Farewell>>,
 }
 
 struct Farewell {
-    to: To,
+    /// Who is told by a frame; nobody if there is no word to be said.
+    to: Option<To>,
     frames: Frames,
     leaving: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     said: bool,
@@ -85,6 +86,15 @@ struct Farewell {
 impl<B> Leaving<B> {
     /// Of a WebSocket, towards one of its ends.
     pub(crate) fn websocket(body: B, to: To, leaving: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self::until(body, Some(to), leaving)
+    }
+
+    /// Of a tunnel for packets, whose stream has nothing to say.
+    pub(crate) fn packets(body: B, leaving: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self::until(body, None, leaving)
+    }
+
+    fn until(body: B, to: Option<To>, leaving: impl Future<Output = ()> + Send + 'static) -> Self {
         let leaving: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(leaving);
         let farewell = Farewell { to, frames: Frames::default(), leaving: Some(leaving), said: false };
         Self { body, farewell: Some(Box::new(farewell)) }
@@ -119,17 +129,18 @@ impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Leaving<B> {
         if is_due && farewell.frames.are_whole() {
             farewell.said = true;
             // Who has closed already needs no other reason.
-            let word = (!farewell.frames.closed).then(|| Ok(Frame::data(farewell.to.going_away())));
-            return Poll::Ready(word);
+            let word = farewell.to.filter(|_| !farewell.frames.closed).map(To::going_away);
+            return Poll::Ready(word.map(|word| Ok(Frame::data(word))));
         }
         let frame = ready!(Pin::new(body).poll_frame(cx));
         Poll::Ready(match frame {
             Some(Ok(frame)) => match frame.into_data() {
-                Ok(mut data) => {
+                Ok(mut data) if farewell.to.is_some() => {
                     let whole = farewell.frames.pass(&data, is_due);
                     data.truncate(whole);
                     Some(Ok(Frame::data(data)))
                 }
+                Ok(data) => Some(Ok(Frame::data(data))),
                 Err(frame) => Some(Ok(frame)),
             },
             end => end,

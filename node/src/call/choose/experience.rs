@@ -128,6 +128,8 @@ pub(crate) struct Experience(Mutex<State>);
 #[derive(Debug)]
 struct State {
     in_flight: u32,
+    /// Tunnels that are open.
+    tunnels: u32,
     /// Calls in flight at the instance, from all its callers, as it last told, and when.
     told: Option<(u32, Instant)>,
     latency: f64,
@@ -193,6 +195,7 @@ impl Experience {
     pub(crate) fn new() -> Self {
         Self(Mutex::new(State {
             in_flight: 0,
+            tunnels: 0,
             told: None,
             latency: UNKNOWN_LATENCY.as_secs_f64(),
             updated: Instant::now(),
@@ -210,7 +213,7 @@ impl Experience {
         state.in_flight += 1;
         let now = Instant::now();
         let is_trial = state.ejection.begin(now);
-        PendingCall { instance: self.clone(), peer: peer.clone(), is_trial, waits: Some(now) }
+        PendingCall { instance: self.clone(), peer: peer.clone(), is_trial, is_tunnel: false, waits: Some(now) }
     }
 
     fn told(&self, load: u32) {
@@ -256,21 +259,25 @@ impl Experience {
         let (state, now) = (self.lock(), Instant::now());
         // Faded, it says nothing of the instance any more.
         let latency = (state.kept(now) > 0.01).then(|| Duration::from_secs_f64(state.latency(now)));
-        Seen { in_flight: state.in_flight, latency: latency.filter(|_| state.asked) }
+        Seen { in_flight: state.in_flight + state.tunnels, latency: latency.filter(|_| state.asked) }
     }
 
     /// Whether forgetting it would lose nothing.
     pub(crate) fn is_forgotten(&self) -> bool {
         let (state, now) = (self.lock(), Instant::now());
-        state.in_flight == 0 && state.ejection.is_over(now) && now.duration_since(state.updated) > FORGOTTEN
+        state.in_flight + state.tunnels == 0
+            && state.ejection.is_over(now)
+            && now.duration_since(state.updated) > FORGOTTEN
     }
 
     /// What a call is expected to cost: the time that it takes, for as many as are in line.
-    pub(super) fn cost_at(&self, now: Instant) -> f64 {
+    /// Where it is about tunnels, those that are open count, too; beside calls they are idle, mostly.
+    pub(super) fn cost_at(&self, is_tunnel: bool, now: Instant) -> f64 {
         let state = self.lock();
         let told =
             state.told.filter(|(_, at)| now.saturating_duration_since(*at) < TOLD_FOR).map_or(0, |(load, _)| load);
-        state.latency(now) * f64::from(state.in_flight.max(told) + 1)
+        let under_way = state.in_flight + if is_tunnel { state.tunnels } else { 0 };
+        state.latency(now) * f64::from(under_way.max(told) + 1)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -281,7 +288,7 @@ impl Experience {
 /// What an instance looks like from this node.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Seen {
-    /// Calls from here that are under way.
+    /// Calls from here that are under way, open tunnels among them.
     pub(crate) in_flight: u32,
     /// How soon an answer is expected, if one came of late.
     pub(crate) latency: Option<Duration>,
@@ -292,6 +299,8 @@ pub(crate) struct PendingCall {
     instance: Arc<Experience>,
     peer: Arc<Reach>,
     is_trial: bool,
+    /// It is a tunnel, and open.
+    is_tunnel: bool,
     /// Since when an answer is waited for; `None` if there is no more to be learnt from how long it takes.
     waits: Option<Instant>,
 }
@@ -301,6 +310,14 @@ impl PendingCall {
     pub(crate) fn answered(&mut self, latency: Duration, failed: bool) {
         self.waits = None;
         self.instance.answered_at(latency, failed, Instant::now());
+    }
+
+    /// It was answered, and goes on as a tunnel.
+    pub(crate) fn opened(&mut self) {
+        let mut state = self.instance.lock();
+        (state.in_flight, state.tunnels) = (state.in_flight - 1, state.tunnels + 1);
+        drop(state);
+        self.is_tunnel = true;
     }
 
     /// However long it takes, that is not the instance's fault.
@@ -324,7 +341,8 @@ impl Drop for PendingCall {
             self.instance.waited_at(now.saturating_duration_since(since), now);
         }
         let mut state = self.instance.lock();
-        state.in_flight -= 1;
+        let count = if self.is_tunnel { &mut state.tunnels } else { &mut state.in_flight };
+        *count -= 1;
         if self.is_trial {
             state.ejection.undecided();
         }
@@ -346,8 +364,8 @@ mod tests {
         for (latency, failed) in [(MS, true), (Duration::from_secs(1), false), (Duration::from_secs(600), false)] {
             let (instance, now) = (Experience::new(), Instant::now());
             instance.answered_at(latency, failed, now);
-            assert!(instance.cost_at(now) > 0.9, "at first it is kept away from");
-            let later = instance.cost_at(now + 8 * FADES);
+            assert!(instance.cost_at(false, now) > 0.9, "at first it is kept away from");
+            let later = instance.cost_at(false, now + 8 * FADES);
             assert!(later < 0.0015, "{later}: after eight seconds it is as good as an unknown one");
             assert!(!instance.is_ejected());
         }
@@ -358,8 +376,8 @@ mod tests {
         let instance = Experience::new();
         instance.told(1000);
         let now = Instant::now();
-        assert!(instance.cost_at(now) > 0.9);
-        assert!(instance.cost_at(now + TOLD_FOR) < 0.0011);
+        assert!(instance.cost_at(false, now) > 0.9);
+        assert!(instance.cost_at(false, now + TOLD_FOR) < 0.0011);
     }
 
     #[test]

@@ -113,7 +113,8 @@ pub(crate) fn pick<'a>(
                 && (!must_be_fresh || is_fresh(candidate))
                 && (!must_be_near || is_near(candidate))
         };
-        draw(candidates.iter().zip(&standings).filter(fits).map(|(candidate, _)| candidate), now, rng)
+        let fitting = candidates.iter().zip(&standings).filter(fits).map(|(candidate, _)| candidate);
+        draw(fitting, kind != Kind::Http, now, rng)
     })
 }
 
@@ -122,6 +123,7 @@ pub(crate) fn pick<'a>(
 /// random choices, of which the cheaper one is taken, would leave the second of two nearly equal instances with nothing.)
 fn draw<'a>(
     candidates: impl Iterator<Item = &'a Candidate>,
+    is_tunnel: bool,
     now: Instant,
     rng: &mut impl Rng,
 ) -> Option<&'a Candidate> {
@@ -138,7 +140,7 @@ fn draw<'a>(
     if seen <= 1 {
         return compared[0];
     }
-    let share = |c: &Candidate| f64::from(c.instance.weight.max(1)) / c.experience.cost_at(now).powi(2);
+    let share = |c: &Candidate| f64::from(c.instance.weight.max(1)) / c.experience.cost_at(is_tunnel, now).powi(2);
     let shares = compared.map(|candidate| candidate.map_or(0.0, share));
     let mut at = rng.random::<f64>() * shares.iter().sum::<f64>();
     for (candidate, share) in compared.iter().zip(shares) {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Instant,
 };
 
@@ -11,7 +11,7 @@ use starling_protocol::{Name, NodeId};
 use tokio::sync::watch;
 
 use super::{
-    Connection, DialError,
+    Connection, DialError, Lane,
     dial::{DIAL_TIMEOUT, dial},
     silence::watch_for_silence,
 };
@@ -36,7 +36,17 @@ enum Slot {
 struct PeerSlot {
     known: Arc<KnownPeer>,
     reach: Arc<Reach>,
-    slot: Mutex<Slot>,
+    calls: Mutex<Slot>,
+    packets: Mutex<Slot>,
+}
+
+impl PeerSlot {
+    fn slot(&self, lane: Lane) -> MutexGuard<'_, Slot> {
+        lock(match lane {
+            Lane::Calls => &self.calls,
+            Lane::Packets => &self.packets,
+        })
+    }
 }
 
 /// The connections of one worker.
@@ -64,7 +74,8 @@ impl Pool {
     fn slot<'a>(&self, peers: &'a mut HashMap<NodeId, Arc<PeerSlot>>, id: &NodeId) -> &'a Arc<PeerSlot> {
         peers.entry(*id).or_insert_with(|| {
             let known = self.known.peer(id);
-            Arc::new(PeerSlot { reach: known.reach(), known, slot: Mutex::default() })
+            let (calls, packets) = Default::default();
+            Arc::new(PeerSlot { reach: known.reach(), known, calls, packets })
         })
     }
 
@@ -103,7 +114,7 @@ impl Pool {
         let (pool, reach, instance) = (self.clone(), candidate.peer.clone(), candidate.instance.clone());
         tokio::spawn(async move {
             // It may be there already: what fell silent was an older one, of a former life.
-            if pool.connection(&instance).await.is_ok() {
+            if pool.connection(&instance, Lane::Calls).await.is_ok() {
                 reach.reached();
             }
         });
@@ -116,19 +127,23 @@ impl Pool {
     }
 
     /// A connection to the instance's node: the one that is there, or a new one. Cancel safe; the dial goes on for others.
-    pub(crate) async fn connection(self: &Arc<Self>, instance: &Arc<Instance>) -> Result<Connection, DialError> {
+    pub(crate) async fn connection(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        lane: Lane,
+    ) -> Result<Connection, DialError> {
         let peer = self.slot(&mut lock(&self.peers), &instance.node).clone();
         let deadline = Instant::now() + DIAL_TIMEOUT;
         loop {
             let mut dialled = {
-                let mut slot = lock(&peer.slot);
+                let mut slot = peer.slot(lane);
                 match &*slot {
                     Slot::Ready(ready) if ready.is_usable(instance.generation) => return Ok(ready.clone()),
                     Slot::Dialling(dialled) => dialled.clone(),
                     Slot::Idle | Slot::Ready(_) => {
                         let (done, dialled) = watch::channel(None);
                         *slot = Slot::Dialling(dialled.clone());
-                        tokio::spawn(self.clone().fill(peer.clone(), instance.clone(), done));
+                        tokio::spawn(self.clone().fill(peer.clone(), lane, instance.clone(), done));
                         dialled
                     }
                 }
@@ -138,7 +153,7 @@ impl Pool {
                 Ok(Some(Err(error))) => return Err(error),
                 Err(_) => {
                     // The dial ended without a word: whoever comes next may try again.
-                    *lock(&peer.slot) = Slot::Idle;
+                    *peer.slot(lane) = Slot::Idle;
                     return Err(DialError("the dial broke off".into()));
                 }
                 Ok(_) if Instant::now() > deadline => return Err(DialError("the connection does not hold".into())),
@@ -153,6 +168,7 @@ impl Pool {
     async fn fill(
         self: Arc<Self>,
         peer: Arc<PeerSlot>,
+        lane: Lane,
         instance: Arc<Instance>,
         done: watch::Sender<Option<Result<(), DialError>>>,
     ) {
@@ -160,13 +176,13 @@ impl Pool {
             Ok(made) => {
                 peer.reach.reached();
                 tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.reach.clone()));
-                *lock(&peer.slot) = Slot::Ready(made);
+                *peer.slot(lane) = Slot::Ready(made);
                 Ok(())
             }
             Err(error) => {
                 tracing::debug!(node = %instance.node_name, addr = %instance.addr, %error, "cannot connect");
                 peer.reach.unreachable();
-                *lock(&peer.slot) = Slot::Idle;
+                *peer.slot(lane) = Slot::Idle;
                 Err(error)
             }
         };
@@ -174,6 +190,6 @@ impl Pool {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

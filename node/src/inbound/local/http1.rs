@@ -5,18 +5,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderMap, Request, Response, StatusCode, header, uri};
+use http::{HeaderMap, Request, Response, StatusCode, header, request, uri};
 use starling_http::{
     Body, Guarded, Head, Interim, Problem, ProxyError,
-    h1::{self, ExchangeError, Outgoing, Switched},
+    h1::{self, ExchangeError, Outgoing, ServerStream, Switched},
     normal,
     tunnel::{self, Handshake, NotSwitched, Protocol},
 };
 
-use super::{
-    Connections, Dialler, LocalError, REPEATS, Repeats, SWITCHED_PATIENCE, carry, not_http, not_switched, terminated,
-};
-use crate::Sent;
+use super::{Connections, Dialler, LocalError, REPEATS, Repeats, carry, not_http, not_switched, terminated};
+use crate::{Sent, inbound::limiter::Admitted};
 
 /// Connections kept for the next request, at most.
 const MAX_IDLE: usize = 256;
@@ -63,17 +61,7 @@ impl Pool {
         self.repeats.budget.earn(REPEATS);
         let (mut parts, body) = request.into_parts();
         normal::join_cookies(&mut parts.headers);
-        let head = Head {
-            method: &parts.method,
-            authority: parts.uri.authority().map_or("", uri::Authority::as_str),
-            path: parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str),
-            fields: &parts.headers,
-            protocol: parts.extensions.get(),
-            interim: Interim::of(&parts),
-        };
-        if let Some(protocol) = head.protocol {
-            return self.switch(dialler, head, protocol, body).await;
-        }
+        let head = head_of(&parts);
         // A kept connection may be closed by the service at the very moment it is used. Then the request comes back unsent,
         // or is sent once more if that is harmless: without a body, and idempotent.
         let repeatable = http_body::Body::is_end_stream(&body) && parts.method.is_idempotent();
@@ -105,45 +93,6 @@ impl Pool {
         self.exchange(fresh, outgoing, head.interim).await.map_err(|error| failed(&error))
     }
 
-    /// Asks the service to change protocols, on a connection of its own.
-    async fn switch(
-        &self,
-        dialler: &Dialler,
-        head: Head<'_>,
-        protocol: &Protocol,
-        upload: Body,
-    ) -> Result<Response<Guarded<super::Place>>, LocalError> {
-        let mut fields = head.fields.clone();
-        let handshake = protocol.is_websocket().then(Handshake::new);
-        if let Some(handshake) = &handshake {
-            handshake.put_into(&mut fields);
-        }
-        let request = Outgoing::new(&Head { fields: &fields, ..head }, Body::empty());
-        let (stream, room) = dialler.dial().await?;
-        let switched = h1::Connection::new(stream, room).switch(request, head.interim).await;
-        match switched.map_err(|error| failed(&error))? {
-            Switched::To(mut parts, end, place) => {
-                let named = parts.headers.get(header::UPGRADE).and_then(|name| name.to_str().ok());
-                if !named.is_some_and(|named| named.eq_ignore_ascii_case(&protocol.0)) {
-                    return Err(not_switched(&format!("it switched to {}", named.unwrap_or("nothing"))));
-                }
-                if handshake.is_some_and(|handshake| !handshake.is_accepted(&mut parts.headers)) {
-                    return Err(not_switched("its Sec-WebSocket-Accept is wrong"));
-                }
-                parts.status = tunnel::OPEN;
-                let (answer, writing) = end.divide();
-                carry(writing, upload, SWITCHED_PATIENCE, place.clone());
-                Ok(Response::from_parts(parts, Guarded::new(answer, super::Place::Tunnel { _place: place })))
-            }
-            Switched::Not(mut response, http) => {
-                if response.status().is_success() {
-                    response.extensions_mut().insert(NotSwitched);
-                }
-                Ok(self.placed(response, Connection { http, until: Instant::now() }))
-            }
-        }
-    }
-
     async fn exchange(
         &self,
         connection: Connection,
@@ -159,6 +108,59 @@ impl Pool {
         let keep = keep_alive(response.headers()).map_or(self.keep, |said| said.min(self.keep));
         let place = Place { connection: Some(connection), keep, idle: self.idle.clone() };
         response.map(|body| Guarded::new(body, super::Place::Http1(place)))
+    }
+}
+
+/// Asks the service to change protocols, on a connection of its own.
+pub(super) async fn switch(
+    dialler: &Dialler,
+    request: Request<Body>,
+    admitted: Admitted,
+) -> Result<Response<Guarded<super::Place>>, LocalError> {
+    let (mut parts, upload) = request.into_parts();
+    normal::join_cookies(&mut parts.headers);
+    let protocol = parts.extensions.remove::<Protocol>();
+    let protocol = protocol.ok_or_else(|| not_switched("it speaks HTTP, and no other protocol was named", Sent::No))?;
+    let handshake = protocol.is_websocket().then(Handshake::new);
+    if let Some(handshake) = &handshake {
+        handshake.put_into(&mut parts.headers);
+    }
+    let head = Head { protocol: Some(&protocol), ..head_of(&parts) };
+    let request = Outgoing::new(&head, Body::empty());
+    let connection = h1::Connection::new(ServerStream::new(dialler.connect().await?), Arc::new(admitted));
+    match connection.switch(request, head.interim).await.map_err(|error| failed(&error))? {
+        Switched::To(mut parts, end, place) => {
+            let named = parts.headers.get(header::UPGRADE).and_then(|name| name.to_str().ok());
+            if !named.is_some_and(|named| named.eq_ignore_ascii_case(&protocol.0)) {
+                return Err(not_switched(&format!("it switched to {}", named.unwrap_or("nothing")), Sent::Maybe));
+            }
+            if handshake.is_some_and(|handshake| !handshake.is_accepted(&mut parts.headers)) {
+                return Err(not_switched("its Sec-WebSocket-Accept is wrong", Sent::Maybe));
+            }
+            parts.status = tunnel::OPEN;
+            let (answer, writing) = end.divide();
+            carry(writing, upload, Some(&protocol), place.clone());
+            Ok(Response::from_parts(parts, Guarded::new(answer, super::Place::Tunnel { _place: place })))
+        }
+        Switched::Not(mut response, connection) => {
+            if response.status().is_success() {
+                response.extensions_mut().insert(NotSwitched);
+            }
+            // It has a tunnel's place, and closes with its answer.
+            let place = super::Place::Tunnel { _place: Arc::new(connection) };
+            Ok(response.map(|body| Guarded::new(body, place)))
+        }
+    }
+}
+
+fn head_of(parts: &request::Parts) -> Head<'_> {
+    Head {
+        method: &parts.method,
+        authority: parts.uri.authority().map_or("", uri::Authority::as_str),
+        path: parts.uri.path_and_query().map_or("/", uri::PathAndQuery::as_str),
+        fields: &parts.headers,
+        protocol: None,
+        interim: Interim::of(parts),
     }
 }
 

@@ -1,12 +1,11 @@
 //! HTTP/2 to the service: as few connections as carry the calls.
 
 use std::{
-    any::Any,
     future::{Future, poll_fn},
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -20,7 +19,8 @@ use starling_http::{
 };
 use tokio::sync::Notify;
 
-use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Room, SWITCHED_PATIENCE, carry, failed, not_switched};
+use super::{Connections, Dialler, LocalError, MAX_HEAD_BYTES, Room, TunnelPlace, carry, failed, not_switched};
+use crate::{Sent, inbound::limiter::Admitted};
 
 /// What one answer may hold that nobody reads.
 const STREAM_WINDOW_BYTES: u32 = 64 << 10;
@@ -49,6 +49,8 @@ struct Connection {
     sender: SendRequest<Body>,
     /// Calls at once that the service takes, as it last said.
     room: Arc<AtomicUsize>,
+    /// It has said that it takes extended CONNECT (RFC 8441 §3).
+    takes_protocols: Arc<AtomicBool>,
     in_flight: AtomicUsize,
     _place: Room,
 }
@@ -85,25 +87,9 @@ impl Pool {
         mut request: Request<Body>,
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
         *request.version_mut() = Version::HTTP_2;
-        let elsewhere = |all: &Connections| match all {
-            Connections::Http2(pool) => pool.enter(),
-            _ => None,
-        };
-        let place = match self.enter().or_else(|| dialler.borrow(elsewhere)) {
-            Some(place) => place,
-            None => {
-                let _turn = self.dialling.lock().await;
-                match self.enter() {
-                    Some(place) => place,
-                    None => self.dial(dialler).await?,
-                }
-            }
-        };
+        let place = self.place(dialler).await?;
         let mut sender = place.0.sender.clone();
         sender.ready().await.map_err(|e| failed(&e, true))?;
-        if let Some(protocol) = request.extensions_mut().remove::<Protocol>() {
-            return switch(sender, request, &protocol, place).await;
-        }
         match sender.try_send_request(request).await {
             Ok(response) => Ok(response.map(|body| {
                 Guarded::new(Body::from(body).shelved(&self.shelf), super::Place::Http2 { _place: place })
@@ -112,6 +98,55 @@ impl Pool {
                 let unsent = error.take_message().is_some() || starling_http::was_refused(error.error());
                 Err(failed(error.error(), unsent))
             }
+        }
+    }
+
+    /// Asks the service to change protocols on a stream (RFC 8441). Only for WebSocket, whose ends say themselves when they have said
+    /// all: the library ends such a stream in the same way whether it was cut or complete.
+    pub(super) async fn switch(
+        &self,
+        dialler: &Dialler,
+        request: Request<Body>,
+        admitted: Admitted,
+    ) -> Result<Response<Guarded<super::Place>>, LocalError> {
+        let (mut parts, upload) = request.into_parts();
+        let protocol = parts.extensions.remove::<Protocol>().filter(Protocol::is_websocket);
+        let protocol =
+            protocol.ok_or_else(|| not_switched("over HTTP/2 it can be asked for WebSocket only", Sent::No))?;
+        parts.version = Version::HTTP_2;
+        parts.extensions.insert(hyper::ext::Protocol::from(protocol.0.as_str()));
+        let place = self.place(dialler).await?;
+        let mut sender = place.0.sender.clone();
+        sender.ready().await.map_err(|e| failed(&e, true))?;
+        if !place.0.takes_protocols.load(Relaxed) {
+            return Err(not_switched("it has not said that it takes extended CONNECT", Sent::No));
+        }
+        let sent = sender.send_request(Request::from_parts(parts, Body::empty())).await;
+        let mut response = sent.map_err(|error| failed(&error, false))?;
+        let place: TunnelPlace = Arc::new((place, admitted));
+        if !response.status().is_success() {
+            return Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Tunnel { _place: place })));
+        }
+        let upgraded = hyper::upgrade::on(&mut response).await;
+        let upgraded = upgraded.map_err(|error| not_switched(&error.to_string(), Sent::Maybe))?;
+        let (answer, writing) = End::of(TokioIo::new(upgraded)).divide();
+        carry(writing, upload, Some(&protocol), place.clone());
+        Ok(response.map(|_| Guarded::new(answer, super::Place::Tunnel { _place: place })))
+    }
+
+    /// A place on a connection that is there, here or at another worker, or on a new one.
+    async fn place(&self, dialler: &Dialler) -> Result<Place, LocalError> {
+        let elsewhere = |all: &Connections| match all {
+            Connections::Http2(pool) => pool.enter(),
+            _ => None,
+        };
+        if let Some(place) = self.enter().or_else(|| dialler.borrow(elsewhere)) {
+            return Ok(place);
+        }
+        let _turn = self.dialling.lock().await;
+        match self.enter() {
+            Some(place) => Ok(place),
+            None => self.dial(dialler).await,
         }
     }
 
@@ -134,10 +169,12 @@ impl Pool {
             .await
             .map_err(|e| failed(&e, true))?;
         let (room, told) = (Arc::new(AtomicUsize::new(UNTOLD)), Arc::new(Notify::new()));
-        let (of, tell, service) = (room.clone(), told.clone(), dialler.addr);
+        let takes_protocols = Arc::<AtomicBool>::default();
+        let (of, tell, service, takes) = (room.clone(), told.clone(), dialler.addr, takes_protocols.clone());
         tokio::spawn(poll_fn(move |cx| {
             let ended = Pin::new(&mut connection).poll(cx);
             let most = connection.current_max_send_streams();
+            takes.store(connection.is_extended_connect_protocol_enabled(), Relaxed);
             if of.swap(most, Relaxed) != most || ended.is_ready() {
                 tell.notify_one();
             }
@@ -148,7 +185,8 @@ impl Pool {
             })
         }));
         let _ = tokio::time::timeout(SAYS_WITHIN, told.notified()).await;
-        let connection = Arc::new(Connection { sender, room, in_flight: AtomicUsize::new(1), _place: place });
+        let in_flight = AtomicUsize::new(1);
+        let connection = Arc::new(Connection { sender, room, takes_protocols, in_flight, _place: place });
         self.lock().push(connection.clone());
         tokio::spawn(close_when_idle(Arc::downgrade(&self.connections), Arc::downgrade(&connection)));
         Ok(Place(connection))
@@ -157,27 +195,6 @@ impl Pool {
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
         lock(&self.connections)
     }
-}
-
-/// Asks the service to change protocols on a stream (RFC 8441).
-async fn switch(
-    mut sender: SendRequest<Body>,
-    request: Request<Body>,
-    protocol: &Protocol,
-    place: Place,
-) -> Result<Response<Guarded<super::Place>>, LocalError> {
-    let (mut parts, upload) = request.into_parts();
-    parts.extensions.insert(hyper::ext::Protocol::from(protocol.0.as_str()));
-    let sent = sender.send_request(Request::from_parts(parts, Body::empty())).await;
-    let mut response = sent.map_err(|error| failed(&error, false))?;
-    let place: Arc<dyn Any + Send + Sync> = Arc::new(place);
-    if !response.status().is_success() {
-        return Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Tunnel { _place: place })));
-    }
-    let upgraded = hyper::upgrade::on(&mut response).await.map_err(|error| not_switched(&error.to_string()))?;
-    let (answer, writing) = End::of(TokioIo::new(upgraded)).divide();
-    carry(writing, upload, SWITCHED_PATIENCE, place.clone());
-    Ok(response.map(|_| Guarded::new(answer, super::Place::Tunnel { _place: place })))
 }
 
 /// Closes a connection that had no calls twice in a row.

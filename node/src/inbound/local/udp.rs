@@ -1,7 +1,8 @@
 //! UDP to the service: a socket for each flow.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{cell::RefCell, io, net::SocketAddr, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use starling_http::{
     Body, Guarded, Problem, ProxyError,
@@ -9,19 +10,21 @@ use starling_http::{
 };
 use tokio::net::UdpSocket;
 
-use super::{Dialler, LocalError, Place, Room};
-use crate::{Sent, observe::packets::PacketCounts};
+use super::{Dialler, LocalError, Place, TunnelPlace};
+use crate::{Sent, inbound::limiter::Admitted, observe::packets::PacketCounts};
 
 /// Longest packet, in bytes.
 const MAX_PACKET_BYTES: usize = 64 << 10;
+/// After an error that may last.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Opens a socket to the service, and carries packets there and back until the flow's other end has enough.
 pub(super) async fn open(
     dialler: &Dialler,
     counts: &Arc<PacketCounts>,
     request: Request<Body>,
+    admitted: Admitted,
 ) -> Result<Response<Guarded<Place>>, LocalError> {
-    let room = dialler.room()?;
     let socket = socket_to(dialler.addr).await.map_err(|error| super::not_connected(&error))?;
     let (capsules, answer) = Capsules::new();
     let (parts, upload) = request.into_parts();
@@ -30,8 +33,9 @@ pub(super) async fn open(
         let problem = Problem::proxy(status, ProxyError::HttpRequestError, detail);
         return Err(LocalError { sent: Sent::No, problem });
     };
-    tokio::spawn(relay(socket, sender, receiver, counts.clone(), room.clone()));
-    Ok(Response::new(Guarded::new(answer, Place::Tunnel { _place: room })))
+    let place: TunnelPlace = Arc::new(admitted);
+    tokio::spawn(relay(socket, sender, receiver, counts.clone(), place.clone()));
+    Ok(Response::new(Guarded::new(answer, Place::Tunnel { _place: place })))
 }
 
 async fn socket_to(service: SocketAddr) -> std::io::Result<UdpSocket> {
@@ -41,19 +45,39 @@ async fn socket_to(service: SocketAddr) -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
+thread_local! {
+    /// Where packets are received: a flow that is silent holds no buffer.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_PACKET_BYTES].into());
+}
+
+/// Cancel safe.
+async fn next_packet(socket: &UdpSocket) -> io::Result<Bytes> {
+    loop {
+        socket.readable().await?;
+        let received = SCRATCH.with_borrow_mut(|scratch| {
+            socket.try_recv(scratch).map(|length| Bytes::copy_from_slice(&scratch[..length]))
+        });
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
+    }
+}
+
 async fn relay(
     socket: UdpSocket,
     sender: PacketSender,
     mut receiver: PacketReceiver<Body>,
     counts: Arc<PacketCounts>,
-    _room: Room,
+    _place: TunnelPlace,
 ) {
     let answers = async {
-        let mut packet = vec![0; MAX_PACKET_BYTES];
         loop {
-            // That a packet came to nobody is told with an error, and says nothing about the next one.
-            if let Ok(length) = socket.recv(&mut packet).await {
-                counts.sent(sender.send(&packet[..length]).await);
+            match next_packet(&socket).await {
+                Ok(packet) => counts.sent(sender.send(&packet).await),
+                // That a packet came to nobody says nothing about the next one.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(_) => tokio::time::sleep(PAUSE).await,
             }
         }
     };

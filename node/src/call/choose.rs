@@ -3,6 +3,8 @@
 mod experience;
 mod known;
 mod pick;
+#[cfg(test)]
+mod simulation;
 
 pub(crate) use self::{
     experience::{Experience, PendingCall, Reach, Seen},

@@ -15,6 +15,8 @@ use std::{
 /// How fast experience fades: after this long, a third of it is left, and after seven times as long a second looks like a
 /// millisecond.
 const FADES: Duration = Duration::from_secs(1);
+/// Experience of which less is left is of the past.
+const KNOWN: f64 = 0.3;
 /// What an instance is taken for of which nothing is known.
 const UNKNOWN_LATENCY: Duration = Duration::from_millis(1);
 /// The least that an answer counts as: below, chance decides, and shares go by the square.
@@ -176,6 +178,13 @@ impl State {
         unknown + (self.latency - unknown) * self.kept(now)
     }
 
+    /// Calls that are in line there, as far as is known here.
+    fn in_line(&self, is_tunnel: bool, now: Instant) -> u32 {
+        let told = self.told.filter(|(_, at)| now.saturating_duration_since(*at) < TOLD_FOR);
+        let own = self.in_flight + if is_tunnel { self.tunnels } else { 0 };
+        own.max(told.map_or(0, |(load, _)| load))
+    }
+
     /// The share of experience that is left.
     fn kept(&self, now: Instant) -> f64 {
         (-now.saturating_duration_since(self.updated).as_secs_f64() / FADES.as_secs_f64()).exp()
@@ -208,16 +217,15 @@ impl Experience {
 
     /// Counts a call until the guard is dropped.
     pub(crate) fn begin(self: &Arc<Self>, peer: &Arc<Reach>) -> PendingCall {
+        self.begin_at(peer, Instant::now())
+    }
+
+    pub(super) fn begin_at(self: &Arc<Self>, peer: &Arc<Reach>, now: Instant) -> PendingCall {
         peer.in_flight.fetch_add(1, Relaxed);
         let mut state = self.lock();
         state.in_flight += 1;
-        let now = Instant::now();
         let is_trial = state.ejection.begin(now);
         PendingCall { instance: self.clone(), peer: peer.clone(), is_trial, is_tunnel: false, waits: Some(now) }
-    }
-
-    fn told(&self, load: u32) {
-        self.lock().told = Some((load, Instant::now()));
     }
 
     /// An answer came after `latency`; `failed` if it was an error of the service or a refusal to work.
@@ -254,6 +262,14 @@ impl Experience {
         self.lock().ejection.is_out(now)
     }
 
+    /// What a call is expected to cost, and how many are in line, if that is known of late.
+    pub(super) fn known_cost_at(&self, is_tunnel: bool, now: Instant) -> Option<(f64, u32)> {
+        let state = self.lock();
+        let is_known = state.asked && state.kept(now) > KNOWN;
+        is_known
+            .then(|| (state.latency(now) * f64::from(state.in_line(is_tunnel, now) + 1), state.in_line(is_tunnel, now)))
+    }
+
     /// As it is to be shown.
     pub(crate) fn seen(&self) -> Seen {
         let (state, now) = (self.lock(), Instant::now());
@@ -274,10 +290,7 @@ impl Experience {
     /// Where it is about tunnels, those that are open count, too; beside calls they are idle, mostly.
     pub(super) fn cost_at(&self, is_tunnel: bool, now: Instant) -> f64 {
         let state = self.lock();
-        let told =
-            state.told.filter(|(_, at)| now.saturating_duration_since(*at) < TOLD_FOR).map_or(0, |(load, _)| load);
-        let under_way = state.in_flight + if is_tunnel { state.tunnels } else { 0 };
-        state.latency(now) * f64::from(under_way.max(told) + 1)
+        state.latency(now) * f64::from(state.in_line(is_tunnel, now) + 1)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -308,8 +321,12 @@ pub(crate) struct PendingCall {
 impl PendingCall {
     /// An answer came after `latency`; `failed` if it was an error of the service or a refusal to work.
     pub(crate) fn answered(&mut self, latency: Duration, failed: bool) {
+        self.answered_at(latency, failed, Instant::now());
+    }
+
+    pub(super) fn answered_at(&mut self, latency: Duration, failed: bool, now: Instant) {
         self.waits = None;
-        self.instance.answered_at(latency, failed, Instant::now());
+        self.instance.answered_at(latency, failed, now);
     }
 
     /// It was answered, and goes on as a tunnel.
@@ -327,7 +344,11 @@ impl PendingCall {
 
     /// The instance's word about its own load.
     pub(crate) fn told(&self, load: u32) {
-        self.instance.told(load);
+        self.told_at(load, Instant::now());
+    }
+
+    pub(super) fn told_at(&self, load: u32, now: Instant) {
+        self.instance.lock().told = Some((load, now));
     }
 }
 
@@ -374,7 +395,7 @@ mod tests {
     #[test]
     fn what_a_peer_told_of_its_load_is_believed_for_a_moment() {
         let instance = Experience::new();
-        instance.told(1000);
+        instance.lock().told = Some((1000, Instant::now()));
         let now = Instant::now();
         assert!(instance.cost_at(false, now) > 0.9);
         assert!(instance.cost_at(false, now + TOLD_FOR) < 0.0011);

@@ -14,6 +14,11 @@ use super::{
 
 /// Instances that are compared for a call, at most: drawn at random where there are more.
 const COMPARED: usize = 8;
+/// The own zone is left when calls cost so many times as much there as in others.
+const ZONE_IS_WORTH: f64 = 8.0;
+/// Where so many calls are in line at an instance of the own zone, on average, one call in so many goes to look at others.
+const ZONE_IS_BUSY: f64 = 4.0;
+const LOOK_BEYOND: u32 = 50;
 
 /// An instance with what this node knows of it and of its peer.
 #[derive(Clone, Debug)]
@@ -100,7 +105,21 @@ pub(crate) fn pick<'a>(
     let is_near = |c: &Candidate| !zone.is_empty() && c.instance.zone == zone;
     // Whether one must be fresh, usable, near.
     let tiers = [(true, true, true), (true, true, false), (true, false, false), (false, false, false)];
-    let from = usize::from(zone.is_empty());
+    let is_tunnel = kind != Kind::Http;
+    let mut from = usize::from(zone.is_empty());
+    if from == 0 {
+        let usable = || candidates.iter().zip(&standings).filter(|(_, s)| **s == Standing::Usable).map(|(c, _)| c);
+        match ZoneView::of(usable(), is_near, is_tunnel, now) {
+            ZoneView::HasRoom => {}
+            ZoneView::IsBusy if rng.random_range(0..LOOK_BEYOND) == 0 => {
+                if let Some(beyond) = draw(usable().filter(|c| !is_near(c) && is_fresh(c)), is_tunnel, now, rng) {
+                    return Some(beyond);
+                }
+            }
+            ZoneView::IsBusy => {}
+            ZoneView::IsFull => from = 1,
+        }
+    }
     tiers[from..].iter().find_map(|&(must_be_fresh, must_be_usable, must_be_near)| {
         let fits = |(candidate, standing): &(&Candidate, &Standing)| {
             let is_usable = match **standing {
@@ -114,8 +133,39 @@ pub(crate) fn pick<'a>(
                 && (!must_be_near || is_near(candidate))
         };
         let fitting = candidates.iter().zip(&standings).filter(fits).map(|(candidate, _)| candidate);
-        draw(fitting, kind != Kind::Http, now, rng)
+        draw(fitting, is_tunnel, now, rng)
     })
+}
+
+/// How the own zone stands beside the others.
+enum ZoneView {
+    HasRoom,
+    /// Others are to be looked at now and then.
+    IsBusy,
+    /// Others are so much better that they are worth the way.
+    IsFull,
+}
+
+impl ZoneView {
+    fn of<'a>(
+        usable: impl Iterator<Item = &'a Candidate>,
+        is_near: impl Fn(&Candidate) -> bool,
+        is_tunnel: bool,
+        now: Instant,
+    ) -> Self {
+        // Of those of whom something is known: how many, what they cost, and their calls in line.
+        let (mut near, mut far) = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0));
+        for candidate in usable {
+            if let Some((cost, in_line)) = candidate.experience.known_cost_at(is_tunnel, now) {
+                let sum = if is_near(candidate) { &mut near } else { &mut far };
+                *sum = (sum.0 + 1.0, sum.1 + cost, sum.2 + f64::from(in_line));
+            }
+        }
+        if near.0 == 0.0 || near.2 / near.0 < ZONE_IS_BUSY {
+            return Self::HasRoom;
+        }
+        if far.0 > 0.0 && near.1 / near.0 > ZONE_IS_WORTH * far.1 / far.0 { Self::IsFull } else { Self::IsBusy }
+    }
 }
 
 /// One of a few, drawn by its weight over the square of what it costs. Equals get equal shares, however close their costs;

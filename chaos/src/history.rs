@@ -290,12 +290,14 @@ pub enum CallKind {
     Stream,
     /// A gRPC call with messages both ways in turn.
     Talk,
+    /// A WebSocket, with messages both ways in turn.
+    Socket,
 }
 
 impl CallKind {
     /// Whether the mesh may and must try it again until it has an answer's head (RFC 9110 §9.2.2).
     pub fn is_idempotent(self) -> bool {
-        !matches!(self, Self::Post | Self::Upload | Self::Talk)
+        !matches!(self, Self::Post | Self::Upload | Self::Talk | Self::Socket)
     }
 }
 

@@ -160,11 +160,13 @@ pub struct Mix {
     pub stream: u32,
     /// gRPC calls with messages both ways in turn, through the doors that speak HTTP/2 or 3.
     pub talk: u32,
+    /// WebSockets with messages both ways in turn, through the doors that speak HTTP/1.1.
+    pub socket: u32,
 }
 
 impl Default for Mix {
     fn default() -> Self {
-        Self { get: 16, post: 4, download: 1, upload: 1, stream: 0, talk: 1 }
+        Self { get: 16, post: 4, download: 1, upload: 1, stream: 0, talk: 1, socket: 1 }
     }
 }
 
@@ -190,6 +192,11 @@ impl DoorKind {
     /// Whether messages can go both ways in one call.
     pub fn has_streams(self) -> bool {
         matches!(self, Self::OutboundHttp2 | Self::EdgeHttp2 | Self::EdgeHttp3)
+    }
+
+    /// Whether a connection can become a WebSocket.
+    pub fn has_sockets(self) -> bool {
+        !self.has_streams()
     }
 
     /// Whether it is a public listener.

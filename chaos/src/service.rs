@@ -3,7 +3,7 @@
 //!
 //! `GET /call/N` and `POST /call/N` answer `N`; `GET /bytes/N/SIZE` sends SIZE bytes that follow from N; `GET /drip/N/SIZE` the
 //! same over some seconds and without saying how much; `POST /bytes/N` answers length and digest of what came; `POST /talk/N` is a
-//! gRPC call that says again what it hears; `GET /open` lists the calls that are open, each with its age in milliseconds. Every
+//! gRPC call that says again what it hears; `GET /echo/N` is a WebSocket that does so; `GET /open` lists the calls that are open, each with its age in milliseconds. Every
 //! answer names its node.
 
 use std::{
@@ -21,6 +21,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
@@ -34,6 +35,7 @@ use hyper_util::{
 };
 use sha2::{Digest, Sha256};
 use tokio::{
+    io::AsyncWriteExt,
     net::TcpListener,
     sync::{mpsc, watch},
 };
@@ -131,7 +133,8 @@ pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
             let keep = *service.manner.borrow() != Manner::CloseIdle;
             let mut server = auto::Builder::new(TokioExecutor::new());
             server.http1().timer(TokioTimer::new()).keep_alive(true);
-            let connection = server.serve_connection(TokioIo::new(stream), answer);
+            server.http2().enable_connect_protocol();
+            let connection = server.serve_connection_with_upgrades(TokioIo::new(stream), answer);
             if keep {
                 let _ = connection.await;
             } else {
@@ -176,6 +179,31 @@ impl Service {
         response
     }
 
+    /// Consents to a WebSocket, over HTTP/1.1 or 2, and says again what comes, as it comes.
+    fn switch(&self, mut request: Request<Incoming>, open: Open) -> Response<Body> {
+        let status = match request.extensions().get::<hyper::ext::Protocol>() {
+            Some(_) => StatusCode::OK,
+            None => StatusCode::SWITCHING_PROTOCOLS,
+        };
+        let mut response = self.answer(status, Full::default().boxed_unsync());
+        if let Some(key) = request.headers().get(header::SEC_WEBSOCKET_KEY) {
+            let headers = response.headers_mut();
+            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+            headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept_of(key));
+        }
+        let upgrade = hyper::upgrade::on(&mut request);
+        tokio::spawn(async move {
+            let _open = open;
+            let Ok(stream) = upgrade.await else { return };
+            let (mut read, mut write) = tokio::io::split(TokioIo::new(stream));
+            if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+                let _ = write.shutdown().await;
+            }
+        });
+        response
+    }
+
     fn text(&self, status: StatusCode, text: String) -> Response<Body> {
         self.answer(status, Full::new(Bytes::from(text)).boxed_unsync())
     }
@@ -190,7 +218,7 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
     let count = service.calls.fetch_add(1, Relaxed);
     let what = format!("{} {}", request.method(), request.uri().path());
     service.open().insert(count, (Instant::now(), what));
-    let _open = Open(service.clone(), count);
+    let open = Open(service.clone(), count);
     let manner = *service.manner.borrow();
     let path = request.uri().path().trim_matches('/').to_string();
     let parts: Vec<&str> = path.split('/').collect();
@@ -211,6 +239,10 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
         return Ok(service.text(StatusCode::NOT_FOUND, "no number".into()));
     };
     let early = manner == Manner::AnswerEarly;
+    if parts[0] == "echo" {
+        service.done(nonce, manner).await;
+        return Ok(service.switch(request, open));
+    }
     match (request.method().clone(), parts[0]) {
         (Method::GET, "call") => {
             service.done(nonce, manner).await;
@@ -260,6 +292,13 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
         }
         _ => Ok(service.text(StatusCode::NOT_FOUND, "nothing here".into())),
     }
+}
+
+/// What a server answers to a WebSocket's key (RFC 6455 §4.2.2).
+fn accept_of(key: &HeaderValue) -> HeaderValue {
+    let proof = [key.as_bytes(), b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"].concat();
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, &proof);
+    HeaderValue::from_str(&STANDARD.encode(digest)).expect("base64 is ASCII")
 }
 
 /// The content of a download: each chunk begins with what it is and where, so that none can be missing or elsewhere.

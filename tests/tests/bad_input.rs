@@ -46,8 +46,10 @@ async fn usage_and_unreachable_have_their_exit_codes() {
     for later in ["top", "tap", "chaos", "doctor"] {
         assert_eq!(fails(&[later]).await.0, 2, "{later} must not be a stub");
     }
-    let (_, said) = fails(&["node", "--state", "/tmp", "--service", "db=127.0.0.1:1,protocol=tcp"]).await;
-    assert!(said.contains("not in this version"), "{said}");
+    for flag in ["--service", "--upstream"] {
+        let (code, said) = fails(&["node", "--state", "/tmp", flag, "db=127.0.0.1:1,protocol=sctp"]).await;
+        assert!(code == 2 && said.contains("tcp or udp"), "{flag}: {said}");
+    }
 }
 
 #[tokio::test]
@@ -365,7 +367,10 @@ async fn malformed_requests_are_refused_and_never_forwarded() {
         ("POST / HTTP/1.1\r\nHost: store\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!".into(), "400"),
         ("POST / HTTP/1.1\r\nHost: store\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n".into(), "400"),
         ("GET / HTTP/1.1\r\nHost : store\r\n\r\n".into(), "400"),
-        ("CONNECT store:443 HTTP/1.1\r\nHost: store:443\r\n\r\n".into(), "501"),
+        ("CONNECT store:443 HTTP/1.1\r\nHost: store:443\r\nContent-Length: 5\r\n\r\nhello".into(), "400"),
+        ("CONNECT store:443 HTTP/1.1\r\nHost: other:443\r\n\r\n".into(), "400"),
+        ("CONNECT / HTTP/1.1\r\nHost: store\r\n\r\n".into(), "400"),
+        ("CONNECT store HTTP/1.1\r\nHost: store\r\n\r\n".into(), "400"),
         (format!("GET / HTTP/1.1\r\nHost: store\r\n{many}\r\n"), "431"),
         (format!("GET / HTTP/1.1\r\nHost: store\r\n{long}\r\n"), "431"),
     ] {

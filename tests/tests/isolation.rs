@@ -191,13 +191,14 @@ async fn clients_vanish() {
     let pid = std::process::id();
     nft("add table ip gone");
     nft("add chain ip gone out { type filter hook output priority 0; }");
-    let list = |ports: Vec<u16>| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-    for (kind, ports) in [("tcp", tcp_ports(pid, &doors)), ("udp", udp_ports(pid))] {
-        assert!(!ports.is_empty(), "{kind}");
-        // Both ends: a connection to another server may have the same port at its own end.
-        let (clients, doors) = (list(ports.into_iter().collect()), list(doors.into()));
-        nft(&format!("add rule ip gone out {kind} sport {{ {clients} }} {kind} dport {{ {doors} }} drop"));
-        nft(&format!("add rule ip gone out {kind} sport {{ {doors} }} {kind} dport {{ {clients} }} drop"));
+    for door in doors {
+        for (kind, ports) in [("tcp", tcp_ports(pid, &[door])), ("udp", udp_ports(pid))] {
+            assert!(!ports.is_empty(), "{kind}");
+            // Both ends, and of each connection by itself: one to another door may have the same port at its own end.
+            let clients = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+            nft(&format!("add rule ip gone out {kind} sport {{ {clients} }} {kind} dport {door} drop"));
+            nft(&format!("add rule ip gone out {kind} sport {door} {kind} dport {{ {clients} }} drop"));
+        }
     }
     let begun = Instant::now();
     for door in ALL {

@@ -16,6 +16,7 @@ use hyper::body::Frame;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sha2::{Digest, Sha256};
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     sync::{mpsc, watch},
     task::JoinSet,
 };
@@ -128,6 +129,7 @@ fn pick(mix: Mix, door: DoorKind, rng: &mut StdRng) -> CallKind {
         (CallKind::Upload, mix.upload),
         (CallKind::Stream, mix.stream),
         (CallKind::Talk, if door.has_streams() { mix.talk } else { 0 }),
+        (CallKind::Socket, if door.has_sockets() { mix.socket } else { 0 }),
     ];
     let all: u32 = weights.iter().map(|(_, weight)| weight).sum();
     let mut at = rng.random_range(0..all.max(1));
@@ -181,6 +183,7 @@ impl Shared {
             CallKind::Stream => (Method::GET, format!("/drip/{nonce}/{size}")),
             CallKind::Upload => (Method::POST, format!("/bytes/{nonce}")),
             CallKind::Talk => return talk(call, door).await,
+            CallKind::Socket => return socket(call, door).await,
         };
         let body = match call.kind {
             CallKind::Post => Bytes::from_static(b"once"),
@@ -268,6 +271,42 @@ async fn talk(call: &mut Call, door: &Door) -> anyhow::Result<()> {
         Some(status) => bail!("{}, grpc-status {status}", call.status),
         None => bail!("{}, no grpc-status", call.status),
     }
+}
+
+/// A WebSocket: each message is sent when the one before has come back; then both ends close it.
+async fn socket(call: &mut Call, door: &Door) -> anyhow::Result<()> {
+    let (head, stream) = door.switch(&call.service, &format!("/echo/{}", call.nonce)).await?;
+    (call.status, call.by) = (head.status.as_u16(), served_by(&head.headers));
+    let Some(mut stream) = stream else { bail!("{} instead of a WebSocket", call.status) };
+    for turn in 0..TURNS {
+        let message = websocket_frame(BINARY, &message(call.nonce, turn));
+        stream.write_all(&message).await?;
+        let mut echo = vec![0; message.len()];
+        stream.read_exact(&mut echo).await.context("the last message does not come back")?;
+        if echo != message {
+            call.wrong = true;
+            bail!("wrong content: {echo:?} instead of {message:?}");
+        }
+    }
+    let close = websocket_frame(CLOSE, b"");
+    stream.write_all(&close).await?;
+    stream.shutdown().await?;
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await?;
+    if rest != close {
+        bail!("closed with {rest:?}");
+    }
+    Ok(())
+}
+
+const BINARY: u8 = 0x82;
+const CLOSE: u8 = 0x88;
+
+/// A frame of a WebSocket (RFC 6455 §5.2), which the service says again as it is.
+fn websocket_frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![kind, 0x80 | payload.len() as u8, 0, 0, 0, 0];
+    frame.extend_from_slice(payload);
+    frame
 }
 
 /// How a gRPC call ended, and why.

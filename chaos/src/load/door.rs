@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Request, Response, Uri, header, request::Parts};
-use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header, request::Parts, response};
+use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
 use hyper::{
     body::{Frame, Incoming},
     client::conn::{http1, http2},
@@ -162,6 +162,31 @@ impl Door {
             DoorKind::OutboundHttp2 | DoorKind::EdgeHttp2 => self.http2(Request::from_parts(head, body())).await,
             DoorKind::EdgeHttp3 => self.http3(Request::from_parts(head, body())).await,
         }
+    }
+
+    /// Asks for a WebSocket, on a connection of its own: the head of the answer, and what there is then, if it was consent.
+    pub(crate) async fn switch(&self, service: &str, path: &str) -> Result<(response::Parts, Option<Box<dyn Stream>>)> {
+        let (host, path) = match &self.host {
+            Some(host) => (host.clone(), format!("/{service}{path}")),
+            None => (format!("{service}.mesh.internal"), path.to_string()),
+        };
+        let stream = TokioIo::new(self.connect(&host, b"http/1.1").await?);
+        let (mut sender, connection) = http1::handshake(stream).await?;
+        tokio::spawn(async move { drop(connection.with_upgrades().await) });
+        let mut request = Request::get(path)
+            .header(header::HOST, &host)
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, "websocket")
+            .header(header::SEC_WEBSOCKET_VERSION, "13")
+            .header(header::SEC_WEBSOCKET_KEY, "c3RhcmxpbmctY2hhb3MtMQ==")
+            .body(Empty::<Bytes>::new().boxed_unsync())?;
+        request.headers_mut().extend(self.headers.clone());
+        let mut response = sender.send_request(request).await?;
+        let stream: Option<Box<dyn Stream>> = match response.status() {
+            StatusCode::SWITCHING_PROTOCOLS => Some(Box::new(TokioIo::new(hyper::upgrade::on(&mut response).await?))),
+            _ => None,
+        };
+        Ok((response.into_parts().0, stream))
     }
 
     async fn http1(&self, mut head: Parts, body: &mut (dyn FnMut() -> Sent + Send)) -> Result<Response<Coming>> {

@@ -141,7 +141,7 @@ fn load(plan: &Plan, found: &mut Found) {
         found.add(found.key("doors"), format!("doors: {door} needs an edge: write edges = 1 under [mesh]"));
     }
     let mix = load.mix;
-    if mix.get + mix.post + mix.download + mix.upload + mix.stream + mix.talk == 0 {
+    if mix.get + mix.post + mix.download + mix.upload + mix.stream + mix.talk + mix.socket == 0 {
         found.add(found.key("mix"), "mix: at least one weight above 0".into());
     }
     if load.deadline < Duration::from_millis(100) || load.deadline > Duration::from_secs(600) {

@@ -199,7 +199,9 @@ mod tests {
         assert_eq!(asked("https://a/chat?x", Some("WebSocket"), &[]), Ok((Tunnel::Upgrade, "/chat?x".into())));
         assert_eq!(asked("https://a/", Some("connect-udp"), &[]), Ok((Tunnel::Udp, "/".into())));
         assert!(asked("db:5432", None, &[("content-length", "0")]).is_err());
-        assert!(asked("/path", None, &[]).is_err());
+        for target in ["/path", "db", "https://db:1/"] {
+            assert!(asked(target, None, &[]).is_err(), "{target}");
+        }
         assert_eq!(check(Version::HTTP_2, "https://a/", &[]).unwrap().tunnel, None);
     }
 

@@ -63,13 +63,16 @@ async fn malformed_requests_cost_their_stream_and_nothing_else() {
             and(&[("content-length", "1x")]),
             and(&[("content-length", "7")]),
             vec![(":method", "CONNECT"), (":scheme", "https"), (":authority", "up:80"), (":path", "/")],
+            // Of a tunnel with a protocol there is all of it, and of anything else no protocol.
+            vec![(":method", "CONNECT"), (":protocol", "websocket"), (":authority", HOST)],
             vec![
                 (":method", "CONNECT"),
-                (":protocol", "websocket"),
+                (":protocol", "web socket"),
                 (":scheme", "https"),
                 (":authority", HOST),
                 (":path", "/"),
             ],
+            and(&[(":protocol", "websocket")]),
         ]
         .iter()
         .map(|fields| head(fields))

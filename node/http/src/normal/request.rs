@@ -56,12 +56,13 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
         });
     }
     let tunnel = tunnel(parts);
+    // There is nothing but host and port (RFC 9110 §9.3.6).
+    let is_authority_form = || parts.uri.port().is_some() && parts.uri.path_and_query().is_none();
+    if tunnel == Some(Tunnel::Bytes) && !is_authority_form() {
+        return Err(bad("CONNECT takes HOST:PORT"));
+    }
     let authority = take_authority(parts)?;
     let target = match (parts.uri.path_and_query(), &parts.method) {
-        // Of plain CONNECT there is only the authority.
-        (None, method) if *method == Method::CONNECT && parts.uri.authority().is_none() => {
-            return Err(bad("CONNECT without host and port"));
-        }
         (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),
         (Some(target), _) if target.path().starts_with('/') => rooted(target)?,
         (None, _) => PathAndQuery::from_static("/"),

@@ -24,6 +24,8 @@ use crate::{Body, BodyError, h1::ServerStream, stall::Stall, tcp::Control};
 const READ_BYTES: usize = 32 << 10;
 /// Put together before it is written: pieces of a body are as small as packets.
 const GATHER_BYTES: usize = 64 << 10;
+/// So much is gathered before others get their turn.
+const YIELD_BYTES: usize = 16 << 10;
 /// The same, in pieces.
 const GATHER_PIECES: usize = 32;
 
@@ -246,6 +248,8 @@ struct Transfer<B> {
     pieces: VecDeque<Bytes>,
     gathered: usize,
     ended: bool,
+    /// Others have had their turn since so much was gathered.
+    has_yielded: bool,
     stall: Stall,
 }
 
@@ -254,7 +258,14 @@ where
     B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin,
 {
     fn new(body: B, patience: Duration) -> Self {
-        Self { body, pieces: VecDeque::new(), gathered: 0, ended: false, stall: Stall::of(patience) }
+        Self {
+            body,
+            pieces: VecDeque::new(),
+            gathered: 0,
+            ended: false,
+            has_yielded: false,
+            stall: Stall::of(patience),
+        }
     }
 
     /// Writes all of it, and then that there is no more.
@@ -273,6 +284,11 @@ where
                     Poll::Pending => break,
                 }
             }
+            // What was read makes room at its sender, who is to be told before this task writes, and not after it.
+            if self.gathered >= YIELD_BYTES && !std::mem::replace(&mut self.has_yielded, true) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let is_out = self.pieces.is_empty();
             let written = match (is_out, self.ended) {
                 (true, true) => into.poll_end(cx).map_ok(|()| 0),
@@ -289,6 +305,7 @@ where
                 // More comes with the body, which has been asked for it.
                 return if self.ended { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
+            self.has_yielded = false;
             self.gathered -= written;
             consume(&mut self.pieces, written);
         }

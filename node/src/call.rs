@@ -280,11 +280,15 @@ impl MeshClient {
                     && called.may_retry(&retry)
             };
             match outcome {
-                Ok(answer) => match answer.unanswered {
+                Ok(answer) => {
                     // Who has too much to do already is not asked again for the same.
-                    Some(sent) if self.has_other_than(&tried, &service, wish) && may_repeat(sent, broken) => {}
-                    _ => return Ok(answer.into_response()),
-                },
+                    let is_shed = answer.response.status() == StatusCode::SERVICE_UNAVAILABLE;
+                    let has_whom = || !is_shed || self.has_other_than(&tried, &service, wish);
+                    match answer.unanswered {
+                        Some(sent) if has_whom() && may_repeat(sent, broken) => {}
+                        _ => return Ok(answer.into_response()),
+                    }
+                }
                 // Nobody had any work with it, so that it costs no retry, only time.
                 Err(error) if error.fault == Fault::Mesh && !due.is_over() && dead.len() < MAX_UNREACHED => {
                     called.passed_over();

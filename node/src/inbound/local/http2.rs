@@ -87,16 +87,31 @@ impl Pool {
         mut request: Request<Body>,
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
         *request.version_mut() = Version::HTTP_2;
-        let place = self.place(dialler).await?;
-        let mut sender = place.0.sender.clone();
-        sender.ready().await.map_err(|e| failed(&e, true))?;
-        match sender.try_send_request(request).await {
-            Ok(response) => Ok(response.map(|body| {
-                Guarded::new(Body::from(body).shelved(&self.shelf), super::Place::Http2 { _place: place })
-            })),
-            Err(mut error) => {
-                let unsent = error.take_message().is_some() || starling_http::was_refused(error.error());
-                Err(failed(error.error(), unsent))
+        let mut is_first = true;
+        loop {
+            let place = self.place(dialler).await?;
+            let mut sender = place.0.sender.clone();
+            let sent = match sender.ready().await {
+                Ok(()) => sender.try_send_request(request).await,
+                Err(error) => return Err(failed(&error, true)),
+            };
+            match sent {
+                Ok(response) => {
+                    let place = super::Place::Http2 { _place: place };
+                    return Ok(response.map(|body| Guarded::new(Body::from(body).shelved(&self.shelf), place)));
+                }
+                Err(mut error) => match error.take_message() {
+                    // The service has just said that it ends the connection, as those do that end them by their age: the
+                    // request is as it was, and goes over another one.
+                    Some(unsent) if std::mem::take(&mut is_first) => {
+                        self.lock().retain(|other| !Arc::ptr_eq(other, &place.0));
+                        request = unsent;
+                    }
+                    message => {
+                        let unsent = message.is_some() || starling_http::was_refused(error.error());
+                        return Err(failed(error.error(), unsent));
+                    }
+                },
             }
         }
     }

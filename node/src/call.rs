@@ -182,7 +182,7 @@ impl Calls {
 impl MeshClient {
     /// For a worker: with connections of its own.
     pub(crate) fn on(node: Arc<Calls>, identity: Arc<Identity>, endpoint: MeshEndpoint) -> Self {
-        let pool = Arc::new(Pool::new(identity, endpoint, node.known.clone()));
+        let pool = Arc::new(Pool::new(identity, endpoint, node.snapshot.clone(), node.known.clone()));
         Self { node, pool }
     }
 

@@ -18,6 +18,22 @@ pub struct Drain {
 }
 
 impl Drain {
+    /// The same for a part of what takes part in it, which may also go away by itself.
+    #[must_use]
+    pub fn part(&self) -> Self {
+        Self {
+            draining: self.draining.child_token(),
+            leaving: self.leaving.child_token(),
+            closing: self.closing.child_token(),
+            busy: self.busy.clone(),
+        }
+    }
+
+    /// Asks everybody to finish, and waits for nobody.
+    pub fn begin(&self) {
+        self.draining.cancel();
+    }
+
     /// Runs a connection or listener that the drain must wait for.
     pub fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
     where

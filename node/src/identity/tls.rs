@@ -17,7 +17,9 @@ use rustls::{
     },
     sign::CertifiedKey,
 };
+use starling_gossip::Snapshot;
 use starling_protocol::{Name, NodeId, alpn};
+use tokio::sync::watch;
 
 use crate::identity::{CertificateError, Identity, sha256, unix_now, verify_chain};
 
@@ -39,7 +41,7 @@ pub(crate) struct Peer {
     pub services: Vec<Name>,
     /// Whether it may be an edge.
     pub edge: bool,
-    /// End of its certificate, unix seconds. The connection ends with it.
+    /// End of its certificate, unix seconds. Nothing new begins on the connection then.
     pub expires: u64,
 }
 
@@ -68,6 +70,22 @@ pub(crate) fn useful_until(peer: &Peer, identity: &Identity) -> u64 {
     const MARGIN_S: u64 = 60;
     let ends = peer.expires.min(identity.validity().1);
     ends - MARGIN_S.min(ends.saturating_sub(unix_now()) / 10)
+}
+
+/// Resolves when nothing vouches for a peer any more: its certificate has ended, and those that came after it, by its record, which
+/// the same key has signed; or the mesh knows it no more. What has begun by a former certificate goes on as long as that. Cancel
+/// safe.
+pub(crate) async fn vouched_for(id: NodeId, expires: u64, mesh: watch::Receiver<Arc<Snapshot>>) {
+    /// How often it is looked whether it is a member.
+    const LOOK_S: u64 = 30;
+    until(expires).await;
+    loop {
+        let renewed = mesh.borrow().member(&id).and_then(|member| member.record.as_ref()).map(|r| r.cert_expires);
+        match renewed.filter(|ends| *ends > unix_now()) {
+            Some(ends) => until(ends.min(unix_now() + LOOK_S)).await,
+            None => return,
+        }
+    }
 }
 
 /// Resolves at that time by the wall clock, which goes on while the machine sleeps. Cancel safe.

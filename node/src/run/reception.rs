@@ -63,13 +63,19 @@ impl Reception {
                 return connection.close((CloseCode::Unauthenticated as u32).into(), b"certificate required");
             }
         };
-        let drain = self.running.drain.clone();
+        let drain = self.running.drain.part();
         if protocol == alpn::CALLS {
-            let (inbound, expires) = (self.inbound, peer.expires);
-            let served = drain.clone().spawn(inbound.serve(connection.clone(), peer, drain));
+            let (inbound, id, expires) = (self.inbound, peer.id, peer.expires);
+            let served = drain.spawn(inbound.serve(connection.clone(), peer, drain.clone()));
+            let outlived = async {
+                tls::until(expires).await;
+                // Whoever calls now does so by a newer certificate, on another connection; tunnels go on.
+                drain.begin();
+                tls::vouched_for(id, expires, self.running.gossip.watch()).await;
+            };
             tokio::select! {
                 _ = served => {}
-                () = tls::until(expires) => {
+                () = outlived => {
                     connection.close(Code::H3_NO_ERROR.into(), b"the certificate has ended");
                 }
             }

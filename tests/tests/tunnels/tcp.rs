@@ -453,3 +453,37 @@ async fn callers_that_go_are_noticed_while_the_service_does_not_read() {
     are_open(0).await.unwrap();
     figure_becomes(&cluster, "near", "starling_calls_in_flight", &[], |calls| calls == 0.0).await;
 }
+
+/// A connection to a database lives for weeks, and a certificate for a day.
+#[tokio::test]
+async fn a_tunnel_outlives_the_certificates_that_it_began_with() {
+    const TTL: Duration = Duration::from_secs(12);
+    let cluster = starling_chaos::Cluster::start(starling_tests::binary()).await.unwrap();
+    let dir = cluster.dir().to_path_buf();
+    let state = dir.join("short").to_string_lossy().into_owned();
+    cluster.run(&["init", "--mesh", "short", "--state", &state]).await.unwrap();
+    let ([mesh, admin, outbound, port], addr) = ([(); 4].map(|()| free_port()), echo().await);
+    let text = format!(
+        "[node]\nname = \"short\"\nstate = {state:?}\nlisten = \"{mesh}\"\ncert_ttl = \"{}s\"\n[admin]\nlisten = \
+         \"{admin}\"\n[outbound]\nlisten = \"{outbound}\"\n[[service]]\nname = \"db\"\naddr = \"{addr}\"\nprotocol = \
+         \"tcp\"\n[[upstream]]\nservice = \"db\"\nlisten = \"{port}\"\nprotocol = \"tcp\"\n",
+        TTL.as_secs()
+    );
+    let file = dir.join("short.toml");
+    std::fs::write(&file, text).unwrap();
+    let _node =
+        Process::start(starling_tests::binary(), ["node", "--config", &file.to_string_lossy()], &dir.join("short.log"))
+            .unwrap();
+    listening(port).await;
+    let mut stream = TcpStream::connect(port).await.unwrap();
+    stream.read_exact(&mut [0; 6]).await.unwrap();
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < TTL * 3 {
+        stream.write_all(b"x").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x', "after {:?}", begun.elapsed());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    stream.write_all(b"the end").await.unwrap();
+    stream.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut stream).await.unwrap(), b"the end");
+}

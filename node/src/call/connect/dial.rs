@@ -6,9 +6,10 @@ use std::{
     time::Duration,
 };
 
-use starling_gossip::Instance;
+use starling_gossip::{Instance, Snapshot};
 use starling_http::h3::{Code, client::Client};
 use starling_protocol::alpn;
+use tokio::sync::watch;
 
 use super::{Connection, State};
 use crate::{
@@ -19,15 +20,16 @@ use crate::{
     port::endpoint::MeshEndpoint,
 };
 
-/// New calls go elsewhere some time before a certificate behind the connection ends; at the end, the connection does, too.
-async fn end_in_time(made: Weak<State>, connection: quinn::Connection, until: u64, ends: u64) {
+/// New calls go elsewhere some time before a certificate behind the connection ends; the connection ends when nothing vouches for
+/// its peer any more.
+async fn end_in_time(made: Weak<State>, connection: quinn::Connection, peer: Peer, until: u64, mesh: Mesh) {
     let over = async {
         tls::until(until).await;
         if let Some(made) = made.upgrade() {
             made.retired.store(true, Relaxed);
         }
         drop(made);
-        tls::until(ends).await;
+        tls::vouched_for(peer.id, peer.expires, mesh).await;
         connection.close(Code::H3_NO_ERROR.into(), b"the certificate has ended");
     };
     tokio::select! {
@@ -35,6 +37,9 @@ async fn end_in_time(made: Weak<State>, connection: quinn::Connection, until: u6
         _ = connection.closed() => {}
     }
 }
+
+/// The mesh as it is known.
+pub(super) type Mesh = watch::Receiver<Arc<Snapshot>>;
 
 /// How long a handshake may take.
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -52,13 +57,19 @@ pub(crate) struct DialError(pub(super) String);
 pub(super) async fn dial(
     identity: &Arc<Identity>,
     endpoint: &MeshEndpoint,
+    mesh: &Mesh,
     instance: &Instance,
 ) -> Result<Connection, DialError> {
-    let dialled = tokio::time::timeout(DIAL_TIMEOUT, connect(identity, endpoint, instance)).await;
+    let dialled = tokio::time::timeout(DIAL_TIMEOUT, connect(identity, endpoint, mesh, instance)).await;
     dialled.unwrap_or_else(|_| Err("no answer in time".into())).map_err(DialError)
 }
 
-async fn connect(identity: &Arc<Identity>, endpoint: &MeshEndpoint, instance: &Instance) -> Result<Connection, String> {
+async fn connect(
+    identity: &Arc<Identity>,
+    endpoint: &MeshEndpoint,
+    mesh: &Mesh,
+    instance: &Instance,
+) -> Result<Connection, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let handshake = async |nth| {
         let crypto = tls::client_crypto(identity, alpn::CALLS);
@@ -78,11 +89,11 @@ async fn connect(identity: &Arc<Identity>, endpoint: &MeshEndpoint, instance: &I
         connection.close(Code::H3_NO_ERROR.into(), b"");
         return Err(format!("{} answers at its address", found.name));
     }
-    let (until, ends) = (tls::useful_until(&found, identity), found.expires);
+    let until = tls::useful_until(&found, identity);
     let made = Connection::new(
         Client::start(connection.clone(), endpoint.windows().shelf(), endpoint.windows().order()),
         instance.generation,
     );
-    tokio::spawn(end_in_time(Arc::downgrade(&made.0), connection, until, ends));
+    tokio::spawn(end_in_time(Arc::downgrade(&made.0), connection, found, until, mesh.clone()));
     Ok(made)
 }

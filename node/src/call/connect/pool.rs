@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     Connection, DialError, Lane,
-    dial::{DIAL_TIMEOUT, dial},
+    dial::{DIAL_TIMEOUT, Mesh, dial},
     silence::watch_for_silence,
 };
 use crate::{
@@ -53,6 +53,7 @@ impl PeerSlot {
 pub(crate) struct Pool {
     identity: Arc<Identity>,
     endpoint: MeshEndpoint,
+    mesh: Mesh,
     known: Arc<KnownPeers>,
     peers: Mutex<HashMap<NodeId, Arc<PeerSlot>>>,
     targets: Mutex<HashMap<Name, Target>>,
@@ -67,8 +68,8 @@ struct Target {
 }
 
 impl Pool {
-    pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint, known: Arc<KnownPeers>) -> Self {
-        Self { identity, endpoint, known, peers: Mutex::default(), targets: Mutex::default() }
+    pub(crate) fn new(identity: Arc<Identity>, endpoint: MeshEndpoint, mesh: Mesh, known: Arc<KnownPeers>) -> Self {
+        Self { identity, endpoint, mesh, known, peers: Mutex::default(), targets: Mutex::default() }
     }
 
     fn slot<'a>(&self, peers: &'a mut HashMap<NodeId, Arc<PeerSlot>>, id: &NodeId) -> &'a Arc<PeerSlot> {
@@ -172,7 +173,7 @@ impl Pool {
         instance: Arc<Instance>,
         done: watch::Sender<Option<Result<(), DialError>>>,
     ) {
-        let outcome = match dial(&self.identity, &self.endpoint, &instance).await {
+        let outcome = match dial(&self.identity, &self.endpoint, &self.mesh, &instance).await {
             Ok(made) => {
                 peer.reach.reached();
                 tokio::spawn(watch_for_silence(Arc::downgrade(&made.0), peer.reach.clone()));

@@ -53,6 +53,18 @@ fn record() -> NodeRecord {
     }
 }
 
+/// A node in front of services that are no HTTP.
+fn record_of_carriers() -> NodeRecord {
+    let service = |text, protocol| ServiceRecord {
+        name: name(text),
+        version: String::new(),
+        protocol,
+        weight: 100,
+        state: ServiceState::Up,
+    };
+    NodeRecord { services: vec![service("db", Protocol::Tcp), service("dns", Protocol::Udp)], ..record() }
+}
+
 fn signed_record() -> SignedRecord {
     let chain = vec![vec![0xc1; 4].into(), vec![0xc2; 4].into()];
     SignedRecord { body: SignedRecord::encode_body(&record()), signature: vec![0x51; 8].into(), chain }
@@ -213,6 +225,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("packet-ping", packet(Purpose::Ping).encode()),
         ("packet-ping-request", packet(Purpose::PingRequest(life(4))).encode()),
         ("packet-dead", packet(Purpose::Dead).encode()),
+        ("record-of-carriers", SignedRecord::encode_body(&record_of_carriers()).to_vec()),
         ("token", JoinToken::new(claims(), [0x5e; 32]).to_string().into_bytes()),
     ]
 }
@@ -268,6 +281,10 @@ fn read(message: &str, bytes: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
         Ok(())
     };
     match message {
+        "record-of-carriers" => {
+            let signed = SignedRecord { body: bytes.to_vec().into(), ..signed_record() };
+            assert_eq!(signed.peek()?, record_of_carriers());
+        }
         "items" => read_items(&body(bytes)?)?,
         "summary" => assert_eq!(body::<Summary>(bytes)?.members, members()),
         "delta" => read_items(&body::<Delta>(bytes)?.items)?,

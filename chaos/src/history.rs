@@ -334,7 +334,7 @@ pub struct Call {
 impl Call {
     /// Whether it has its right answer in time.
     pub fn good(&self) -> bool {
-        self.error.is_none() && self.status == 200
+        self.error.is_none() && matches!(self.status, 101 | 200)
     }
 
     /// When it was over, seconds since the start.

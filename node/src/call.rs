@@ -28,7 +28,7 @@ use tokio::sync::watch;
 
 use self::{
     attempt::Terms,
-    choose::{Candidate, KnownPeers, Seen, Wish, pick},
+    choose::{Candidate, KnownPeers, Seen, Wish, has_another, pick},
     connect::Pool,
     hedge::Hedge,
 };
@@ -229,7 +229,8 @@ impl MeshClient {
         let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle, until };
         let (kind, version, zone) = (Kind::of_request(tunnel), version.as_deref(), self.node.zone.as_str());
         let wish = Wish { kind, version, zone, ..Wish::default() };
-        let is_repeatable = retry.any_method || parts.method.is_idempotent();
+        // What an operator says of methods, he says of calls.
+        let is_repeatable = parts.method.is_idempotent() || retry.any_method && tunnel.is_none();
         let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
         let mut broken = 0;
         let mut failed = None;
@@ -258,16 +259,18 @@ impl MeshClient {
                 .filter(|_| attempt == 1 && bodiless && is_repeatable && earlier + 2 <= MAX_TOTAL_ATTEMPTS)
                 .and_then(|hedge| called.hedges_after(hedge));
             let begun = Instant::now();
+            let mut node = candidate.instance.node;
             let outcome = match hedge_after {
                 None => self.attempt(&candidate, &mut parts, terms, span).await,
                 Some(after) => {
                     let hedge = Hedge { after, wish, called: &called, retry: &retry, earlier };
-                    let (outcome, other) = self.hedged(&candidate, &mut parts, terms, span, hedge, observed).await;
-                    tried.extend(other);
-                    outcome
+                    let hedged = self.hedged(&candidate, &mut parts, terms, span, hedge, observed).await;
+                    tried.extend(hedged.other);
+                    node = hedged.node;
+                    hedged.outcome
                 }
             };
-            if hedge.is_some() && outcome.is_ok() {
+            if hedge.is_some() && bodiless && tunnel.is_none() && outcome.is_ok() {
                 called.answered(begun.elapsed());
             }
 
@@ -285,14 +288,19 @@ impl MeshClient {
                     let is_shed = answer.response.status() == StatusCode::SERVICE_UNAVAILABLE;
                     let has_whom = || !is_shed || self.has_other_than(&tried, &service, wish);
                     match answer.unanswered {
-                        Some(sent) if has_whom() && may_repeat(sent, broken) => {}
+                        Some(sent) if has_whom() && may_repeat(sent, broken) => {
+                            if is_shed {
+                                dead.push(node);
+                                failed = Some(too_busy(&service));
+                            }
+                        }
                         _ => return Ok(answer.into_response()),
                     }
                 }
                 // Nobody had any work with it, so that it costs no retry, only time.
                 Err(error) if error.fault == Fault::Mesh && !due.is_over() && dead.len() < MAX_UNREACHED => {
                     called.passed_over();
-                    dead.push(candidate.instance.node);
+                    dead.push(node);
                     failed = Some(error);
                     continue;
                 }
@@ -341,8 +349,7 @@ impl MeshClient {
     /// Whether there is an instance that was not tried yet.
     fn has_other_than(&self, tried: &[NodeId], service: &Name, wish: Wish<'_>) -> bool {
         let Some((candidates, _)) = self.pool.candidates(&self.snapshot(), service) else { return false };
-        let wish = Wish { dead: tried, ..wish };
-        pick(&candidates, wish, Instant::now(), &mut rand::rng(), |_| {}).is_some()
+        has_another(&candidates, wish, tried, Instant::now())
     }
 
     fn candidate(
@@ -382,6 +389,12 @@ impl MeshClient {
             }
         })
     }
+}
+
+/// What is told of a call that one instance had no room for, if there is no other then.
+fn too_busy(service: &Name) -> CallError {
+    let (status, error) = (StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable);
+    CallError::new(Fault::Service, Sent::No, status, error, format!("{service} has as many calls as it takes"))
 }
 
 /// What is told of a call that its service does not take, whichever instance it is.

@@ -8,6 +8,7 @@ mod peers;
 
 use std::{
     collections::HashMap,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -118,12 +119,20 @@ impl Inbound {
         let windows = self.0.windows.of_connection(connected.nth);
         endpoint::welcome_to_calls(&connection, windows);
         let limits = server::Limits { shelf: windows.shelf(), idle: None, order: windows.order() };
-        let here = connected.peer();
-        server::serve(connection, limits, drain, move |request| {
+        let (here, quic, begun) = (connected.peer(), connection.clone(), drain.begun());
+        let floor = self.0.windows.of_connection(usize::MAX);
+        let mut serving = pin!(server::serve(connection, limits, drain, move |request| {
             let (inbound, caller, page, here) = (self.clone(), caller.clone(), page.clone(), here.clone());
             async move { inbound.answer(request, origin, caller, &page, here).await }
-        })
-        .await;
+        }));
+        tokio::select! {
+            () = &mut serving => return,
+            () = begun => {}
+        }
+        // Tunnels may go on for weeks on a connection that takes nothing new: those that came after it must not have less for that.
+        drop(connected);
+        endpoint::narrow(&quic, floor);
+        serving.await;
     }
 
     async fn answer(
@@ -168,7 +177,9 @@ impl Inbound {
         if response.extensions_mut().remove::<NotSwitched>().is_some() {
             response.headers_mut().insert(names::NOT_SWITCHED.clone(), HeaderValue::from_static("1"));
         }
-        response.headers_mut().insert(names::LOAD.clone(), names::numeral(counted.others() as u64));
+        if let Some(others) = counted.others() {
+            response.headers_mut().insert(names::LOAD.clone(), names::numeral(others as u64));
+        }
         observed.answered(response.map(|body| body.map_guard(|place| Served { _counted: counted, place })))
     }
 
@@ -274,6 +285,10 @@ impl Plan<'_> {
         // What goes into a tunnel is no upload that must come first.
         let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none()));
         let request = Request::from_parts(parts, body);
+        let mut admitted = admitted;
+        if source.is_some() {
+            admitted.excuse();
+        }
         // A call waits for its answer; a tunnel begins with it.
         let (waiting, opening) = if tunnel.is_none() { (Some(admitted), None) } else { (None, Some(admitted)) };
         let sent = async {
@@ -376,10 +391,9 @@ impl Counted {
         [(&self.all.in_flight, &self.all.tunnels), (&self.here.in_flight, &self.here.tunnels)]
     }
 
-    /// How many others there are, of the service: a busy neighbour is not its fault.
-    fn others(&self) -> usize {
-        let of = self.service.as_ref().map_or(0, |service| service.in_flight().load(Relaxed));
-        of.saturating_sub(1)
+    /// How many others there are, of the service, if it counts there: a busy neighbour is not its fault.
+    fn others(&self) -> Option<usize> {
+        self.service.as_ref().map(|service| service.in_flight().load(Relaxed).saturating_sub(1))
     }
 }
 

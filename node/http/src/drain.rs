@@ -9,12 +9,22 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Shared by every listener of a node: three signals and a count of who is busy.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Drain {
+    /// Of all of it, of which this may be a part.
+    whole: CancellationToken,
     draining: CancellationToken,
     leaving: CancellationToken,
     closing: CancellationToken,
     busy: TaskTracker,
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        let draining = CancellationToken::new();
+        let (leaving, closing, busy) = Default::default();
+        Self { whole: draining.clone(), draining, leaving, closing, busy }
+    }
 }
 
 impl Drain {
@@ -22,6 +32,7 @@ impl Drain {
     #[must_use]
     pub fn part(&self) -> Self {
         Self {
+            whole: self.whole.clone(),
             draining: self.draining.child_token(),
             leaving: self.leaving.child_token(),
             closing: self.closing.child_token(),
@@ -48,7 +59,12 @@ impl Drain {
         self.draining.cancelled().await;
     }
 
-    /// The same, for somebody who outlives a borrow.
+    /// The same of all of it, and not of a part alone. Cancel safe.
+    pub fn begun_as_a_whole(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.whole.clone().cancelled_owned()
+    }
+
+    /// The same as [`Self::draining`], for somebody who outlives a borrow.
     pub fn begun(&self) -> impl Future<Output = ()> + Send + use<> {
         self.draining.clone().cancelled_owned()
     }

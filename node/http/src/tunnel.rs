@@ -115,7 +115,7 @@ pub(crate) fn answered<B>(
 pub(crate) fn received<B>(body: B, protocol: Option<&Protocol>, drain: &Drain) -> Leaving<B> {
     match protocol {
         Some(protocol) if protocol.is_websocket() => Leaving::websocket(body, To::Client, drain.leaving()),
-        Some(protocol) if protocol.is_udp() => Leaving::packets(body, drain.begun()),
+        Some(protocol) if protocol.is_udp() => Leaving::packets(body, drain.begun_as_a_whole()),
         _ => Leaving::plain(body),
     }
 }

@@ -106,7 +106,14 @@ impl MeshClient {
             }
         };
         let failed = head.status.is_server_error() || head.status == StatusCode::TOO_MANY_REQUESTS;
-        pending.answered(latency, failed);
+        // The node's own word, which services cannot say: it has too much to do, and does that well.
+        let is_shed = head.status == StatusCode::SERVICE_UNAVAILABLE
+            && head.headers.get(&names::SENT).is_some_and(|sent| sent == "no");
+        if is_shed {
+            pending.refused();
+        } else {
+            pending.answered(latency, failed);
+        }
         let length = normal::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
             let error = ProxyError::HttpProtocolError;
             CallError::new(Fault::Service, Sent::Maybe, StatusCode::BAD_GATEWAY, error, m.reason)

@@ -9,5 +9,5 @@ mod simulation;
 pub(crate) use self::{
     experience::{Experience, PendingCall, Reach, Seen},
     known::{KnownPeer, KnownPeers},
-    pick::{Candidate, Wish, pick},
+    pick::{Candidate, Wish, has_another, pick},
 };

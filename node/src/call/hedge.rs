@@ -7,7 +7,7 @@ use starling_http::names;
 use starling_protocol::NodeId;
 
 use super::{
-    CallError, Called, MeshClient, RetrySettings,
+    CallError, Called, Fault, MeshClient, RetrySettings,
     attempt::{Attempted, Terms},
     choose::{Candidate, Wish},
     of_attempt,
@@ -28,8 +28,7 @@ pub(super) struct Hedge<'a> {
 
 impl MeshClient {
     /// Makes the first attempt at a call without a body, and, if that is not answered in time, a second one at another instance.
-    /// What is answered first counts, unless it is a failure and the other one is none; the other is cancelled. Tells which
-    /// instance it was that got the second copy.
+    /// What a service answers first counts, whatever it is; the other is cancelled.
     pub(super) async fn hedged(
         &self,
         candidate: &Candidate,
@@ -38,42 +37,62 @@ impl MeshClient {
         span: Option<Box<OpenSpan>>,
         hedge: Hedge<'_>,
         observed: &mut Observed,
-    ) -> (Result<Attempted, CallError>, Option<NodeId>) {
+    ) -> Hedged {
+        let first_node = candidate.instance.node;
         let mut copy = parts.clone();
         let mut first = pin!(self.attempt(candidate, parts, terms, span));
         tokio::select! {
             biased;
-            outcome = &mut first => return (outcome, None),
+            outcome = &mut first => return Hedged { outcome, node: first_node, other: None },
             () = tokio::time::sleep(hedge.after) => {}
         }
-        let wish = Wish { tried: &[candidate.instance.node], ..hedge.wish };
+        let wish = Wish { tried: &[first_node], ..hedge.wish };
         let other = self.candidate(terms.service, wish, observed).ok().map(|(other, _)| other);
-        let other = other.filter(|other| other.instance.node != candidate.instance.node);
-        let Some(other) = other.filter(|_| hedge.called.may_hedge(hedge.retry)) else { return (first.await, None) };
+        let other = other.filter(|other| other.instance.node != first_node);
+        let Some(other) = other.filter(|_| hedge.called.may_hedge(hedge.retry)) else {
+            return Hedged { outcome: first.await, node: first_node, other: None };
+        };
+        let other_node = other.instance.node;
         copy.headers.insert(names::ATTEMPT.clone(), names::numeral((hedge.earlier + 2).into()));
         observed.attempted();
         let span = observed.departure(&mut copy.headers).map(|span| of_attempt(span, terms.service, &other, 2));
         let mut second = pin!(self.attempt(&other, &mut copy, terms, span));
-        let outcome = tokio::select! {
+        let (earlier, node) = tokio::select! {
             biased;
-            outcome = &mut first => match is_good(&outcome) {
-                true => outcome,
-                false => better(second.await, outcome),
-            },
-            outcome = &mut second => match is_good(&outcome) {
-                true => outcome,
-                false => better(first.await, outcome),
-            },
+            outcome = &mut first => (outcome, first_node),
+            outcome = &mut second => (outcome, other_node),
         };
-        (outcome, Some(other.instance.node))
+        let other = Some(other_node);
+        if worth(&earlier) == BEST {
+            return Hedged { outcome: earlier, node, other };
+        }
+        let (later, later_node) =
+            if node == first_node { (second.await, other_node) } else { (first.await, first_node) };
+        match worth(&later) > worth(&earlier) {
+            true => Hedged { outcome: later, node: later_node, other },
+            false => Hedged { outcome: earlier, node, other },
+        }
     }
 }
 
-/// The later one, if it is an answer and the earlier one is none.
-fn better(later: Result<Attempted, CallError>, earlier: Result<Attempted, CallError>) -> Result<Attempted, CallError> {
-    if is_good(&later) { later } else { earlier }
+/// What became of a call of which there were two copies, perhaps.
+pub(super) struct Hedged {
+    pub(super) outcome: Result<Attempted, CallError>,
+    /// Whose outcome it is.
+    pub(super) node: NodeId,
+    /// Who got the second copy, if it went.
+    pub(super) other: Option<NodeId>,
 }
 
-fn is_good(outcome: &Result<Attempted, CallError>) -> bool {
-    outcome.as_ref().is_ok_and(|answer| answer.unanswered.is_none() && !answer.response.status().is_server_error())
+/// Worth of what a service has answered itself.
+const BEST: u8 = 3;
+
+/// What an outcome is worth to the caller beside another one.
+fn worth(outcome: &Result<Attempted, CallError>) -> u8 {
+    match outcome {
+        Ok(answer) if answer.unanswered.is_none() => BEST,
+        Ok(_) => 2,
+        Err(error) if error.fault != Fault::Mesh => 1,
+        Err(_) => 0,
+    }
 }

@@ -25,6 +25,11 @@ const LATE: f64 = 2.0;
 const DRIFT: f64 = 1.02;
 /// By how much the limit goes down a window, at most.
 const STEEPEST: f64 = 0.5;
+/// Where so few of the calls are left, and answers take at least so much of what they took, they stand in no line.
+const FEW: f64 = 0.35;
+const AS_LATE: f64 = 0.7;
+/// A line that is so much shorter than it was in the same window is let be.
+const SHRINKS: f64 = 0.9;
 /// The limit never goes below.
 const LEAST: f64 = 8.0;
 /// A limit that nothing spoke for during so long is lifted.
@@ -60,19 +65,33 @@ struct State {
     window: Window,
     /// When answers were last late.
     late: Instant,
+    /// How it was when they began to be.
+    began: Option<Began>,
     shed: u64,
+}
+
+/// How it was when answers began to be late.
+#[derive(Debug, Clone, Copy)]
+struct Began {
+    in_flight: f64,
+    quickest: f64,
+    /// Since when there are so few calls that answers should be in time again.
+    few_since: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Window {
     since: Instant,
     times: Vec<f32>,
+    /// The last of them, and the longest.
+    last: Instant,
+    longest: Duration,
     most_in_flight: usize,
 }
 
 impl Window {
-    fn new(now: Instant) -> Self {
-        Self { since: now, times: Vec::new(), most_in_flight: 0 }
+    fn new(now: Instant, in_flight: usize) -> Self {
+        Self { since: now, times: Vec::new(), last: now, longest: Duration::ZERO, most_in_flight: in_flight }
     }
 
     /// How long the quickest answers took.
@@ -89,6 +108,8 @@ pub(crate) struct Admitted {
     limiter: Arc<Limiter>,
     caller: NodeId,
     since: Instant,
+    /// How long it waits says something of the service.
+    is_telling: bool,
 }
 
 /// What there is to be told of a limiter.
@@ -103,8 +124,9 @@ pub(crate) struct Figures {
 impl Limiter {
     pub(crate) fn new(settings: Settings) -> Self {
         let now = Instant::now();
-        let (limit, waiting, in_flight, usual, window, shed) = (None, HashMap::new(), 0, None, Window::new(now), 0);
-        Self { settings, state: Mutex::new(State { limit, waiting, in_flight, usual, window, late: now, shed }) }
+        let (limit, waiting, in_flight, usual, window, shed) = (None, HashMap::new(), 0, None, Window::new(now, 0), 0);
+        let (late, began) = (now, None);
+        Self { settings, state: Mutex::new(State { limit, waiting, in_flight, usual, window, late, began, shed }) }
     }
 
     /// Lets a call in, or not.
@@ -119,7 +141,7 @@ impl Limiter {
         state.in_flight += 1;
         state.window.most_in_flight = state.window.most_in_flight.max(state.in_flight);
         drop(state);
-        Some(Admitted { limiter: self.clone(), caller, since: now })
+        Some(Admitted { limiter: self.clone(), caller, since: now, is_telling: true })
     }
 
     /// As it stands.
@@ -156,6 +178,11 @@ impl State {
 
     /// An answer came after so long.
     fn answered(&mut self, time: Duration, late: Duration, now: Instant) {
+        if now.saturating_duration_since(self.window.last) > 2 * WINDOW.max(self.window.longest) {
+            // What came before such a pause has nothing to do with it.
+            self.window = Window::new(now, self.in_flight);
+        }
+        (self.window.last, self.window.longest) = (now, self.window.longest.max(time));
         if self.window.times.len() < KEPT {
             self.window.times.push(time.as_secs_f32());
         }
@@ -163,22 +190,33 @@ impl State {
         if is_over {
             let quickest = self.window.quickest();
             let most_in_flight = self.window.most_in_flight as f64;
-            self.window = Window::new(now);
-            self.judge(quickest, most_in_flight, late.as_secs_f64(), now);
+            let is_shrinking = (self.in_flight as f64) < most_in_flight * SHRINKS;
+            self.window = Window::new(now, self.in_flight);
+            self.judge(quickest, most_in_flight, is_shrinking, late.as_secs_f64(), now);
         }
     }
 
-    fn judge(&mut self, quickest: f64, most_in_flight: f64, late: f64, now: Instant) {
+    fn judge(&mut self, quickest: f64, most_in_flight: f64, is_shrinking: bool, late: f64, now: Instant) {
         let usual = *self.usual.get_or_insert(quickest);
         let in_time = late.max(usual * LATE);
         if quickest > in_time {
+            if self.is_no_queue(quickest, most_in_flight, now) {
+                // It is another kind of calls that takes so long by itself.
+                (self.usual, self.limit, self.began) = (Some(quickest), None, None);
+                return;
+            }
+            self.late = now;
+            if is_shrinking {
+                // A burst, which comes to its end by itself.
+                return;
+            }
             // What is usual is not learnt now.
             let down = (in_time / quickest).max(STEEPEST);
             let from = self.limit.unwrap_or(f64::MAX).min(most_in_flight);
             self.limit = Some((from * down).max(LEAST));
-            self.late = now;
             return;
         }
+        self.began = None;
         self.usual = Some(quickest.min(usual * DRIFT).max(usual.min(quickest)));
         if let Some(limit) = &mut self.limit
             && most_in_flight > *limit * 0.8
@@ -189,10 +227,32 @@ impl State {
     }
 }
 
+impl State {
+    /// Whether answers are as late as they were although only a fraction of the calls is left, and was for as long as they take: then
+    /// they do not stand in line for each other.
+    fn is_no_queue(&mut self, quickest: f64, most_in_flight: f64, now: Instant) -> bool {
+        let began = self.began.get_or_insert(Began { in_flight: most_in_flight, quickest, few_since: None });
+        began.in_flight = began.in_flight.max(most_in_flight);
+        if most_in_flight > began.in_flight * FEW {
+            began.few_since = None;
+            return false;
+        }
+        let since = *began.few_since.get_or_insert(now);
+        let settled = WINDOW + Duration::from_secs_f64((2.0 * quickest).min(3600.0));
+        now.saturating_duration_since(since) > settled && quickest > began.quickest * AS_LATE
+    }
+}
+
 impl Admitted {
+    /// How long it waits is its caller's doing.
+    pub(crate) fn excuse(&mut self) {
+        self.is_telling = false;
+    }
+
     /// Its answer has come, or did not come in time, which is an answer, too. It took from when all of the request was there, if
     /// that was later.
-    pub(crate) fn answered(self, asked: Option<Instant>, now: Instant) {
+    pub(crate) fn answered(mut self, asked: Option<Instant>, now: Instant) {
+        self.is_telling = false;
         if let Some(late) = self.limiter.settings.late {
             let time = now.saturating_duration_since(asked.map_or(self.since, |asked| asked.max(self.since)));
             self.limiter.lock().answered(time, late, now);
@@ -203,6 +263,14 @@ impl Admitted {
 impl Drop for Admitted {
     fn drop(&mut self) {
         let mut state = self.limiter.lock();
+        if let Some(late) = self.limiter.settings.late.filter(|_| self.is_telling) {
+            // Given up: it would have taken longer still. Where all are, that is all that is to be seen of an overload.
+            let now = Instant::now();
+            let waited = now.saturating_duration_since(self.since);
+            if waited > late {
+                state.answered(waited, late, now);
+            }
+        }
         state.in_flight -= 1;
         if let Some(waiting) = state.waiting.get_mut(&self.caller) {
             *waiting -= 1;
@@ -369,5 +437,49 @@ mod tests {
         let _other = limiter.admit(id(2), now).unwrap();
         assert!(limiter.admit(id(3), now).is_none());
         assert_eq!(limiter.figures(), Figures { limit: 3, shed: 2 });
+    }
+
+    /// A burst is answered late, all of it; it says nothing of the next one.
+    #[test]
+    fn a_burst_does_not_shut_the_door() {
+        let mut line = Line::new(Duration::from_millis(10));
+        let mut callers = [caller(1, 1)];
+        line.run(&mut callers, Duration::from_secs(5));
+        for _ in 0..5 {
+            let mut burst = [caller(2, 100)];
+            line.run(&mut burst, Duration::from_millis(2));
+            burst[0].hands = 0;
+            line.run(&mut burst, Duration::from_secs(8));
+            assert_eq!((burst[0].answered, burst[0].refused), (100, 0));
+        }
+    }
+
+    /// By day quick calls, by night nothing but long polls: they are no overload, however long they take.
+    #[test]
+    fn another_kind_of_calls_is_let_in_again() {
+        let limiter = Arc::new(Limiter::new(settings()));
+        let mut now = Instant::now();
+        for _ in 0..1000 {
+            now += Duration::from_millis(5);
+            let mut admitted = limiter.admit(id(1), now).unwrap();
+            admitted.since = now - Duration::from_millis(2);
+            admitted.answered(None, now);
+        }
+        // A hundred pollers, each again and again for two seconds; who is refused comes back later.
+        let mut polls: VecDeque<Admitted> = VecDeque::new();
+        let mut refused_at_last = 0;
+        for step in 0..60_000u32 {
+            now += Duration::from_millis(5);
+            while polls.front().is_some_and(|poll| now - poll.since >= Duration::from_secs(2)) {
+                polls.pop_front().unwrap().answered(None, now);
+            }
+            if step % 4 == 0 && polls.len() < 100 {
+                match limiter.admit(id(1), now) {
+                    Some(poll) => polls.push_back(poll),
+                    None => refused_at_last += u32::from(step > 50_000),
+                }
+            }
+        }
+        assert_eq!(refused_at_last, 0, "limit {}", limiter.figures().limit);
     }
 }

@@ -238,11 +238,15 @@ fn totals<const N: usize>(label: &'static str, of: [(&'static str, u64); N]) -> 
     of.map(|(value, total)| Point { labels: vec![(label, value.into())], value: Figure::Total(total) }).into()
 }
 
-fn repeats_of(calls: &Calls, figures: fn(&Repeats) -> Vec<(&'static str, u64)>) -> Vec<Point> {
+/// Counts, by kind where there are several.
+type CountsByKind = Vec<(Option<&'static str>, u64)>;
+
+fn repeats_of(calls: &Calls, figures: fn(&Repeats) -> CountsByKind) -> Vec<Point> {
     let of_service = |(service, repeats): (Name, Repeats)| {
-        let point = move |(kind, total): (&'static str, u64)| Point {
-            labels: vec![("service", service.to_string()), ("kind", kind.into())],
-            value: Figure::Total(total),
+        let point = move |(kind, total): (Option<&'static str>, u64)| {
+            let mut labels = labels(None, service.as_str());
+            labels.extend(kind.map(|kind| ("kind", kind.to_string())));
+            Point { labels, value: Figure::Total(total) }
         };
         figures(&repeats).into_iter().map(point).collect::<Vec<_>>()
     };
@@ -310,12 +314,12 @@ fn of_node(node: &OfNode<'_>) -> Vec<Reading> {
         things(
             "starling.retries",
             "Attempts beyond a call's first: after a failure, or, hedged, before one",
-            repeats_of(calls, |repeats| vec![("retry", repeats.retries), ("hedge", repeats.hedges)]),
+            repeats_of(calls, |repeats| vec![(Some("retry"), repeats.retries), (Some("hedge"), repeats.hedges)]),
         ),
         things(
             "starling.retries_denied",
             "Retries and hedges that were not made, because their service's budget was spent",
-            repeats_of(calls, |repeats| vec![("any", repeats.denied)]),
+            repeats_of(calls, |repeats| vec![(None, repeats.denied)]),
         ),
         things(
             "starling.shed",

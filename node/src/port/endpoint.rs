@@ -228,6 +228,11 @@ pub(crate) fn welcome_to_calls(connection: &quinn::Connection, windows: Windows)
     welcome(connection, &windows.on(CALLS_IN));
 }
 
+/// The peer begins nothing new on this connection: what goes on needs little of it.
+pub(crate) fn narrow(connection: &quinn::Connection, windows: Windows) {
+    connection.set_receive_window(windows.connection_bytes.into());
+}
+
 /// The peer is a member that gossips or carries a join, whichever thread it aimed at. Not more than it needs: QUIC keeps some
 /// 50 bytes for every stream that a peer may open, and a node has a link to everybody.
 pub(crate) fn welcome_to_gossip(connection: &quinn::Connection) {

@@ -235,7 +235,10 @@ impl Experience {
         let has_failed_often = state.rate.add(failed, now);
         if !failed {
             state.failures = 0;
-            state.ejection.back();
+            // What was under way when it was put out decides nothing; what came later does.
+            if state.ejection.until.is_none_or(|until| now >= until) {
+                state.ejection.back();
+            }
             return;
         }
         state.failures += 1;
@@ -327,6 +330,12 @@ impl PendingCall {
     pub(super) fn answered_at(&mut self, latency: Duration, failed: bool, now: Instant) {
         self.waits = None;
         self.instance.answered_at(latency, failed, now);
+    }
+
+    /// It was not let in: for a while others are better asked, and nothing is wrong with the instance.
+    pub(crate) fn refused(&mut self) {
+        self.waits = None;
+        self.instance.lock().sample(WORST_LATENCY, Instant::now());
     }
 
     /// It was answered, and goes on as a tunnel.

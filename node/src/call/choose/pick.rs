@@ -107,16 +107,17 @@ pub(crate) fn pick<'a>(
     let tiers = [(true, true, true), (true, true, false), (true, false, false), (false, false, false)];
     let is_tunnel = kind != Kind::Http;
     let mut from = usize::from(zone.is_empty());
-    if from == 0 {
+    // Tunnels are long and idle, mostly: how many there are says nothing about room.
+    if from == 0 && !is_tunnel {
         let usable = || candidates.iter().zip(&standings).filter(|(_, s)| **s == Standing::Usable).map(|(c, _)| c);
         match ZoneView::of(usable(), is_near, is_tunnel, now) {
             ZoneView::HasRoom => {}
-            ZoneView::IsBusy if rng.random_range(0..LOOK_BEYOND) == 0 => {
+            ZoneView::KnowsNoOther if rng.random_range(0..LOOK_BEYOND) == 0 => {
                 if let Some(beyond) = draw(usable().filter(|c| !is_near(c) && is_fresh(c)), is_tunnel, now, rng) {
                     return Some(beyond);
                 }
             }
-            ZoneView::IsBusy => {}
+            ZoneView::KnowsNoOther => {}
             ZoneView::IsFull => from = 1,
         }
     }
@@ -137,11 +138,23 @@ pub(crate) fn pick<'a>(
     })
 }
 
+/// Whether there is one that may be asked, and is none of `but`. Nobody is dialled for that.
+pub(crate) fn has_another(candidates: &[Candidate], wish: Wish<'_>, but: &[NodeId], now: Instant) -> bool {
+    candidates.iter().any(|candidate| {
+        let instance = &candidate.instance;
+        Kind::of_service(&instance.protocol) == Some(wish.kind)
+            && wish.version.is_none_or(|version| instance.version == version)
+            && !but.contains(&instance.node)
+            && !candidate.peer.is_out()
+            && !candidate.experience.is_ejected_at(now)
+    })
+}
+
 /// How the own zone stands beside the others.
 enum ZoneView {
     HasRoom,
-    /// Others are to be looked at now and then.
-    IsBusy,
+    /// It is busy, and nothing is known of others: they are to be looked at.
+    KnowsNoOther,
     /// Others are so much better that they are worth the way.
     IsFull,
 }
@@ -153,18 +166,24 @@ impl ZoneView {
         is_tunnel: bool,
         now: Instant,
     ) -> Self {
-        // Of those of whom something is known: how many, what they cost, and their calls in line.
-        let (mut near, mut far) = ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0));
+        // Of those of whom something is known. The cheapest near one counts: one that fails is no reason to go far.
+        let (mut near, mut in_line, mut cheapest) = (0.0, 0.0, f64::MAX);
+        let (mut far, mut far_cost) = (0.0, 0.0);
         for candidate in usable {
-            if let Some((cost, in_line)) = candidate.experience.known_cost_at(is_tunnel, now) {
-                let sum = if is_near(candidate) { &mut near } else { &mut far };
-                *sum = (sum.0 + 1.0, sum.1 + cost, sum.2 + f64::from(in_line));
+            match candidate.experience.known_cost_at(is_tunnel, now) {
+                Some((cost, line)) if is_near(candidate) => {
+                    (near, in_line, cheapest) = (near + 1.0, in_line + f64::from(line), cost.min(cheapest));
+                }
+                Some((cost, _)) => (far, far_cost) = (far + 1.0, far_cost + cost),
+                None => {}
             }
         }
-        if near.0 == 0.0 || near.2 / near.0 < ZONE_IS_BUSY {
-            return Self::HasRoom;
+        match () {
+            () if near == 0.0 || in_line / near < ZONE_IS_BUSY => Self::HasRoom,
+            () if far == 0.0 => Self::KnowsNoOther,
+            () if cheapest > ZONE_IS_WORTH * far_cost / far => Self::IsFull,
+            () => Self::HasRoom,
         }
-        if far.0 > 0.0 && near.1 / near.0 > ZONE_IS_WORTH * far.1 / far.0 { Self::IsFull } else { Self::IsBusy }
     }
 }
 

@@ -11,7 +11,10 @@ use std::{
 };
 
 use http::{Request, Response, Version};
-use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper::{
+    body::Incoming,
+    client::conn::http2::{Builder, SendRequest},
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use starling_http::{
     Body, Guarded, Shelf,
@@ -87,22 +90,30 @@ impl Pool {
         mut request: Request<Body>,
     ) -> Result<Response<Guarded<super::Place>>, LocalError> {
         *request.version_mut() = Version::HTTP_2;
+        let (response, place) = self.sent(dialler, request).await?;
+        let place = super::Place::Http2 { _place: place };
+        Ok(response.map(|body| Guarded::new(Body::from(body).shelved(&self.shelf), place)))
+    }
+
+    /// Sends a request; once more, over another connection, if it comes back untouched because the service has just said that it
+    /// ends the first one, as those do that end them by their age.
+    async fn sent(
+        &self,
+        dialler: &Dialler,
+        mut request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Place), LocalError> {
+        let is_tunnel = request.extensions().get::<hyper::ext::Protocol>().is_some();
         let mut is_first = true;
         loop {
             let place = self.place(dialler).await?;
             let mut sender = place.0.sender.clone();
-            let sent = match sender.ready().await {
-                Ok(()) => sender.try_send_request(request).await,
-                Err(error) => return Err(failed(&error, true)),
-            };
-            match sent {
-                Ok(response) => {
-                    let place = super::Place::Http2 { _place: place };
-                    return Ok(response.map(|body| Guarded::new(Body::from(body).shelved(&self.shelf), place)));
-                }
+            sender.ready().await.map_err(|error| failed(&error, true))?;
+            if is_tunnel && !place.0.takes_protocols.load(Relaxed) {
+                return Err(not_switched("it has not said that it takes extended CONNECT", Sent::No));
+            }
+            match sender.try_send_request(request).await {
+                Ok(response) => return Ok((response, place)),
                 Err(mut error) => match error.take_message() {
-                    // The service has just said that it ends the connection, as those do that end them by their age: the
-                    // request is as it was, and goes over another one.
                     Some(unsent) if std::mem::take(&mut is_first) => {
                         self.lock().retain(|other| !Arc::ptr_eq(other, &place.0));
                         request = unsent;
@@ -130,14 +141,7 @@ impl Pool {
             protocol.ok_or_else(|| not_switched("over HTTP/2 it can be asked for WebSocket only", Sent::No))?;
         parts.version = Version::HTTP_2;
         parts.extensions.insert(hyper::ext::Protocol::from(protocol.0.as_str()));
-        let place = self.place(dialler).await?;
-        let mut sender = place.0.sender.clone();
-        sender.ready().await.map_err(|e| failed(&e, true))?;
-        if !place.0.takes_protocols.load(Relaxed) {
-            return Err(not_switched("it has not said that it takes extended CONNECT", Sent::No));
-        }
-        let sent = sender.send_request(Request::from_parts(parts, Body::empty())).await;
-        let mut response = sent.map_err(|error| failed(&error, false))?;
+        let (mut response, place) = self.sent(dialler, Request::from_parts(parts, Body::empty())).await?;
         let place: TunnelPlace = Arc::new((place, admitted));
         if !response.status().is_success() {
             return Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Tunnel { _place: place })));

@@ -232,6 +232,8 @@ impl MeshClient {
         // What an operator says of methods, he says of calls.
         let is_repeatable = parts.method.is_idempotent() || retry.any_method && tunnel.is_none();
         let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
+        // Those of `dead` who had no work with it at all.
+        let mut unreached = 0;
         let mut broken = 0;
         let mut failed = None;
         loop {
@@ -249,7 +251,7 @@ impl MeshClient {
             if tried.is_empty() {
                 called.budget.earn(retry.budget);
             }
-            let attempt = (tried.len() - dead.len()) as u32 + 1;
+            let attempt = (tried.len() - unreached) as u32 + 1;
             tried.push(candidate.instance.node);
             parts.headers.insert(names::ATTEMPT.clone(), names::numeral((earlier + attempt).into()));
             observed.attempted();
@@ -298,8 +300,9 @@ impl MeshClient {
                     }
                 }
                 // Nobody had any work with it, so that it costs no retry, only time.
-                Err(error) if error.fault == Fault::Mesh && !due.is_over() && dead.len() < MAX_UNREACHED => {
+                Err(error) if error.fault == Fault::Mesh && !due.is_over() && unreached < MAX_UNREACHED => {
                     called.passed_over();
+                    unreached += 1;
                     dead.push(node);
                     failed = Some(error);
                     continue;

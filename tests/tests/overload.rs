@@ -236,3 +236,55 @@ async fn retries_are_as_many_as_the_upstream_says() {
         assert_eq!(seen.load(SeqCst) - before, attempts, "{method} over {port}");
     }
 }
+
+/// Where all have too much to do, a call is refused after as many attempts as any other, and has not asked everybody.
+#[tokio::test]
+async fn a_call_that_nobody_has_room_for_does_not_ask_everybody() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let names = ["a", "b", "c", "d", "e", "f"];
+    for name in names {
+        // No call gets its answer's head; so each that waits has the only place.
+        let file = cluster.dir().join(format!("{name}.toml"));
+        let hang = free_port();
+        let listener = tokio::net::TcpListener::bind(hang).await.unwrap();
+        tokio::spawn(async move {
+            let mut kept = Vec::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                kept.push(stream);
+            }
+        });
+        let service =
+            format!("[[service]]\nname = \"web\"\naddr = \"{hang}\"\nlimits = {{ calls = 1, adaptive = false }}\n");
+        std::fs::write(&file, service).unwrap();
+        let token = cluster.token(&["--service", "web"]).await.unwrap();
+        let node = NodeSpec::named(name).flag("--config").flag(file.to_string_lossy());
+        cluster.add_with_token(&node, &token).await.unwrap();
+    }
+    is_known(&cluster, "seed", "web", names.len()).await;
+    let door = cluster.node("seed").outbound;
+    let mut waiting = tokio::task::JoinSet::new();
+    // Enough that each instance has got one, whoever is asked.
+    for _ in 0..60 {
+        waiting.spawn(async move { Client::plain().get(door, "web", "/").await.map(|answer| answer.status) });
+    }
+    let shed = || async {
+        let mut all = 0.0;
+        for name in names {
+            let admin = cluster.node(name).admin;
+            let text = Client::plain().get(admin, &admin.to_string(), "/metrics").await.unwrap().text();
+            let line = text.lines().find(|line| line.starts_with("starling_shed_total")).unwrap().to_string();
+            all += line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+        }
+        all
+    };
+    // All but those who wait have been refused.
+    for _ in 0..60 - names.len() {
+        let refused = tokio::time::timeout(LIMIT, waiting.join_next()).await.unwrap().unwrap().unwrap().unwrap();
+        assert_eq!(refused, 503);
+    }
+    let before = shed().await;
+    let answer = Client::plain().get(door, "web", "/").await.unwrap();
+    assert_eq!((answer.status, answer.header("retry-after")), (503, "1"), "{}", answer.text());
+    let asked = shed().await - before;
+    assert!((1.0..=3.0).contains(&asked), "{asked} were asked");
+}

@@ -165,7 +165,7 @@ impl State {
             return false;
         }
         if self.limit.is_some() && now.saturating_duration_since(self.late) > LIFTED {
-            self.limit = None;
+            (self.limit, self.began) = (None, None);
         }
         let Some(limit) = self.limit else { return true };
         if (self.in_flight as f64) < limit {

@@ -217,7 +217,7 @@ impl State {
             return;
         }
         self.began = None;
-        self.usual = Some(quickest.min(usual * DRIFT).max(usual.min(quickest)));
+        self.usual = Some(quickest.min(usual * DRIFT));
         if let Some(limit) = &mut self.limit
             && most_in_flight > *limit * 0.8
         {

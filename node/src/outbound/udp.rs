@@ -132,10 +132,11 @@ impl Entry {
     /// Whether there was room for a packet.
     fn put(&self, packet: Bytes) -> bool {
         let length = packet.len();
-        let fits = self.waiting_bytes.load(Relaxed) + length <= WAITING_BYTES;
+        // Counted first: the flow may take it before this goes on, and counts it off then.
+        let fits = self.waiting_bytes.fetch_add(length, Relaxed) + length <= WAITING_BYTES;
         let has_room = fits && self.send.try_send(packet).is_ok();
-        if has_room {
-            self.waiting_bytes.fetch_add(length, Relaxed);
+        if !has_room {
+            self.waiting_bytes.fetch_sub(length, Relaxed);
         }
         has_room
     }

@@ -195,6 +195,30 @@ impl Cluster {
         self.ready(name).await
     }
 
+    /// Starts another process of a node, which takes over from the one that runs, and waits until it has; returns the one before.
+    pub async fn take_over(&mut self, name: &str) -> Result<Process> {
+        let before = self.start_beside(name, &["--take-over"])?;
+        let node = self.node(name);
+        let pid = before.pid().context("the process before has ended")?;
+        let limit = Instant::now() + Duration::from_secs(60);
+        while !node.process.log().contains(&format!("\"predecessor\":{pid}")) {
+            if Instant::now() > limit {
+                bail!("{name} does not take over: {}", node.process.log());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(before)
+    }
+
+    /// Starts another process of a node with the same arguments and more; returns the one before, which goes on as it will.
+    pub fn start_beside(&mut self, name: &str, more: &[&str]) -> Result<Process> {
+        let log = self.log_of(name);
+        let node = self.nodes.get_mut(name).with_context(|| format!("no node {name}"))?;
+        let args = node.args.iter().map(String::as_str).chain(more.iter().copied());
+        let process = Process::start(&self.binary, args, &log)?;
+        Ok(std::mem::replace(&mut node.process, process))
+    }
+
     /// SIGTERM, and waits for the end of the drain.
     pub async fn terminate(&mut self, name: &str) -> Result<std::process::ExitStatus> {
         let node = self.nodes.get_mut(name).with_context(|| format!("no node {name}"))?;

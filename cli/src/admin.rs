@@ -24,6 +24,17 @@ pub(crate) async fn ask<T: DeserializeOwned>(
     path: &str,
     body: Option<serde_json::Value>,
 ) -> Result<T, Failure> {
+    ask_for(TIMEOUT, admin, method, path, body).await
+}
+
+/// The same, of what may take longer.
+pub(crate) async fn ask_for<T: DeserializeOwned>(
+    limit: Duration,
+    admin: &str,
+    method: Method,
+    path: &str,
+    body: Option<serde_json::Value>,
+) -> Result<T, Failure> {
     let bytes = body.map(|b| Bytes::from(b.to_string())).unwrap_or_default();
     let asked = async {
         // As `node --admin` takes it, it is no path.
@@ -43,7 +54,7 @@ pub(crate) async fn ask<T: DeserializeOwned>(
             }
         }
     };
-    let (status, bytes) = tokio::time::timeout(TIMEOUT, asked)
+    let (status, bytes) = tokio::time::timeout(limit, asked)
         .await
         .map_err(|_| Failure::unreachable(format!("the node at {admin} does not answer")))??;
     if !status.is_success() {

@@ -43,6 +43,8 @@ pub(crate) enum Command {
     Ping(PingArgs),
     /// Give a dead member up for good: shown as left, and not called on any more
     ForceLeave(ForceLeaveArgs),
+    /// A new process takes over from the running one, connections kept
+    Upgrade(UpgradeArgs),
     /// Finish what is under way and leave
     Drain(ClientArgs),
     /// Leave for good: the mesh will show the node as left, not down
@@ -300,6 +302,9 @@ pub(crate) struct NodeArgs {
     /// Base URL of a collector for traces and metrics (OTLP over HTTP), like `http://127.0.0.1:4318`
     #[arg(long, env = "STARLING_OTLP", value_name = "URL")]
     pub(crate) otlp: Option<String>,
+    /// Take the place of the process that runs on the same state directory, without a break
+    #[arg(long)]
+    pub(crate) take_over: bool,
     /// Share of the traces that begin here which are recorded, 0 to 1 [default: 0.01]
     #[arg(long, env = "STARLING_SAMPLE", value_name = "SHARE")]
     pub(crate) sample: Option<f64>,
@@ -313,6 +318,18 @@ pub(crate) struct EdgeArgs {
     /// Join token, for the first start
     #[arg(long, env = "STARLING_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
+    /// Take the place of the process that runs on the same state directory, without a break
+    #[arg(long)]
+    pub(crate) take_over: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UpgradeArgs {
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    /// The program to run [default: the one that runs, by its path]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) binary: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

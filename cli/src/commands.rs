@@ -16,7 +16,9 @@ pub(crate) mod ping;
 pub(crate) mod sample;
 pub(crate) mod services;
 pub(crate) mod status;
+pub(crate) mod takeover;
 pub(crate) mod token;
+pub(crate) mod upgrade;
 
 /// `starling completions`
 pub(crate) fn completions(shell: clap_complete::Shell) {

@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod logging;
 mod output;
+mod service_manager;
 
 use std::process::ExitCode;
 
@@ -49,6 +50,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Ping(args) => commands::ping::run(&args).await,
         Command::ForceLeave(args) => commands::force_leave::run(&args).await,
         Command::Names(args) => commands::names::run(&args).await,
+        Command::Upgrade(args) => commands::upgrade::run(&args).await,
         Command::Drain(args) => commands::drain::run(&args, "/v1/drain").await,
         Command::Leave(args) => commands::drain::run(&args, "/v1/leave").await,
         Command::Keys { command } => commands::keys::run(&command).await,

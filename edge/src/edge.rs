@@ -5,11 +5,8 @@ use std::{num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
-use starling_http::{
-    accept::Sources,
-    shared_port::{self, UdpGroup},
-};
-use starling_node::{ExtraRoutes, Node, StartError, StateDir, config::Config};
+use starling_http::{accept::Sources, shared_port::UdpGroup};
+use starling_node::{ExtraRoutes, Node, Place, StartError, StateDir, config::Config};
 use starling_protocol::{NodeKind, admin};
 
 use crate::{
@@ -49,8 +46,14 @@ pub struct Edge {
 }
 
 impl Edge {
-    /// Starts a node and its public listeners. `path` is where the configuration is read again on a reload.
-    pub async fn start(config: &Config, sections: EdgeSections, path: PathBuf) -> Result<Self, EdgeError> {
+    /// Starts a node and its public listeners. `path` is where the configuration is read again on a reload. For `place` see
+    /// [`Node::start`].
+    pub async fn start(
+        config: &Config,
+        sections: EdgeSections,
+        path: PathBuf,
+        place: &mut Place,
+    ) -> Result<Self, EdgeError> {
         let provider = starling_node::crypto_provider();
         let keys_path = config.node.state.clone().ok_or(StartError::NoState)?.join(KeyFile::NAME);
         let seen = Seen::now(&path, &keys_path);
@@ -60,23 +63,23 @@ impl Edge {
         let policy = Policy::new(&sections, None).map_err(EdgeError::Config)?;
         let listen = sections.edge.listen;
         let workers = config.node.workers;
-        let bind =
-            |what, addr, listeners| shared_port::tcp(addr, listeners).map_err(|e| StartError::bind(what, addr, e));
+        let ports = place.ports();
         // Where ports cannot be shared there is one socket of each kind; the node says so of its own.
         let UdpGroup { sockets, .. } =
-            shared_port::udp(listen, 0, workers).map_err(|e| StartError::bind("the public port (UDP)", listen, e))?;
+            ports.quic(listen, 0, workers).map_err(|e| StartError::bind("the public port (UDP)", listen, e))?;
         let endpoints = sockets.len();
         let bound = sockets[0].local_addr().map_err(|e| StartError::bind("the public port (UDP)", listen, e))?;
-        let tcp = bind("the public port (TCP)", bound, endpoints)?;
+        let owners: Vec<_> = (0..).take(endpoints).map(|index| ports.owned_by(index)).collect();
+        let tcp = ports.tcp(bound, endpoints).map_err(|e| StartError::bind("the public port (TCP)", bound, e))?;
         let redirect = match sections.edge.redirect {
-            Some(addr) => bind("the redirect port", addr, 1)?.pop(),
+            Some(addr) => ports.tcp(addr, 1).map_err(|e| StartError::bind("the redirect port", addr, e))?.pop(),
             None => None,
         };
         let tls =
             listener::tcp_tls(provider.clone(), certificates.clone()).map_err(|e| EdgeError::Config(e.to_string()))?;
         let quic = listener::quic_config(provider, certificates.clone()).map_err(EdgeError::Config)?;
 
-        let node = Node::start(config, NodeKind::Edge).await?;
+        let node = Node::start(config, NodeKind::Edge, place).await?;
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?).map_err(StartError::from)?;
         let keys = Arc::new(KeyFile::open(state.clone())?);
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
@@ -106,16 +109,16 @@ impl Edge {
         let places = listener::places();
         let shelves: Vec<_> = node.workers().iter().map(|_| listener::shelf(node.workers().len())).collect();
         let mut public = Vec::new();
-        for ((worker, shelf), socket) in node.workers().iter().zip(&shelves).zip(sockets) {
+        for (((worker, shelf), socket), owner) in node.workers().iter().zip(&shelves).zip(sockets).zip(owners) {
             let _runtime = worker.runtime().enter();
-            let endpoint = listener::quic_endpoint(socket, worker.number(), quic.clone())
+            let endpoint = listener::quic_endpoint(socket, owner, quic.clone())
                 .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
             let gateway = Gateway::on(worker, shared.clone());
             let (shelf, drain) = (shelf.clone(), drain.clone());
             worker.runtime().spawn(listener::serve_quic(endpoint.clone(), endpoints, gateway, shelf, drain));
             public.push(endpoint);
         }
-        for ((worker, shelf), tcp) in node.workers().iter().zip(&shelves).zip(tcp) {
+        for ((worker, shelf), tcp) in node.workers().iter().zip(&shelves).cycle().zip(tcp) {
             let gateway = Gateway::on(worker, shared.clone());
             let (tls, places, shelf, drain) = (tls.clone(), places.clone(), shelf.clone(), drain.clone());
             worker.runtime().spawn(async move {

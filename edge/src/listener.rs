@@ -105,10 +105,14 @@ pub(crate) fn quic_config(
     Ok(server)
 }
 
-/// The endpoint of the worker with that index.
-pub(crate) fn quic_endpoint(socket: UdpSocket, index: u8, server: quinn::ServerConfig) -> io::Result<quinn::Endpoint> {
+/// The endpoint of a worker.
+pub(crate) fn quic_endpoint(
+    socket: UdpSocket,
+    owner: OwnedBy,
+    server: quinn::ServerConfig,
+) -> io::Result<quinn::Endpoint> {
     let mut config = quinn::EndpointConfig::default();
-    config.cid_generator(move || Box::new(OwnedBy(index)));
+    config.cid_generator(move || Box::new(owner));
     quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
 }
 
@@ -145,7 +149,7 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
     .await;
 }
 
-/// Accepts at one of `endpoints` until the drain, or until it closes.
+/// Accepts at one of `endpoints` until it closes: who comes while it drains is told so, as he could not be by silence.
 pub(crate) async fn serve_quic(
     endpoint: quinn::Endpoint,
     endpoints: usize,
@@ -153,17 +157,13 @@ pub(crate) async fn serve_quic(
     shelf: Shelf,
     drain: Drain,
 ) {
-    let of = drain.clone();
-    let accepting = accept::quic(endpoint, ROOM.shared_by(endpoints), move |connection| {
-        let (gateway, shelf, of) = (gateway.clone(), shelf.clone(), of.clone());
+    accept::quic(endpoint, ROOM.shared_by(endpoints), move |connection| {
+        let (gateway, shelf, drain) = (gateway.clone(), shelf.clone(), drain.clone());
         async move {
-            let _ = of.clone().spawn(serve_h3(connection, gateway, shelf, of)).await;
+            let _ = drain.clone().spawn(serve_h3(connection, gateway, shelf, drain)).await;
         }
-    });
-    tokio::select! {
-        () = accepting => {}
-        () = drain.draining() => {}
-    }
+    })
+    .await;
 }
 
 async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf, drain: Drain) {

@@ -40,6 +40,32 @@ enum Command {
     Counters(oneshot::Sender<Counters>),
     Details(oneshot::Sender<Vec<Detail>>),
     Leave(oneshot::Sender<()>),
+    Rest(oneshot::Sender<()>),
+    Wake,
+}
+
+impl Command {
+    /// Whether a node that rests has nothing to do with it.
+    fn is_about_others(&self) -> bool {
+        match self {
+            Self::Datagram { .. }
+            | Self::Items { .. }
+            | Self::Summary { .. }
+            | Self::Delta { .. }
+            | Self::Ping { .. }
+            | Self::Checked { .. }
+            | Self::Publish { .. }
+            | Self::Strike { .. }
+            | Self::Malformed { .. } => true,
+            Self::Announce(_)
+            | Self::Seeds(_)
+            | Self::Counters(_)
+            | Self::Details(_)
+            | Self::Leave(_)
+            | Self::Rest(_)
+            | Self::Wake => false,
+        }
+    }
 }
 
 /// What outlives the process: whoever watches it stores it.
@@ -141,6 +167,17 @@ impl GossipHandle {
         self.ask(Command::Leave).await;
     }
 
+    /// Hears and says nothing more, and has nothing stored, until [`Self::wake`]: another process speaks for this node. Returns
+    /// when it is so.
+    pub async fn rest(&self) {
+        self.ask(Command::Rest).await;
+    }
+
+    /// Goes on, as after a time in which the process stood still.
+    pub async fn wake(&self) {
+        let _ = self.commands.send(Command::Wake).await;
+    }
+
     /// The mesh as it is now.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.borrow().clone()
@@ -186,6 +223,7 @@ pub fn spawn(mut gossip: Gossip) -> (GossipHandle, mpsc::Receiver<Outgoing>) {
 }
 
 async fn run(mut gossip: Gossip, mut inbox: mpsc::Receiver<Command>, outputs: Outputs) {
+    let mut rests = false;
     loop {
         let tick = tokio::time::sleep_until(gossip.next_tick().into());
         // Messages before timers: after a stall, the answers that wait in the inbox must be seen before the probes that
@@ -193,10 +231,16 @@ async fn run(mut gossip: Gossip, mut inbox: mpsc::Receiver<Command>, outputs: Ou
         tokio::select! {
             biased;
             command = inbox.recv() => match command {
+                Some(Command::Rest(done)) => {
+                    rests = true;
+                    let _ = done.send(());
+                }
+                Some(Command::Wake) => rests = false,
+                Some(command) if rests && command.is_about_others() => {}
                 Some(command) => handle(&mut gossip, command, &outputs),
                 None => return,
             },
-            () = tick => {
+            () = tick, if !rests => {
                 let now = Instant::now();
                 if let Ok(unix) = SystemTime::now().duration_since(UNIX_EPOCH) {
                     gossip.set_clock(now, unix.as_secs());
@@ -204,7 +248,10 @@ async fn run(mut gossip: Gossip, mut inbox: mpsc::Receiver<Command>, outputs: Ou
                 gossip.tick(now);
             }
         }
-        flush(&mut gossip, &outputs, Instant::now());
+        match rests {
+            true => drop(gossip.drain(Instant::now())),
+            false => flush(&mut gossip, &outputs, Instant::now()),
+        }
     }
 }
 
@@ -234,6 +281,8 @@ fn handle(gossip: &mut Gossip, command: Command, outputs: &Outputs) {
             flush(gossip, outputs, now);
             let _ = done.send(());
         }
+        // Of the task's own.
+        Command::Rest(_) | Command::Wake => {}
     }
 }
 

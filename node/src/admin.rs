@@ -43,6 +43,7 @@ pub(crate) trait Subject: Send + Sync + 'static {
     fn forget(&self, forget: admin::Forget) -> impl Future<Output = Result<(), String>> + Send;
     fn names(&self) -> Result<Vec<admin::OwnedName>, String>;
     fn free_name(&self, name: Name) -> impl Future<Output = Result<(), String>> + Send;
+    fn upgrade(&self, upgrade: admin::Upgrade) -> impl Future<Output = Result<admin::Upgraded, String>> + Send;
     fn drain(&self);
     fn reload(&self) -> Result<(), String>;
     fn extra(&self) -> Option<Arc<dyn ExtraRoutes>>;
@@ -161,6 +162,10 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
         },
         ("GET", "/v1/services") => json(StatusCode::OK, &subject.services()),
         ("GET", "/v1/status") => json(StatusCode::OK, &subject.status().await),
+        ("POST", "/v1/upgrade") => match read::<admin::Upgrade>(if body.is_empty() { b"{}" } else { &body }) {
+            Ok(upgrade) => answer_to(subject.upgrade(upgrade).await),
+            Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
+        },
         ("POST", "/v1/drain" | "/v1/leave") => {
             subject.drain();
             json(StatusCode::ACCEPTED, &serde_json::json!({"phase": "draining"}))
@@ -172,7 +177,8 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
         (
             _,
             "/livez" | "/readyz" | "/metrics" | "/v1/members" | "/v1/services" | "/v1/status" | "/v1/documents"
-            | "/v1/ping" | "/v1/forget" | "/v1/names" | "/v1/names/free" | "/v1/drain" | "/v1/leave" | "/v1/reload",
+            | "/v1/ping" | "/v1/forget" | "/v1/names" | "/v1/names/free" | "/v1/upgrade" | "/v1/drain" | "/v1/leave"
+            | "/v1/reload",
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "wrong method for this path"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see docs/operations.md"),
     }

@@ -105,6 +105,9 @@ pub struct NodeConfig {
     /// How long a drain waits for calls to finish.
     #[serde(deserialize_with = "duration")]
     pub drain_timeout: Duration,
+    /// How long the process before may take to finish, when this one takes over from it.
+    #[serde(deserialize_with = "duration")]
+    pub upgrade_timeout: Duration,
 }
 
 /// More than machines have cores that would be of use.
@@ -126,6 +129,7 @@ impl Default for NodeConfig {
             workers: std::thread::available_parallelism().map_or(1, usize::from).min(MAX_USUAL_WORKERS),
             cert_ttl: crate::identity::authority::DEFAULT_CERT_LIFE,
             drain_timeout: Duration::from_secs(15),
+            upgrade_timeout: Duration::from_secs(600),
         }
     }
 }

@@ -14,6 +14,7 @@ mod outbound;
 mod port;
 mod run;
 mod state;
+mod takeover;
 
 pub mod config;
 
@@ -33,5 +34,6 @@ pub use observe::{
     observer::{Answered, Observed, Observer},
     trace,
 };
-pub use run::{Node, StartError, Worker};
+pub use run::{EXIT_WITH, EXIT_WITH_PARENT, Node, StartError, TAKEOVER_ENVIRONMENT, Worker};
 pub use state::{StateDir, StateError, StateLock};
+pub use takeover::{Place, SOCKET as TAKEOVER_SOCKET, TakeoverError};

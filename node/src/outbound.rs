@@ -25,10 +25,7 @@ use tokio::{
     net::TcpListener,
 };
 
-pub(crate) use self::{
-    tcp::TcpDoor,
-    udp::{UdpDoor, bind as bind_udp},
-};
+pub(crate) use self::{tcp::TcpDoor, udp::UdpDoor};
 
 use crate::{
     Call, Carried, LimitSettings, MeshClient, RepeatSettings,

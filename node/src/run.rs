@@ -8,6 +8,7 @@ mod memory;
 mod reception;
 mod reload;
 mod subject;
+mod succession;
 mod upkeep;
 mod worker;
 
@@ -19,7 +20,7 @@ use std::{
 };
 
 use starling_gossip::{Gossip, GossipHandle, Ident, Memory};
-use starling_http::{Drain, accept::Sources, pseudonym};
+use starling_http::{Drain, accept::Sources, pseudonym, shared_port::Ports};
 use starling_protocol::{Name, NodeKind, Phase};
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -46,18 +47,23 @@ use crate::{
     outbound::{self, Complaints, Door, TcpDoor, UdpDoor},
     port::endpoint::{CONTROL, MeshEndpoint, Windows, load_or_create_reset_key},
     state::{StateDir, StateLock},
+    takeover::Place,
 };
 
 pub use self::error::StartError;
 pub(crate) use self::life::keep_peers;
-pub use self::worker::Worker;
 use self::{
     addresses::{Bound, DoorFrame, Leads, MESH_PORT, tokio_listener},
     establish::{Established, establish_identity},
     life::{announcement, next_generation, remembered_peers, zone_of},
     reception::Reception,
+    succession::Succession,
     upkeep::{resolve_seeds, take_stock},
     worker::Thread,
+};
+pub use self::{
+    succession::{ENVIRONMENT as TAKEOVER_ENVIRONMENT, EXIT_WITH, EXIT_WITH_PARENT},
+    worker::Worker,
 };
 
 /// How long peers get to take in that this node drains, before its connections say so.
@@ -72,7 +78,6 @@ pub struct Node {
     /// Ends with the node.
     export: Mutex<Option<Export>>,
     drain_asked: CancellationToken,
-    _lock: StateLock,
 }
 
 struct Running {
@@ -82,6 +87,7 @@ struct Running {
     links: Links,
     condition: Condition,
     documents: Documents,
+    admission: Admission,
     control: MeshEndpoint,
     calls: Arc<Calls>,
     /// Of the control thread: it takes calls where nobody else can.
@@ -94,6 +100,13 @@ struct Running {
     /// Of the application's doors, which last as long as calls that it may need them for.
     doors_drain: Drain,
     drain_asked: CancellationToken,
+    state: StateDir,
+    lock: StateLock,
+    /// Where it listens, for a process that takes over.
+    ports: Mutex<Ports>,
+    succession: Succession,
+    /// What only the process does that speaks for the node.
+    duties: Mutex<JoinSet<()>>,
     generation: u64,
     kind: NodeKind,
     listen: SocketAddr,
@@ -116,8 +129,10 @@ struct Extra {
 }
 
 impl Node {
-    /// Binds, joins if need be, and starts. Nothing of a join is spent before every address is bound.
-    pub async fn start(config: &Config, kind: NodeKind) -> Result<Self, StartError> {
+    /// Binds, joins if need be, and starts. Nothing of a join is spent before every address is bound. Where `place` is another
+    /// process's, this one knows what there is in the mesh before its doors open; the other one goes on until
+    /// [`Node::take_charge`].
+    pub async fn start(config: &Config, kind: NodeKind, place: &mut Place) -> Result<Self, StartError> {
         if let Some((key, problem)) = config.problems().into_iter().next() {
             return Err(StartError::Config { key, problem });
         }
@@ -133,12 +148,24 @@ impl Node {
                 None => None,
             };
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
-        let lock = state.lock()?;
-
-        let Bound { listen, advertise, control_socket, worker_sockets, admin_listener, doors } = Bound::all(config)?;
+        let before = place.told().cloned();
+        let lock = match &before {
+            None => Some(state.lock()?),
+            Some(_) => None,
+        };
+        let bound = Bound::all(config, place.ports())?;
+        let Bound { listen, advertise, control_socket, worker_sockets, admin_listener, doors } = bound;
 
         let threads = (0..worker_sockets.len() as u8).map(Thread::start).collect::<io::Result<Vec<_>>>();
         let threads = threads.map_err(StartError::Threads)?;
+        // The process before, if there is one, writes no state from here on.
+        let lock = match (lock, place.ready().await?) {
+            (Some(lock), _) => lock,
+            (None, Some(shared)) => state.shared_lock(shared)?,
+            (None, None) => state.lock()?,
+        };
+        let ports = std::mem::take(place.ports());
+        let known = before.as_ref().map_or(&[][..], |before| &before.health);
 
         let authority = Authority::load(&state)?.map(|a| Arc::new(a.with_cert_life(config.node.cert_ttl)));
         let Established { identity, peers: peers_told } = establish_identity(config, kind, &state, &authority).await?;
@@ -156,7 +183,8 @@ impl Node {
         // Where ports cannot be shared, the main thread takes everything.
         let takes_calls = worker_sockets.iter().all(Option::is_none);
         let endpoint = |socket, index, takes_calls| {
-            MeshEndpoint::new(socket, listen, index, takes_calls, &identity, &reset_key, windows).map_err(io_error)
+            MeshEndpoint::new(socket, listen, ports.owned_by(index), takes_calls, &identity, &reset_key, windows)
+                .map_err(io_error)
         };
         let control = endpoint(Some(control_socket), CONTROL, takes_calls)?;
 
@@ -168,7 +196,7 @@ impl Node {
         let (contacts, known_contacts) = watch::channel(remembered.clone());
         let gossip = Gossip::new(
             me,
-            announcement(config, kind, &identity, &authority),
+            announcement(config, kind, &identity, &authority, known),
             Arc::new(RecordCredentials(identity.clone())),
             Memory { peers: remembered, documents: kept.newest, floors: kept.floors },
             &starling_gossip::Config::new(config.gossip.profile),
@@ -205,15 +233,18 @@ impl Node {
             Ok(Worker { thread, number, endpoint, client, observer, inbound })
         };
         let workers = (0..).zip(threads).zip(worker_sockets).map(start).collect::<Result<Vec<_>, StartError>>()?;
-        let condition = Condition::new(&config.service, gossip.clone());
+        let condition = Condition::new(&config.service, gossip.clone(), known);
+        let admission =
+            Admission::new(identity.clone(), authority.clone(), gossip.clone(), documents.clone(), control.clone());
         let drain = Drain::default();
         let doors_drain = Drain::default();
         let drain_asked = CancellationToken::new();
         let running = Arc::new(Running {
-            authority: authority.clone(),
+            authority,
             gossip: gossip.clone(),
             links: links.clone(),
             documents,
+            admission: admission.clone(),
             control: control.clone(),
             calls,
             inbound: inbound.clone(),
@@ -222,6 +253,11 @@ impl Node {
             drain: drain.clone(),
             doors_drain: doors_drain.clone(),
             drain_asked: drain_asked.clone(),
+            state: state.clone(),
+            lock,
+            ports: Mutex::new(ports),
+            succession: Succession::default(),
+            duties: Mutex::default(),
             generation,
             kind,
             listen,
@@ -255,7 +291,6 @@ impl Node {
             };
             Export::start(collectors, sources)
         });
-        let admission = Admission::new(identity, authority, gossip.clone(), running.documents.clone(), control.clone());
         let strangers = Sources::default();
         let reception = |inbound: &Inbound| Reception {
             running: running.clone(),
@@ -272,27 +307,33 @@ impl Node {
                 worker.runtime().spawn(reception(&worker.inbound).accept(listening.clone(), workers.len()));
             }
         }
-        tokio::spawn(names::run(admission.clone()));
-        tokio::spawn(renewal::run(admission, state.clone(), known_contacts));
-        tokio::spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
+        tokio::spawn(renewal::run(admission.clone(), state.clone(), known_contacts));
         tokio::spawn(take_stock(
             running.clone(),
             workers.iter().map(|worker| (worker.runtime().clone(), worker.client.clone())).collect(),
         ));
         tokio::spawn(memory::give_back());
-        health::spawn(&config.service, &condition);
-        tokio::spawn(reachability::watch(gossip.clone(), links.clone(), condition));
+        {
+            let mut duties = running.duties();
+            duties.spawn(names::run(admission));
+            duties.spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
+            health::spawn(&config.service, &condition, &mut duties);
+            duties.spawn(reachability::watch(gossip.clone(), links.clone(), condition));
+        }
+        if let Some(before) = before {
+            running.meet_the_mesh(before.members).await?;
+        }
 
         let admin_listener =
             tokio_listener(admin_listener).map_err(|e| StartError::bind("the admin API", config.admin.listen, e))?;
-        tokio::spawn(admin::serve_tcp(admin_listener, running.clone()));
+        running.duties().spawn(admin::serve_tcp(admin_listener, running.clone()));
         let (socket, subject) = (state.path().join("admin.sock"), running.clone());
-        tokio::spawn(async move { admin::serve_unix(&socket, subject).await });
+        running.duties().spawn(async move { admin::serve_unix(&socket, subject).await });
 
         for (nth, frame) in doors.into_iter().enumerate() {
             open_door(frame, nth, &workers, &running);
         }
-        Ok(Self { running, workers, export: Mutex::new(export), drain_asked, _lock: lock })
+        Ok(Self { running, workers, export: Mutex::new(export), drain_asked })
     }
 
     /// The threads that carry calls: listeners of an edge run there too.
@@ -366,6 +407,7 @@ impl Node {
         self.drain_asked.cancel();
         running.gossip.announce(|a| a.phase = Phase::Draining).await;
         tokio::time::sleep(DRAIN_GRACE).await;
+        running.ports().close_listeners();
         let begun = Instant::now();
         let others = running.drain.finish(patience).await;
         let own = running.doors_drain.finish(patience.saturating_sub(begun.elapsed())).await;
@@ -373,6 +415,12 @@ impl Node {
         running.gossip.leave().await;
         tokio::time::sleep(LEAVE_GRACE).await;
         running.documents.acquit();
+        self.close().await;
+        finished
+    }
+
+    /// Sends what is left to be told, and closes what is open.
+    async fn close(&self) {
         let export = self.export.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(export) = export {
             export.finish().await;
@@ -382,7 +430,6 @@ impl Node {
             endpoints.cloned().map(|endpoint| async move { endpoint.close().await }).collect();
         while closing.join_next().await.is_some() {}
         self.workers.iter().for_each(Worker::stop);
-        finished
     }
 }
 
@@ -401,7 +448,7 @@ fn open_door(DoorFrame { leads, limits, repeats }: DoorFrame, nth: usize, worker
     let (drain, failed) = (&running.doors_drain, |error| tracing::error!(%error, "an outbound port"));
     match leads {
         Leads::Http(service, listeners) => {
-            for (worker, listener) in workers.iter().zip(listeners) {
+            for (worker, listener) in workers.iter().cycle().zip(listeners) {
                 let (door, drain) = (door(worker, service.clone()), drain.clone());
                 worker.runtime().spawn(async move {
                     match tokio_listener(listener) {
@@ -413,7 +460,7 @@ fn open_door(DoorFrame { leads, limits, repeats }: DoorFrame, nth: usize, worker
         }
         Leads::Tcp(service, listeners) => {
             let complaints = Complaints::default();
-            for (worker, listener) in workers.iter().zip(listeners) {
+            for (worker, listener) in workers.iter().cycle().zip(listeners) {
                 let (door, drain) =
                     (TcpDoor::new(door(worker, None), service.clone(), complaints.clone()), drain.clone());
                 worker.runtime().spawn(async move {
@@ -438,6 +485,14 @@ fn open_door(DoorFrame { leads, limits, repeats }: DoorFrame, nth: usize, worker
 }
 
 impl Running {
+    fn ports(&self) -> std::sync::MutexGuard<'_, Ports> {
+        self.ports.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn duties(&self) -> std::sync::MutexGuard<'_, JoinSet<()>> {
+        self.duties.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     fn extra(&self) -> std::sync::MutexGuard<'_, Extra> {
         self.extra.lock().unwrap_or_else(|e| e.into_inner())
     }

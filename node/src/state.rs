@@ -4,7 +4,10 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -34,6 +37,12 @@ pub enum StateError {
         /// The directory.
         path: PathBuf,
     },
+    /// The process that is taken over has another one.
+    #[error("{path} is not the state directory of the running process; a process that takes over has the same")]
+    Another {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A newer version wrote it.
     #[error("{path} was written by a newer version of starling; use that version, or restore an older backup")]
     Newer {
@@ -59,7 +68,14 @@ pub struct StateDir {
 /// Holds the directory for one process; the system lets go of it when the process ends, however it ends.
 #[derive(Debug)]
 pub struct StateLock {
-    _file: File,
+    file: File,
+}
+
+impl StateLock {
+    /// The same lock, for another process: it holds until both have let go.
+    pub(crate) fn share(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
 }
 
 impl StateDir {
@@ -129,9 +145,21 @@ impl StateDir {
             .open(&path)
             .map_err(|source| StateError::Io { action: "open", path: path.clone(), source })?;
         match file.try_lock() {
-            Ok(()) => Ok(StateLock { _file: file }),
+            Ok(()) => Ok(StateLock { file }),
             Err(TryLockError::WouldBlock) => Err(StateError::InUse { path: self.root.clone() }),
             Err(TryLockError::Error(source)) => Err(StateError::Io { action: "lock", path, source }),
+        }
+    }
+
+    /// The lock that another process shares with this one, if it is the one of this directory.
+    pub(crate) fn shared_lock(&self, shared: OwnedFd) -> Result<StateLock, StateError> {
+        use std::os::unix::fs::MetadataExt;
+        let (file, path) = (File::from(shared), self.root.join("lock"));
+        let io = |source| StateError::Io { action: "look at", path: path.clone(), source };
+        let [there, here] = [file.metadata().map_err(io)?, fs::metadata(&path).map_err(io)?];
+        match (there.dev(), there.ino()) == (here.dev(), here.ino()) {
+            true => Ok(StateLock { file }),
+            false => Err(StateError::Another { path: self.root.clone() }),
         }
     }
 

@@ -346,9 +346,31 @@ pub struct Status {
     /// Where another node runs with this one's key; absent unless two do, or did ten minutes ago.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub also_at: Option<SocketAddr>,
+    /// Process id of the one before this one, which still finishes what it has; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub predecessor: Option<u32>,
     /// Why the last reload was refused; absent when it was taken.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reload_error: Option<String>,
+}
+
+/// A wish that a new process takes over.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Upgrade {
+    /// The program to run, with the arguments of the one that runs; the same program if absent.
+    pub binary: Option<String>,
+}
+
+/// A process has taken over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgraded {
+    /// Its process id.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Process id of the one before, which finishes what it has.
+    pub predecessor: u32,
 }
 
 /// A public route of an edge.

@@ -2,37 +2,70 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use rustix::{
+    event::{PollFd, PollFlags},
+    process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open},
+};
 use starling_node::{
-    Node,
+    EXIT_WITH, EXIT_WITH_PARENT, Node, Place,
     config::{self, CheckedProtocol, Config, ServiceConfig, UpstreamConfig},
 };
 use starling_protocol::NodeKind;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{Failure, args::NodeArgs, logging};
+use crate::{Failure, args::NodeArgs, commands::takeover, logging, service_manager};
 
 pub(crate) async fn run(args: &NodeArgs) -> Result<(), Failure> {
     logging::start();
     follow_parent();
     raise_descriptors();
+    let mut place = takeover::place_by_environment().await?;
+    let (node, patience) = match start(args, &mut place).await {
+        Ok(started) => started,
+        Err(error) => {
+            place.give_up(&error.to_string()).await;
+            return Err(error);
+        }
+    };
+    until_done(&node, patience).await
+}
+
+async fn start(args: &NodeArgs, place: &mut Place) -> Result<(Node, Duration), Failure> {
     let config = configuration(args)?;
-    let patience = config.node.drain_timeout;
-    let node = Node::start(&config, NodeKind::Node).await?;
+    if args.take_over {
+        takeover::place_by_state(place, config.node.state.as_deref()).await?;
+    }
+    let node = Node::start(&config, NodeKind::Node, place).await?;
     if args.config.is_some() {
         let (args, reconfigure) = (args.clone(), node.reconfigurer());
         node.set_reload(move || reconfigure(&configuration(&args).map_err(|e| e.to_string())?));
     }
+    node.take_charge(place).await?;
     tracing::info!(name = %node.name(), mesh_port = %node.listen(), told = %node.advertise(), admin = %config.admin.listen, "node is up");
-    until_done(&node, patience).await
+    Ok((node, config.node.drain_timeout))
 }
 
-/// Serves until a signal or the admin API ends it: SIGTERM and SIGINT drain, a second one exits now, SIGHUP reloads.
+/// Serves until a signal or the admin API ends it: SIGTERM and SIGINT drain, a second one exits now, SIGHUP reloads; or until
+/// another process has taken over, and then finishes what it has.
 pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Failure> {
     let mut term = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hang_up = signal(SignalKind::hangup())?;
+    service_manager::ready();
     loop {
         tokio::select! {
+            pid = node.superseded() => {
+                tracing::info!(pid, "another process has taken over; this one finishes what it has");
+                let hurry = async {
+                    tokio::select! {
+                        _ = term.recv() => {}
+                        _ = interrupt.recv() => {}
+                    }
+                };
+                let finished = node.finish_for_successor(hurry).await;
+                tracing::info!(finished, "this process is done");
+                return Ok(());
+            }
             _ = term.recv() => break,
             _ = interrupt.recv() => break,
             () = node.drain_asked() => break,
@@ -42,6 +75,7 @@ pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Fa
             }
         }
     }
+    service_manager::stopping();
     tracing::info!("draining; a second signal exits now");
     tokio::select! {
         finished = node.drain(patience) => {
@@ -65,14 +99,28 @@ pub(crate) fn raise_descriptors() {
     }
 }
 
-/// Ends with the process that started this one, if that one asks for it: a demo that is killed leaves nothing behind.
+/// Ends with the process that started this one, or another one, if that one asks for it: a demo that is killed leaves nothing
+/// behind.
 pub(crate) fn follow_parent() {
-    if std::env::var_os("STARLING_EXIT_WITH_PARENT").is_some() {
-        let signal = Some(rustix::process::Signal::KILL);
-        if let Err(error) = rustix::process::set_parent_process_death_signal(signal) {
-            tracing::warn!(%error, "cannot follow the parent process");
-        }
+    let Some(whom) = std::env::var_os(EXIT_WITH) else { return };
+    let followed = match whom.to_str().and_then(|pid| Pid::from_raw(pid.parse().ok()?)) {
+        Some(pid) if whom != EXIT_WITH_PARENT => follow(pid),
+        _ => rustix::process::set_parent_process_death_signal(Some(Signal::KILL)),
+    };
+    if let Err(error) = followed {
+        tracing::warn!(%error, "cannot follow the process that this one shall end with");
     }
+}
+
+/// Ends with a process that is not the parent.
+fn follow(pid: Pid) -> rustix::io::Result<()> {
+    let other = pidfd_open(pid, PidfdFlags::empty())?;
+    std::thread::spawn(move || {
+        // Readable when it has ended (pidfd_open(2)).
+        while rustix::event::poll(&mut [PollFd::new(&other, PollFlags::IN)], None).is_err() {}
+        let _ = kill_process(getpid(), Signal::KILL);
+    });
+    Ok(())
 }
 
 /// File, then environment and flags.

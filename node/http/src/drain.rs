@@ -21,9 +21,9 @@ pub struct Drain {
 
 impl Default for Drain {
     fn default() -> Self {
-        let draining = CancellationToken::new();
+        let whole = CancellationToken::new();
         let (leaving, closing, busy) = Default::default();
-        Self { whole: draining.clone(), draining, leaving, closing, busy }
+        Self { draining: whole.child_token(), whole, leaving, closing, busy }
     }
 }
 
@@ -54,6 +54,11 @@ impl Drain {
         self.busy.spawn(task)
     }
 
+    /// Whether new work should no longer be taken.
+    pub fn has_begun(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
     /// Resolves when new work should no longer be taken. Cancel safe.
     pub async fn draining(&self) {
         self.draining.cancelled().await;
@@ -81,6 +86,12 @@ impl Drain {
 
     /// Asks everybody to finish; cuts off whoever has not after `patience`. Returns whether all finished by themselves.
     pub async fn finish(&self, patience: Duration) -> bool {
+        self.whole.cancel();
+        self.finish_connections(patience).await
+    }
+
+    /// The same where the whole goes on, in another process: each connection goes away as a part of it.
+    pub async fn finish_connections(&self, patience: Duration) -> bool {
         self.draining.cancel();
         self.busy.close();
         let in_time = tokio::time::timeout(patience, self.busy.wait()).await.is_ok();

@@ -22,6 +22,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest head, in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
+/// How long a connection that drains is kept for one more request; the answer says that it was the last.
+const LAST_REQUEST: Duration = Duration::from_secs(1);
+
 /// What a connection speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Speaks {
@@ -62,10 +65,10 @@ where
         Speaks::Http1 => http1::serve(stream, &limits, drain, handler).await,
         Speaks::Http2 => http2::serve(stream, &limits, drain, handler).await,
         Speaks::Either => {
-            // Nothing is under way before the first bytes are here.
             let seen = tokio::select! {
                 seen = preface::look(stream, limits.idle, HEAD_TIMEOUT) => seen,
-                () = drain.draining() => return,
+                () = no_more_requests(&drain) => return,
+                () = drain.closing() => return,
             };
             match seen {
                 Some((stream, true)) => http2::serve(stream, &limits, drain, handler).await,
@@ -74,6 +77,13 @@ where
             }
         }
     }
+}
+
+/// Resolves some time after a drain has begun: a request may have been on its way, and where it cannot be said which ones were
+/// taken, a connection that closes too soon leaves its client in doubt (RFC 9112 §9.5).
+async fn no_more_requests(drain: &Drain) {
+    drain.draining().await;
+    tokio::time::sleep(LAST_REQUEST).await;
 }
 
 /// Whether an HTTP/2 server says of a request that it did nothing about it (RFC 9113 §8.7).

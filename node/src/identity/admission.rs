@@ -13,7 +13,7 @@ use starling_protocol::{
     Application, CloseCode, Floor, Framed, Grant, Join, Ledger, MAX_JOIN_FRAME_BYTES, Name, NodeId, Refusal, Relayed,
     Renew, SignedAnswer, TokenClaims, Unsupported, alpn, decode, encode,
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
     Identity,
@@ -124,6 +124,16 @@ impl Admission {
         };
         let _ = tokio::time::timeout(REQUEST_TIMEOUT, exchange).await;
         connection.close((CloseCode::Done as u32).into(), b"");
+    }
+
+    /// Decides nothing more, and waits for what is being decided, until what is returned is dropped.
+    pub(crate) async fn rest(&self) -> Option<OwnedSemaphorePermit> {
+        self.decided.clone().acquire_many_owned(MAX_DECIDED as u32).await.ok()
+    }
+
+    /// Decides nothing more for good; what comes is carried to others.
+    pub(crate) fn retire(&self) {
+        self.decided.close();
     }
 
     async fn answer(&self, frame: Frame, from_member: bool, from: SocketAddr) -> Reply {

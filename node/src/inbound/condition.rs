@@ -8,7 +8,7 @@ use std::{
 use starling_gossip::GossipHandle;
 use starling_protocol::{Name, ServiceState};
 
-use crate::config::ServiceConfig;
+use crate::{config::ServiceConfig, takeover::Health};
 
 /// The condition of the services here. Cheap to clone.
 #[derive(Clone)]
@@ -27,10 +27,10 @@ struct State {
 }
 
 impl Condition {
-    /// Of a service that is checked nobody knows how it is before the first check.
-    pub(crate) fn new(services: &[ServiceConfig], gossip: GossipHandle) -> Self {
+    /// Of a service that is checked nobody knows how it is before the first check, but for what the process before has `known`.
+    pub(crate) fn new(services: &[ServiceConfig], gossip: GossipHandle, known: &[Health]) -> Self {
         let checked = services.iter().filter(|service| service.health.is_some());
-        let health = checked.map(|service| (service.name.clone(), ServiceState::Unhealthy)).collect();
+        let health = checked.map(|service| (service.name.clone(), at_first(service, known))).collect();
         Self(Arc::new(Inner { gossip, state: Mutex::new(State { health, not_reached: None }) }))
     }
 
@@ -58,6 +58,21 @@ impl Condition {
         self.lock().not_reached.clone()
     }
 
+    /// How the services are that are checked, for a process that takes over.
+    pub(crate) fn health(&self, services: &[ServiceConfig]) -> Vec<Health> {
+        let state = self.lock();
+        let known = |service: &ServiceConfig| {
+            let state = *state.health.get(&service.name)?;
+            Some(Health { service: service.name.clone(), addr: service.addr, state })
+        };
+        services.iter().filter_map(known).collect()
+    }
+
+    /// How a service is that is checked.
+    pub(crate) fn of(&self, service: &Name) -> ServiceState {
+        self.lock().health.get(service).copied().unwrap_or(ServiceState::Unhealthy)
+    }
+
     async fn announce(&self) {
         // Read when it is announced, so that whoever comes second does not announce the older state.
         let of = self.clone();
@@ -76,5 +91,14 @@ impl Condition {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// How a service is before it is checked here.
+pub(crate) fn at_first(service: &ServiceConfig, known: &[Health]) -> ServiceState {
+    let is_it = |health: &&Health| health.service == service.name && health.addr == service.addr;
+    match service.health {
+        None => ServiceState::Up,
+        Some(_) => known.iter().find(is_it).map_or(ServiceState::Unhealthy, |health| health.state),
     }
 }

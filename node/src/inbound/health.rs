@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use http::{Request, Uri};
 use starling_http::Body;
 use starling_protocol::ServiceState;
+use tokio::task::JoinSet;
 
 use crate::{
     config::{HealthConfig, ServiceConfig},
@@ -15,11 +16,11 @@ use crate::{
 const FAILURES: u32 = 2;
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Checks each service that asks for it, for as long as the node runs.
-pub(crate) fn spawn(services: &[ServiceConfig], condition: &Condition) {
+/// Checks each service that asks for it, as long as `tasks` run.
+pub(crate) fn spawn(services: &[ServiceConfig], condition: &Condition, tasks: &mut JoinSet<()>) {
     for service in services {
         if let Some(health) = service.health.clone() {
-            tokio::spawn(run(service.clone(), health, condition.clone()));
+            tasks.spawn(run(service.clone(), health, condition.clone()));
         }
     }
 }
@@ -31,9 +32,9 @@ async fn run(service: ServiceConfig, health: HealthConfig, condition: Condition)
         Some(Ok(target)) => Some(target),
         Some(Err(error)) => return tracing::error!(service = %service.name, %error, "health check path"),
     };
-    // Nobody knows yet: it was announced as unhealthy, and the first check decides.
-    let mut failures = FAILURES;
-    let mut state = ServiceState::Unhealthy;
+    let mut state = condition.of(&service.name);
+    // If nobody knows yet, it was announced as unhealthy, and the first check decides.
+    let mut failures = if state == ServiceState::Up { 0 } else { FAILURES };
     loop {
         let answered = tokio::time::timeout(CHECK_TIMEOUT, is_well(&local, target.as_ref()));
         let good = answered.await.unwrap_or(false);

@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -88,6 +88,8 @@ struct LinksState {
     /// Connections that are served, by peer, and what it may say over them.
     served: Mutex<HashMap<NodeId, Served>>,
     counters: LinkCounters,
+    /// Whether another process speaks for this node.
+    rests: AtomicBool,
 }
 
 /// How many connections of a peer are served, and what it may still say over them.
@@ -136,6 +138,7 @@ impl Links {
             dial_backs: Semaphore::new(DIAL_BACKS),
             served: Mutex::default(),
             counters: LinkCounters::default(),
+            rests: AtomicBool::new(false),
         }))
     }
 
@@ -188,8 +191,21 @@ impl Links {
         }
     }
 
+    /// Closes all connections and takes none, while another process speaks for this node; or takes them again.
+    pub(crate) fn rest(&self, rests: bool) {
+        self.0.rests.store(rests, Relaxed);
+        if rests {
+            for (_, connection) in self.table().live() {
+                connection.close((CloseCode::Leaving as u32).into(), b"another process takes over");
+            }
+        }
+    }
+
     /// Takes a connection that a peer has dialled.
     pub(crate) async fn accept(self, connection: quinn::Connection, peer: Peer) {
+        if self.0.rests.load(Relaxed) {
+            return connection.close((CloseCode::Leaving as u32).into(), b"another process takes over");
+        }
         if let Some(turn) = self.take_turn(peer.id, &connection) {
             self.adopt(&connection, peer.id, peer.id);
             self.serve(connection, turn, peer.expires).await;

@@ -270,10 +270,3 @@ impl Moved {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
-
-/// A socket for such a port.
-pub(crate) fn bind(addr: SocketAddr) -> io::Result<std::net::UdpSocket> {
-    let socket = std::net::UdpSocket::bind(addr)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
-}

@@ -8,12 +8,12 @@ use std::{
 };
 
 use aws_lc_rs::hmac;
-use quinn::{ConnectionIdGenerator, EndpointConfig, TokioRuntime, crypto::rustls::QuicClientConfig};
+use quinn::{EndpointConfig, TokioRuntime, crypto::rustls::QuicClientConfig};
 use starling_gossip::Profile;
 use starling_http::{
     Datagrams, Shelf, Transport,
     h3::Order,
-    shared_port::{self, OwnedBy},
+    shared_port::{self, OwnedBy, aimed_at},
     takes_large_packets,
 };
 
@@ -143,7 +143,7 @@ impl MeshEndpoint {
     pub(crate) fn new(
         socket: Option<UdpSocket>,
         like: SocketAddr,
-        index: u8,
+        owned: OwnedBy,
         takes_calls: bool,
         identity: &Arc<Identity>,
         reset_key: &[u8; 32],
@@ -151,7 +151,7 @@ impl MeshEndpoint {
     ) -> io::Result<Self> {
         let listen = |socket| {
             let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, reset_key)));
-            config.cid_generator(move || Box::new(OwnedBy(index)));
+            config.cid_generator(move || Box::new(owned));
             takes_large_packets(&mut config);
             let mut server = quinn::ServerConfig::with_crypto(tls::server_crypto(identity));
             let known = if takes_calls { windows.on(CALLS_IN) } else { GOSSIP_IN };
@@ -169,7 +169,7 @@ impl MeshEndpoint {
         takes_large_packets(&mut config);
         let dialling = quinn::Endpoint::new(config, None, shared_port::ephemeral(like)?, Arc::new(TokioRuntime))?;
         // Workers of a node aim at different ones, and nodes do not all aim at the same.
-        let aim = match index {
+        let aim = match owned.index() {
             CONTROL => CONTROL,
             worker => 1 + ((u16::from(identity.id().0[0]) + u16::from(worker)) % u16::from(HIGHEST)) as u8,
         };
@@ -254,7 +254,7 @@ pub(crate) fn joining_endpoint(addr: SocketAddr) -> io::Result<quinn::Endpoint> 
 pub(crate) fn client_config(crypto: Arc<QuicClientConfig>, aim: u8) -> quinn::ClientConfig {
     let mut config = quinn::ClientConfig::new(crypto);
     config.transport_config(CALLS_OUT.config());
-    config.initial_dst_cid_provider(Arc::new(move || OwnedBy(aim).generate_cid()));
+    config.initial_dst_cid_provider(Arc::new(move || aimed_at(aim)));
     config
 }
 

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
 };
 
-use starling_http::shared_port::{self, UdpGroup};
+use starling_http::shared_port::{Ports, UdpGroup};
 use starling_protocol::{MESH_PORT as MESH_PORT_NUMBER, Name};
 use tokio::net::TcpListener;
 
@@ -13,7 +13,6 @@ use super::StartError;
 use crate::{
     LimitSettings, RepeatSettings,
     config::{Config, UpstreamProtocol},
-    outbound,
 };
 
 /// What the mesh port is called where it cannot be had.
@@ -40,7 +39,7 @@ pub(super) struct DoorFrame {
     pub(super) repeats: RepeatSettings,
 }
 
-/// Where a door leads, and what it listens on: one listener a worker, or one socket in all.
+/// Where a door leads, and what it listens on: a listener a worker at least, or one socket in all.
 pub(super) enum Leads {
     /// By HTTP, to a service, or by host name if `None`.
     Http(Option<Name>, Vec<std::net::TcpListener>),
@@ -62,10 +61,10 @@ impl DoorFrame {
 
 impl Bound {
     /// Binds every address of the configuration, or says which one cannot be had.
-    pub(super) fn all(config: &Config) -> Result<Self, StartError> {
+    pub(super) fn all(config: &Config, ports: &mut Ports) -> Result<Self, StartError> {
         let wanted = config.node.listen;
         let failed = |e| StartError::bind(MESH_PORT, wanted, e);
-        let UdpGroup { sockets, alone } = shared_port::udp(wanted, 1, config.node.workers).map_err(failed)?;
+        let UdpGroup { sockets, alone } = ports.quic(wanted, 1, config.node.workers).map_err(failed)?;
         let mut sockets = sockets.into_iter();
         let control_socket = sockets.next().ok_or_else(|| failed(io::ErrorKind::Other.into()))?;
         let mut worker_sockets: Vec<_> = sockets.map(Some).collect();
@@ -77,34 +76,29 @@ impl Bound {
         }
         let workers = worker_sockets.len();
         let listen = control_socket.local_addr().map_err(failed)?;
-        let admin_listener = bind_tcp("the admin API", config.admin.listen)?;
+        let (what, addr) = ("the admin API", config.admin.listen);
+        let admin_listener = ports.tcp(addr, 1).and_then(|mut one| one.pop().ok_or(io::ErrorKind::Other.into()));
+        let admin_listener = admin_listener.map_err(|e| StartError::bind(what, addr, e))?;
         let mut doors = Vec::new();
         if let Some(addr) = config.outbound.listen {
             let what = "the outbound port";
-            let listeners = shared_port::tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
+            let listeners = ports.tcp(addr, workers).map_err(|e| StartError::bind(what, addr, e))?;
             let (leads, outbound) = (Leads::Http(None, listeners), &config.outbound);
             doors.push(DoorFrame { leads, limits: outbound.limits(), repeats: outbound.repeats() });
         }
         for upstream in &config.upstream {
             let (addr, service) = (upstream.listen, upstream.service.clone());
             let failed = |e| StartError::bind("an upstream port", addr, e);
-            let tcp = || shared_port::tcp(addr, workers).map_err(failed);
             let leads = match upstream.protocol {
-                UpstreamProtocol::Http => Leads::Http(Some(service), tcp()?),
-                UpstreamProtocol::Tcp => Leads::Tcp(service, tcp()?),
-                UpstreamProtocol::Udp => Leads::Udp(service, outbound::bind_udp(addr).map_err(failed)?),
+                UpstreamProtocol::Http => Leads::Http(Some(service), ports.tcp(addr, workers).map_err(failed)?),
+                UpstreamProtocol::Tcp => Leads::Tcp(service, ports.tcp(addr, workers).map_err(failed)?),
+                UpstreamProtocol::Udp => Leads::Udp(service, ports.udp(addr).map_err(failed)?),
             };
             doors.push(DoorFrame { leads, limits: upstream.limits(), repeats: upstream.repeats() });
         }
         let advertise = advertised(config, listen)?;
         Ok(Self { listen, advertise, control_socket, worker_sockets, admin_listener, doors })
     }
-}
-
-fn bind_tcp(what: &'static str, addr: SocketAddr) -> Result<std::net::TcpListener, StartError> {
-    let listener = std::net::TcpListener::bind(addr).map_err(|e| StartError::bind(what, addr, e))?;
-    listener.set_nonblocking(true).map_err(|e| StartError::bind(what, addr, e))?;
-    Ok(listener)
 }
 
 pub(super) fn tokio_listener(listener: std::net::TcpListener) -> io::Result<TcpListener> {

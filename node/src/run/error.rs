@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, path::PathBuf};
 
 use starling_protocol::{Name, TokenError};
 
-use crate::{identity::join::JoinError, state::StateError};
+use crate::{identity::join::JoinError, state::StateError, takeover::TakeoverError};
 
 /// Why a node does not start.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +78,15 @@ pub enum StartError {
     /// A file.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The process that runs.
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
+    /// The mesh does not answer a process that takes over, as it did the one before.
+    #[error("none of the {members} members that the running process knows has answered; it stays in charge")]
+    Alone {
+        /// How many.
+        members: usize,
+    },
     /// An address.
     #[error("cannot listen on {what} {addr}: {hint}")]
     Bind {

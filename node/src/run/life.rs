@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 use starling_gossip::Announcement;
-use starling_protocol::{Capabilities, NodeKind, Phase, ServiceRecord, ServiceState};
+use starling_protocol::{Capabilities, NodeKind, Phase, ServiceRecord};
 
 use crate::{
     config::Config,
     identity::{Identity, authority::SharedAuthority, unix_now},
+    inbound::condition::at_first,
     state::{StateDir, StateError},
+    takeover::Health,
 };
 
 const PEERS: &str = "peers.json";
@@ -56,6 +58,7 @@ pub(super) fn announcement(
     kind: NodeKind,
     identity: &Identity,
     authority: &SharedAuthority,
+    known: &[Health],
 ) -> Announcement {
     Announcement {
         name: identity.name().clone(),
@@ -69,8 +72,7 @@ pub(super) fn announcement(
                 version: s.version.clone(),
                 protocol: s.protocol.0,
                 weight: s.weight,
-                // Until its first check says otherwise.
-                state: if s.health.is_some() { ServiceState::Unhealthy } else { ServiceState::Up },
+                state: at_first(s, known),
             })
             .collect(),
         phase: Phase::Up,

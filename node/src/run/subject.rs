@@ -13,7 +13,7 @@ use starling_protocol::{DocumentEdition, Name, Strike, admin as json};
 use super::Running;
 use crate::{
     admin::{self, ExtraRoutes, Subject},
-    identity::{admission::Admission, names, unix_now},
+    identity::{names, unix_now},
     mesh::{documents, survey},
     observe::{
         readings::{GossipFigures, OfNode, Reading},
@@ -27,11 +27,6 @@ const NO_ISSUER: &str = "this node is no issuer; ask one: `starling status` says
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Running {
-    fn admission(&self) -> Admission {
-        let (identity, authority, gossip) = (self.identity.clone(), self.authority.clone(), self.gossip.clone());
-        Admission::new(identity, authority, gossip, self.documents.clone(), self.control.clone())
-    }
-
     /// All that this node can tell in figures.
     pub(super) async fn readings(&self) -> Vec<Reading> {
         let cert_left = self.identity.validity().1 as i64 - unix_now() as i64;
@@ -110,6 +105,7 @@ impl Subject for Running {
             panicking: snapshot.panicking.clone(),
             unreachable_seeds: self.links.unreachable().iter().map(|(addr, why)| format!("{addr}: {why}")).collect(),
             not_reached: self.condition.not_reached(),
+            predecessor: self.succession.predecessor(),
             also_at: snapshot.me().and_then(|m| m.also_at),
             reload_error: self.extra().reload_error.clone(),
         }
@@ -212,11 +208,15 @@ impl Subject for Running {
         };
         match freed {
             true => {
-                names::share(&self.admission(), Some(&name)).await;
+                names::share(&self.admission, Some(&name)).await;
                 Ok(())
             }
             false => Err(format!("nobody has the name {name}")),
         }
+    }
+
+    async fn upgrade(&self, upgrade: json::Upgrade) -> Result<json::Upgraded, String> {
+        self.start_successor(upgrade.binary).await
     }
 
     fn drain(&self) {

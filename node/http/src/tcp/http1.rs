@@ -9,14 +9,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response, header};
 use http_body::{Frame, SizeHint};
 use hyper::{server::conn::http1::Builder, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
-    Limits, MAX_HEAD_BYTES,
+    Limits, MAX_HEAD_BYTES, no_more_requests,
     switch::Switch,
     watched::{Busy, Progress, Watched},
 };
@@ -85,6 +85,9 @@ where
                 }
                 switch.refuse(&mut head);
             }
+            if drain.has_begun() {
+                head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             // An answer to HEAD has no content, whoever made it (RFC 9110 §9.3.2).
             let body = if method == Method::HEAD && !body.is_end_stream() { B::from(Body::empty()) } else { body };
             Ok(Response::from_parts(head, Answer { body, _busy: Some(busy) }))
@@ -101,13 +104,14 @@ where
         tokio::pin!(connection);
         let served = tokio::select! {
             served = connection.as_mut() => Some(served),
-            () = drain.draining() => {
+            () = no_more_requests(&drain) => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
                     served = connection.as_mut() => Some(served),
                     () = drain.closing() => None,
                 }
             }
+            () = drain.closing() => None,
         };
         if let Some(Err(error)) = &served {
             tracing::debug!(%error, "connection");

@@ -124,6 +124,14 @@ impl Cluster {
         self.nodes.get(name).unwrap_or_else(|| panic!("no node {name}"))
     }
 
+    /// The same, to do something to its process.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn node_mut(&mut self, name: &str) -> &mut Running {
+        self.nodes.get_mut(name).unwrap_or_else(|| panic!("no node {name}"))
+    }
+
     /// Names of all nodes, dead ones included.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.nodes.keys().map(String::as_str)
@@ -216,6 +224,12 @@ impl Cluster {
         let node = self.nodes.get_mut(name).with_context(|| format!("no node {name}"))?;
         let args = node.args.iter().map(String::as_str).chain(more.iter().copied());
         let process = Process::start(&self.binary, args, &log)?;
+        Ok(std::mem::replace(&mut node.process, process))
+    }
+
+    /// Takes another process for a node's; returns the one before.
+    pub fn replace(&mut self, name: &str, process: Process) -> Result<Process> {
+        let node = self.nodes.get_mut(name).with_context(|| format!("no node {name}"))?;
         Ok(std::mem::replace(&mut node.process, process))
     }
 

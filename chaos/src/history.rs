@@ -502,7 +502,10 @@ impl Injected {
             cut: cut.collect(),
             mute_services: if odd { victims.to_vec() } else { Vec::new() },
             for_good: matches!(fault, Fault::Kill { for_good: true, .. }),
-            graceful: matches!(fault, Fault::Roll { .. } | Fault::Service { does: Misbehaviour::Slow, .. }),
+            graceful: matches!(
+                fault,
+                Fault::Roll { .. } | Fault::Upgrade { .. } | Fault::Service { does: Misbehaviour::Slow, .. }
+            ),
             overload: matches!(fault, Fault::Burst { .. }),
         }
     }

@@ -474,9 +474,10 @@ fn open_door(DoorFrame { leads, limits, repeats }: DoorFrame, nth: usize, worker
         Leads::Udp(service, socket) => {
             let (worker, drain) = (&workers[nth % workers.len()], drain.clone());
             let door = UdpDoor::new(door(worker, None), service, running.books.packets().clone());
+            let (opening, unsettled) = (running.succession.in_charge.clone(), running.succession.unsettled.token());
             worker.runtime().spawn(async move {
                 match tokio::net::UdpSocket::from_std(socket) {
-                    Ok(socket) => door.serve(socket, drain).await,
+                    Ok(socket) => door.serve(socket, drain, opening, unsettled).await,
                     Err(error) => failed(error),
                 }
             });

@@ -8,7 +8,8 @@
 //!   Ready                  -->
 //!                          <--  Go                            (it gossips and signs no more, and writes no state)
 //!   reads the state, gossips in a new generation, waits until the mesh has told it what there is
-//!   Up                     -->                                (it takes nothing new, and finishes what it has)
+//!   Up                     -->
+//!                          <--  Settled                       (it takes nothing new, and finishes what it has)
 //!                          <--  end of the stream: it is gone
 //! ```
 //!
@@ -53,6 +54,7 @@ enum Word {
 enum Answer {
     Left(Box<Told>),
     Go,
+    Settled,
     Refused { why: String },
 }
 
@@ -132,7 +134,7 @@ impl Place {
             let told = match line.hear().await? {
                 Answer::Left(told) => told,
                 Answer::Refused { why } => return Err(TakeoverError::Refused(why)),
-                Answer::Go => return Err(TakeoverError::Refused("it speaks out of turn".into())),
+                _ => return Err(TakeoverError::Refused("it speaks out of turn".into())),
             };
             let mut descriptors = line.take(1 + told.ports.descriptors()).await?.into_iter();
             let lock = descriptors.next();
@@ -175,14 +177,17 @@ impl Place {
         match tokio::time::timeout(PATIENCE, asked).await.map_err(|_| TakeoverError::Silent)?? {
             Answer::Go => Ok(claim.lock.take()),
             Answer::Refused { why } => Err(TakeoverError::Refused(why)),
-            Answer::Left(_) => Err(TakeoverError::Refused("it speaks out of turn".into())),
+            _ => Err(TakeoverError::Refused("it speaks out of turn".into())),
         }
     }
 
-    /// This process serves, and the one before has so long to finish. What is returned tells when that one is gone.
+    /// This process serves, and the one before has so long to finish. Returns when that one takes nothing new any more; what is
+    /// returned tells when it is gone.
     pub(crate) async fn up(&mut self, upgrade_timeout: Duration) -> Result<Option<Predecessor>, TakeoverError> {
         let Some(Claim { mut line, told, .. }) = self.claim.take() else { return Ok(None) };
         line.tell(&Word::Up { upgrade_timeout }).await?;
+        // If it ends instead of saying so, it takes nothing either.
+        let _ = tokio::time::timeout(PATIENCE, line.hear::<Answer>()).await;
         Ok(Some(Predecessor { line, pid: told.pid }))
     }
 }
@@ -264,6 +269,11 @@ impl Successor {
             Word::Up { upgrade_timeout } => Ok(upgrade_timeout),
             other => Err(fault(other)),
         }
+    }
+
+    /// Tells it that this process takes nothing new any more.
+    pub(crate) async fn settled(&mut self) {
+        let _ = self.line.tell(&Answer::Settled).await;
     }
 
     /// Resolves when it is gone. Cancel safe.

@@ -159,8 +159,8 @@ impl Door {
         head.headers.extend(self.headers.clone());
         match self.kind {
             DoorKind::OutboundHttp1 | DoorKind::Upstream | DoorKind::EdgeHttp1 => self.http1(head, body).await,
-            DoorKind::OutboundHttp2 | DoorKind::EdgeHttp2 => self.http2(Request::from_parts(head, body())).await,
-            DoorKind::EdgeHttp3 => self.http3(Request::from_parts(head, body())).await,
+            DoorKind::OutboundHttp2 | DoorKind::EdgeHttp2 => self.http2(&head, body).await,
+            DoorKind::EdgeHttp3 => self.http3(&head, body).await,
         }
     }
 
@@ -218,18 +218,25 @@ impl Door {
         Ok(sender)
     }
 
-    async fn http2(&self, request: Request<Sent>) -> Result<Response<Coming>> {
-        let mut sender = {
-            let mut kept = self.kept.http2.lock().await;
-            match &*kept {
-                Some(sender) if !sender.is_closed() => sender.clone(),
-                _ => {
-                    let host = request.uri().host().unwrap_or_default().to_string();
-                    kept.insert(self.connect_http2(&host).await?).clone()
+    async fn http2(&self, head: &Parts, body: &mut (dyn FnMut() -> Sent + Send)) -> Result<Response<Coming>> {
+        loop {
+            let (mut sender, is_kept) = {
+                let mut kept = self.kept.http2.lock().await;
+                match &*kept {
+                    Some(sender) if !sender.is_closed() => (sender.clone(), true),
+                    _ => {
+                        let host = head.uri.host().unwrap_or_default().to_string();
+                        (kept.insert(self.connect_http2(&host).await?).clone(), false)
+                    }
                 }
+            };
+            match sender.send_request(Request::from_parts(head.clone(), body())).await {
+                Ok(response) => return Ok(response.map(Coming::Http2)),
+                // The other end had said that it takes no more on this connection: nothing was sent.
+                Err(error) if is_kept && error.is_canceled() => *self.kept.http2.lock().await = None,
+                Err(error) => return Err(error.into()),
             }
-        };
-        Ok(sender.send_request(request).await?.map(Coming::Http2))
+        }
     }
 
     async fn connect_http2(&self, host: &str) -> Result<http2::SendRequest<Sent>> {
@@ -250,27 +257,30 @@ impl Door {
         Ok(Box::new(stream))
     }
 
-    async fn http3(&self, request: Request<Sent>) -> Result<Response<Coming>> {
-        let mut sender = {
-            let mut kept = self.kept.http3.lock().await;
-            match &*kept {
-                Some((sender, connection)) if connection.close_reason().is_none() => sender.clone(),
-                _ => {
-                    let host = request.uri().host().unwrap_or_default().to_string();
-                    kept.insert(self.connect_http3(&host).await?).0.clone()
+    async fn http3(&self, head: &Parts, body: &mut (dyn FnMut() -> Sent + Send)) -> Result<Response<Coming>> {
+        let (mut send, mut receive) = loop {
+            let (mut sender, is_kept) = {
+                let mut kept = self.kept.http3.lock().await;
+                match &*kept {
+                    Some((sender, connection)) if connection.close_reason().is_none() => (sender.clone(), true),
+                    _ => {
+                        let host = head.uri.host().unwrap_or_default().to_string();
+                        (kept.insert(self.connect_http3(&host).await?).0.clone(), false)
+                    }
+                }
+            };
+            match sender.send_request(Request::from_parts(head.clone(), ())).await {
+                Ok(stream) => break stream.split(),
+                Err(error) => {
+                    *self.kept.http3.lock().await = None;
+                    // The other end had said that it takes no more on this connection: nothing was sent.
+                    if !(is_kept && matches!(error, h3::error::StreamError::RemoteClosing { .. })) {
+                        return Err(error.into());
+                    }
                 }
             }
         };
-        let (parts, mut body) = request.into_parts();
-        let sent = sender.send_request(Request::from_parts(parts, ())).await;
-        let (mut send, mut receive) = match sent {
-            Ok(stream) => stream.split(),
-            Err(error) => {
-                // Such as after a GOAWAY: the next call opens another connection.
-                *self.kept.http3.lock().await = None;
-                return Err(error.into());
-            }
-        };
+        let mut body = body();
         let upload = tokio::spawn(async move {
             while let Some(Ok(frame)) = body.frame().await {
                 let Ok(chunk) = frame.into_data() else { continue };

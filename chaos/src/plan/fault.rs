@@ -53,6 +53,11 @@ pub enum Fault {
         /// Who.
         victims: Victims,
     },
+    /// A new process takes over from the one that runs; one after the other, again and again until the fault ends.
+    Upgrade {
+        /// Who.
+        victims: Victims,
+    },
     /// All killed, and all started at once when the fault ends.
     Herd {
         /// Who.
@@ -308,6 +313,7 @@ impl Fault {
             Self::DiskFull { .. } => "disk-full",
             Self::TruncatedState { .. } => "truncated-state",
             Self::Roll { .. } => "roll",
+            Self::Upgrade { .. } => "upgrade",
             Self::Herd { .. } => "herd",
             Self::Partition { .. } => "partition",
             Self::Cut { .. } => "cut",
@@ -349,6 +355,7 @@ impl Fault {
             | Self::DiskFull { victims }
             | Self::TruncatedState { victims }
             | Self::Roll { victims }
+            | Self::Upgrade { victims }
             | Self::Herd { victims }
             | Self::Partition { victims, .. }
             | Self::Cut { victims }
@@ -457,6 +464,7 @@ impl Fault {
             | Self::Strangers { .. }
             | Self::DiskFull { .. }
             | Self::Roll { .. }
+            | Self::Upgrade { .. }
             | Self::Rebind { .. }
             | Self::ShortCertificates { .. } => Excuse::Nobody,
             Self::Loss { share, .. } | Self::Corrupt { share, .. } if *share <= TOLERABLE_LOSS => Excuse::Nobody,
@@ -494,6 +502,7 @@ impl Fault {
             Self::DiskFull { .. } => "disk full".into(),
             Self::TruncatedState { .. } => "kill -9, a state file cut in half".into(),
             Self::Roll { .. } => "rolling restart".into(),
+            Self::Upgrade { .. } => "taken over by new processes".into(),
             Self::Herd { .. } => "all killed, all started at once".into(),
             Self::Partition { flip: Some(flip), .. } => format!("partition on and off every {}", long(flip)),
             Self::Partition { .. } => "partition".into(),

@@ -23,6 +23,7 @@ plans![
     "partition",
     "flaky-network",
     "rolling-restart",
+    "upgrade",
     "slow-neighbours",
     "overload",
     "certificates",

@@ -20,6 +20,7 @@ use super::{
     probes::{self, Probing},
 };
 use crate::{
+    Process,
     history::{Event, Recorder},
     load::Calls,
     plan::{Fault, Misbehaviour},
@@ -296,6 +297,19 @@ impl Active {
                 // The others should have noticed before the next one goes.
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
+            Fault::Upgrade { .. } => {
+                let victims = self.indices(mesh);
+                let at = victims[self.rounds % victims.len()];
+                let begun = Instant::now();
+                let old = mesh.take_over(at).await?;
+                self.rounds += 1;
+                let took = begun.elapsed().as_secs_f64();
+                let finished = finish(old, &mesh.nodes[at].name, hands.recorder).await;
+                self.stage = Ok(format!(
+                    "{} takeovers; the last: after {took:.1} s, and the process before {finished}",
+                    self.rounds
+                ));
+            }
             Fault::Starve { .. } => {
                 for pid in self.pids.values().flatten() {
                     self.looks.0 += 1;
@@ -483,6 +497,16 @@ async fn terminate(mesh: &mut Mesh, at: usize, recorder: &Recorder) -> Result<St
     };
     recorder.note(Event::Process { name: node.name.clone(), what: how.clone(), wanted: well });
     Ok(how)
+}
+
+/// The end of a process whose place another one has; how it ended. One that does not end, or not well, is the product's fault.
+async fn finish(mut process: Process, name: &str, recorder: &Recorder) -> String {
+    let (how, well) = match process.wait(TERMINATES).await {
+        Ok(status) => (format!("ended with {status}"), status.success()),
+        Err(_) => (format!("does not end within {} s", TERMINATES.as_secs()), false),
+    };
+    recorder.note(Event::Process { name: name.into(), what: format!("the process before {how}"), wanted: well });
+    how
 }
 
 async fn restart_with(mesh: &mut Mesh, at: usize, binary: &std::path::Path, recorder: &Recorder) -> Result<()> {

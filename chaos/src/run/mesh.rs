@@ -335,6 +335,31 @@ impl Mesh {
         Ok(())
     }
 
+    /// Starts another process of a node, which takes over from the one that runs, and waits until it has; returns the one before.
+    pub(crate) async fn take_over(&mut self, at: usize) -> Result<Process> {
+        let before = self.nodes[at].process.take().context("the node does not run")?;
+        let pid = before.pid().context("the node has ended")?;
+        let mut args = self.args(at);
+        args.push("--take-over".into());
+        let node = &mut self.nodes[at];
+        let (binary, log) = (node.binary.clone(), node.state.with_extension("log"));
+        node.process = Some(node.place.within(move || Process::start(&binary, args, &log))?);
+        self.stage.runs(node.slot, node.pid().unwrap_or_default());
+        let (name, what) = (node.name.clone(), format!("started to take over, pid {}", node.pid().unwrap_or_default()));
+        self.recorder.note(Event::Process { name, what, wanted: true });
+        let deadline = Instant::now() + READY;
+        loop {
+            let node = &mut self.nodes[at];
+            if node.log().contains(&format!("\"predecessor\":{pid}")) {
+                return Ok(before);
+            }
+            if !node.is_running() || Instant::now() > deadline {
+                bail!("{} does not take over; the end of its log:\n{}", node.name, tail(&node.log()));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Waits until a node is ready.
     pub(crate) async fn ready(&mut self, at: usize) -> Result<()> {
         let deadline = Instant::now() + READY;

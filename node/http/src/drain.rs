@@ -40,6 +40,11 @@ impl Drain {
         }
     }
 
+    /// Whether that is so of all of it, and not of its connections alone.
+    pub fn has_begun_as_a_whole(&self) -> bool {
+        self.whole.is_cancelled()
+    }
+
     /// Asks everybody to finish, and waits for nobody.
     pub fn begin(&self) {
         self.draining.cancel();

@@ -20,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use self::steering::{Deal, Mark, steer};
+use self::steering::{Deal, Mark, all_to_the_first, steer};
 pub use self::steering::{OwnedBy, aimed_at};
 
 /// Socket buffers asked for, in bytes; the system may grant less.
@@ -312,6 +312,40 @@ fn bind_tcp(addr: SocketAddr, count: usize) -> io::Result<Vec<OwnedFd>> {
     Ok(listeners)
 }
 
+/// A socket for each of those addresses, on the port of `shared`, that gets what they send; all else goes on to `shared`, and so
+/// to whichever process has it. Addresses for which there is none are left out.
+///
+/// # Errors
+/// If there cannot be any.
+pub fn connected(
+    shared: &UdpSocket,
+    to: impl Iterator<Item = SocketAddr>,
+) -> io::Result<impl Iterator<Item = (SocketAddr, UdpSocket)>> {
+    let port = shared.local_addr()?;
+    SockRef::from(shared).set_reuse_port(true)?;
+    let beside = move || -> io::Result<Socket> {
+        let socket = new_udp(port)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&port.into())?;
+        Ok(socket)
+    };
+    // The kernel steers among two sockets at least. Whoever is not connected yet gets nothing.
+    let second = beside()?;
+    all_to_the_first(shared)?;
+    let connect = move |addr: SocketAddr| {
+        let _keep = &second;
+        let socket = beside().and_then(|socket| socket.connect(&addr.into()).map(|()| socket));
+        match socket {
+            Ok(socket) => Some((addr, socket.into())),
+            Err(error) => {
+                tracing::debug!(%addr, %error, "no socket for a flow of its own");
+                None
+            }
+        }
+    };
+    Ok(to.filter_map(connect))
+}
+
 /// A UDP socket on a port of the system's choice, for dialling.
 ///
 /// # Errors
@@ -443,6 +477,28 @@ mod tests {
         assert_eq!(arrives(&sockets, &second.owned_by(2).generate_cid()), [2; 2]);
         assert_eq!(arrives(&sockets, &aimed_at(1)), [4; 2]);
         assert_eq!(third.held[0].sockets.len(), 5, "no socket was added");
+    }
+
+    #[test]
+    fn a_flow_that_has_a_socket_gets_its_packets_there_and_others_go_to_the_shared_one() {
+        let mut ports = Ports::default();
+        let shared = ports.udp(localhost()).unwrap();
+        let to = shared.local_addr().unwrap();
+        let clients: Vec<_> = (0..20).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+        let known = clients[..10].iter().map(|client| client.local_addr().unwrap());
+        let own: Vec<_> = connected(&shared, known).unwrap().collect();
+        for _ in 0..5 {
+            for client in &clients {
+                client.send_to(b"packet", to).unwrap();
+            }
+        }
+        let packets = |socket: &UdpSocket| {
+            std::iter::from_fn(|| socket.recv_from(&mut [0; 8]).ok().map(|(_, from)| from)).collect::<Vec<_>>()
+        };
+        for (addr, socket) in own {
+            assert_eq!(packets(&socket), [addr; 5]);
+        }
+        assert_eq!(packets(&shared).len(), 50);
     }
 
     #[test]

@@ -13,11 +13,12 @@ use std::{
 
 use bytes::Bytes;
 use starling_http::{
-    Drain, Guarded,
+    Drain, Guarded, shared_port,
     tunnel::{self, Capsules, PacketReceiver, PacketSender, Protocol},
 };
 use starling_protocol::Name;
 use tokio::{net::UdpSocket, sync::mpsc, task::JoinSet};
+use tokio_util::{sync::CancellationToken, task::task_tracker::TaskTrackerToken};
 
 use super::{Complaints, Door};
 use crate::{
@@ -56,8 +57,16 @@ impl UdpDoor {
         Self { door, service, counts, complaints: Complaints::default() }
     }
 
-    /// Serves until the drain is over.
-    pub(crate) async fn serve(self, socket: UdpSocket, drain: Drain) {
+    /// Serves from `opening` on until the drain is over. Where another process goes on, it gets every packet of an address that has no
+    /// flow here, from the moment that `unsettled` is dropped.
+    pub(crate) async fn serve(
+        self,
+        socket: UdpSocket,
+        drain: Drain,
+        opening: CancellationToken,
+        unsettled: TaskTrackerToken,
+    ) {
+        opening.cancelled().await;
         let (door, socket) = (Arc::new(self), Arc::new(socket));
         // Ended with this.
         let mut tasks = JoinSet::new();
@@ -67,6 +76,7 @@ impl UdpDoor {
             let received = tokio::select! {
                 received = socket.recv_from(&mut packet) => received,
                 Some(_) = tasks.join_next() => continue,
+                () = drain.draining(), if !drain.has_begun_as_a_whole() => break,
                 () = drain.closing() => return,
             };
             let (length, from) = match received {
@@ -101,6 +111,16 @@ impl UdpDoor {
             let flow = Flow { door: door.clone(), socket: socket.clone(), from, waiting, waiting_bytes, moved };
             tasks.spawn(flow.run());
         }
+        settle(&socket, flows, &door.counts, &mut tasks);
+        let of = drain.clone();
+        let finishing = drain.spawn(async move {
+            tokio::select! {
+                () = async { while tasks.join_next().await.is_some() {} } => {}
+                () = of.closing() => {}
+            }
+        });
+        drop(unsettled);
+        let _ = finishing.await;
     }
 
     /// Counts packets that came to nothing, and says why now and then.
@@ -118,6 +138,30 @@ impl UdpDoor {
     }
 }
 
+/// Gives each flow a socket of its own, so that another process can have the one that they share.
+fn settle(
+    shared: &UdpSocket,
+    mut flows: HashMap<SocketAddr, Entry>,
+    counts: &Arc<PacketCounts>,
+    tasks: &mut JoinSet<()>,
+) {
+    flows.retain(|_, flow| !flow.send.is_closed());
+    let addrs: Vec<_> = flows.keys().copied().collect();
+    let own = socket2::SockRef::from(shared).try_clone().map(std::net::UdpSocket::from);
+    let sockets = match own.and_then(|own| shared_port::connected(&own, addrs.into_iter()).map(Iterator::collect)) {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            tracing::warn!(%error, "flows of UDP go over to the new process, which opens tunnels of its own for them");
+            Vec::new()
+        }
+    };
+    for (from, socket) in sockets {
+        if let (Some(flow), Ok(socket)) = (flows.remove(&from), UdpSocket::from_std(socket)) {
+            tasks.spawn(flow.listen(socket, counts.clone()));
+        }
+    }
+}
+
 type Tunnel = (PacketSender, PacketReceiver<Guarded<Answered<Carried>>>);
 
 /// A flow, as the port has it.
@@ -129,6 +173,24 @@ struct Entry {
 }
 
 impl Entry {
+    /// Takes what comes to a socket of its own, as long as the flow goes on.
+    async fn listen(self, socket: UdpSocket, counts: Arc<PacketCounts>) {
+        let mut packet = vec![0; MAX_PACKET_BYTES];
+        loop {
+            let received = tokio::select! {
+                received = socket.recv(&mut packet) => received,
+                () = self.send.closed() => return,
+            };
+            match received {
+                Ok(length) if !self.put(Bytes::copy_from_slice(&packet[..length])) => counts.dropped(1),
+                Ok(_) => {}
+                // That an answer came to nobody says nothing about the next packet.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(_) => tokio::time::sleep(PAUSE).await,
+            }
+        }
+    }
+
     /// Whether there was room for a packet.
     fn put(&self, packet: Bytes) -> bool {
         let length = packet.len();

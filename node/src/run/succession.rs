@@ -10,7 +10,7 @@ use std::{
 
 use starling_protocol::admin as json;
 use tokio::{net::UnixListener, process::Command, sync::watch};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Node, Running, StartError};
 use crate::takeover::{self, Place, Predecessor, SOCKET, Successor, TakeoverError, Told};
@@ -27,6 +27,8 @@ const LIMIT: Duration = Duration::from_secs(150);
 const END: Duration = Duration::from_secs(5);
 /// How often a process that takes over looks whether it knows the mesh.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long flows of packets may take to get sockets of their own.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Pause after a failed accept.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -35,6 +37,10 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Succession {
     /// The one before, while it finishes.
     predecessor: Mutex<Option<u32>>,
+    /// This one has the place, and every packet is for it that the one before does not expect.
+    pub(super) in_charge: CancellationToken,
+    /// Ports for packets that still take what the next one should have.
+    pub(super) unsettled: TaskTracker,
     /// What became of the last that asked for this one's place, and how many have asked.
     attempt: watch::Sender<(u64, Option<Result<json::Upgraded, String>>)>,
     /// One is started at a time.
@@ -71,6 +77,7 @@ impl Node {
             running.succession.set_predecessor(Some(before.pid));
             tokio::spawn(running.clone().outlive(before));
         }
+        running.succession.in_charge.cancel();
         let path = running.state.path().join(SOCKET);
         match takeover::listen(&path) {
             Ok(listener) => drop(tokio::spawn(running.offer(listener))),
@@ -177,6 +184,11 @@ impl Running {
                 Ok(patience) => {
                     self.duties().abort_all();
                     self.admission.retire();
+                    self.drain.begin();
+                    self.doors_drain.begin();
+                    self.succession.unsettled.close();
+                    let _ = tokio::time::timeout(SETTLE, self.succession.unsettled.wait()).await;
+                    successor.settled().await;
                     self.attempted(Ok(json::Upgraded { pid, version, predecessor: std::process::id() }));
                     self.succession.successor.send_replace(Some((pid, patience)));
                     successor.gone().await;

@@ -128,8 +128,8 @@ impl Active {
             Fault::Starve { .. } | Fault::Mute { .. } | Fault::Deaf { .. } | Fault::HoldBack { .. } => {
                 seen_gone().or_else(|_| served_elsewhere()).or_else(|_| slower(entries, self.at, &self.victims))
             }
-            Fault::Roll { .. } | Fault::TruncatedState { .. } | Fault::RestoredState { .. } => new_life(),
-            Fault::SwappedAddresses { .. } | Fault::OtherVersion { .. } => new_life(),
+            Fault::Roll { .. } | Fault::Upgrade { .. } | Fault::OtherVersion { .. } => new_life(),
+            Fault::TruncatedState { .. } | Fault::RestoredState { .. } | Fault::SwappedAddresses { .. } => new_life(),
             Fault::Loss { .. } | Fault::Corrupt { .. } | Fault::Duplicate { .. } | Fault::Reorder { .. } => crossing(),
             Fault::Mtu { .. } | Fault::NatForgets { .. } | Fault::Rebind { .. } => crossing(),
             Fault::Delay { .. } | Fault::Rate { .. } => slower(entries, self.at, &self.victims).or_else(|_| crossing()),

@@ -100,7 +100,15 @@ impl Deal {
 /// Has the kernel deal the packets of a port's sockets, of which `socket` is one; those with the mark of the process before,
 /// by that one's deal.
 pub(super) fn steer(socket: &UdpSocket, deal: Deal, before: Option<(Mark, Deal)>) -> io::Result<()> {
-    let mut program = program(deal, before);
+    attach(socket, program(deal, before))
+}
+
+/// Has the kernel give every packet to the socket that was first on its port.
+pub(super) fn all_to_the_first(socket: &UdpSocket) -> io::Result<()> {
+    attach(socket, vec![libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 }])
+}
+
+fn attach(socket: &UdpSocket, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     // SAFETY: the descriptor is open for the length of the call, and the kernel copies `filter` and the `len` instructions
     // that it points to before the call returns.

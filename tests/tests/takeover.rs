@@ -4,6 +4,8 @@
 mod edge;
 #[path = "takeover/failures.rs"]
 mod failures;
+#[path = "takeover/systemd.rs"]
+mod systemd;
 
 use std::{net::SocketAddr, time::Duration};
 

@@ -163,6 +163,11 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
         ("GET", "/v1/services") => json(StatusCode::OK, &subject.services()),
         ("GET", "/v1/status") => json(StatusCode::OK, &subject.status().await),
         ("POST", "/v1/upgrade") => match read::<admin::Upgrade>(if body.is_empty() { b"{}" } else { &body }) {
+            // Whoever can make a program send requests to loopback must not be able to have another one run by that.
+            Ok(upgrade) if upgrade.binary.is_some() && !matches!(caller, Caller::Unix { .. }) => refuse(
+                StatusCode::FORBIDDEN,
+                "a program can be named over admin.sock in the state directory only (--admin DIR/admin.sock)",
+            ),
             Ok(upgrade) => answer_to(subject.upgrade(upgrade).await),
             Err(why) => refuse(StatusCode::BAD_REQUEST, &why),
         },

@@ -26,6 +26,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use starling_http::shared_port::{Left, Ports};
 use starling_protocol::{Name, ServiceState};
@@ -37,8 +38,14 @@ use self::line::Line;
 pub const SOCKET: &str = "takeover.sock";
 /// The protocol that this version speaks.
 const PROTOCOL: u32 = 1;
-/// How long either side waits for the other's next word: for the new process to start, check, and get to know the mesh.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long either side waits for the other's next word: for the new process to check all that it can.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long whoever asks may take to say who it is.
+const HELLO: Duration = Duration::from_secs(5);
+/// How long the new process may take to read the state and to get to know the mesh. Nobody speaks for the node if it stands still.
+const GO: Duration = Duration::from_secs(10);
+/// How long a process that has failed may take to end.
+const END: Duration = Duration::from_secs(5);
 
 /// What the new process says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -230,7 +237,7 @@ impl Successor {
         if !line.user().is_some_and(|user| user == own || user == 0) {
             return Err(TakeoverError::Refused("it is another user's process".into()));
         }
-        let heard = tokio::time::timeout(PATIENCE, line.hear()).await.map_err(|_| TakeoverError::Silent)?;
+        let heard = tokio::time::timeout(HELLO, line.hear()).await.map_err(|_| TakeoverError::Silent)?;
         match heard? {
             Word::Hello { protocol, pid, version } if protocol == PROTOCOL => Ok(Self { line, pid, version }),
             Word::Hello { protocol, .. } => {
@@ -256,7 +263,7 @@ impl Successor {
             self.line.give(&descriptors).await
         };
         given.await.map_err(|e| e.to_string())?;
-        match self.word().await? {
+        match self.word(PATIENCE).await? {
             Word::Ready => Ok(()),
             other => Err(fault(other)),
         }
@@ -265,7 +272,7 @@ impl Successor {
     /// Lets it go on, and waits until it serves; returns how long this process may take to finish.
     pub(crate) async fn go(&mut self) -> Result<Duration, String> {
         self.line.tell(&Answer::Go).await.map_err(|e| e.to_string())?;
-        match self.word().await? {
+        match self.word(GO).await? {
             Word::Up { upgrade_timeout } => Ok(upgrade_timeout),
             other => Err(fault(other)),
         }
@@ -281,11 +288,21 @@ impl Successor {
         self.line.gone().await;
     }
 
-    async fn word(&mut self) -> Result<Word, String> {
-        match tokio::time::timeout(PATIENCE, self.line.hear()).await {
+    /// Waits until one that has failed is gone; ends it if it does not end by itself.
+    pub(crate) async fn end(&mut self) {
+        if tokio::time::timeout(END, self.line.gone()).await.is_err()
+            && let Some(pid) = self.line.pid()
+            && let Err(error) = kill_process(pid, Signal::KILL)
+        {
+            tracing::warn!(%error, "a process that could not take over does not end");
+        }
+    }
+
+    async fn word(&mut self, limit: Duration) -> Result<Word, String> {
+        match tokio::time::timeout(limit, self.line.hear()).await {
             Ok(Ok(word)) => Ok(word),
             Ok(Err(_)) => Err("it ended before it could serve; its log says why".into()),
-            Err(_) => Err(format!("it did not get on within {PATIENCE:?}")),
+            Err(_) => Err(format!("it did not get on within {limit:?}")),
         }
     }
 }

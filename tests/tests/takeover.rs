@@ -51,7 +51,7 @@ async fn status(cluster: &Cluster, name: &str) -> Status {
 
 /// `starling upgrade` of a node; an error is what the command says.
 async fn upgrade(cluster: &Cluster, name: &str, more: &[&str]) -> Result<Upgraded, String> {
-    let admin = cluster.node(name).admin.to_string();
+    let admin = cluster.node(name).state.join("admin.sock").to_string_lossy().into_owned();
     let args = [&["upgrade", "--admin", &admin, "-o", "json"], more].concat();
     let said = cluster.run(&args).await.map_err(|e| e.to_string())?;
     Ok(serde_json::from_str(&said).unwrap())

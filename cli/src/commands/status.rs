@@ -27,6 +27,7 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
         ("in flight", status.in_flight.to_string()),
         ("up", format!("{} s, version {}", status.uptime_s, status.version)),
     ];
+    rows.extend(status.predecessor.map(|pid| ("upgraded", format!("process {pid} still finishes what it has"))));
     rows.extend(status.unreachable_seeds.into_iter().map(|seed| ("unreachable", seed)));
     rows.extend(status.not_reached.into_iter().map(|why| ("not reached", why)));
     rows.extend(

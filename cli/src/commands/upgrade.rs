@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// How long the new process may take to start, check everything and get to know the mesh.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) async fn run(args: &UpgradeArgs) -> Result<(), Failure> {
     // Of this command's directory, not of the node's.

@@ -6,8 +6,9 @@
 //! address would break; it stays with its process when another one takes the port; and a client can aim its first packet.
 //!
 //! A process that takes over gets every descriptor of the one before. A TCP listener is then the same in both, with one backlog.
-//! QUIC needs sockets of its own, behind those that are there or in the place of those that nobody uses any more; the kernel
-//! knows the sockets of a port by their place, so that none of them is closed before its process ends.
+//! QUIC needs sockets of its own, which the one before makes for it, or has itself taken over from one that is gone. The kernel
+//! knows the sockets of a port by their place in line, and closes up where one is missing: so each process holds all of them, to its
+//! end, whoever reads from them.
 
 mod steering;
 
@@ -118,6 +119,22 @@ impl Ports {
         Ok(Self { mark: Mark::other_than(Some(left.mark)), held: Vec::new(), before: Some(before) })
     }
 
+    /// Makes sockets for another process that has as many threads as this one.
+    ///
+    /// # Errors
+    /// Of the system.
+    pub fn make_room(&mut self) -> io::Result<()> {
+        for port in &mut self.held {
+            let Some(deal) = port.left.deal else { continue };
+            let used = deal.range();
+            if used.len() > used.start {
+                add_to(&mut port.sockets, used.end + used.len())?;
+            }
+            port.left.sockets = port.sockets.len();
+        }
+        Ok(())
+    }
+
     /// What the next process is given.
     pub fn left(&self) -> (Left, Vec<BorrowedFd<'_>>) {
         let ports = self.held.iter().map(|port| port.left).collect();
@@ -194,10 +211,8 @@ impl Ports {
         first.bind(&asked.into())?;
         let mut sockets = vec![OwnedFd::from(first)];
         let deal = Deal::from(0, fixed, shared);
-        let steered = match wanted {
-            1 => Ok(()),
-            _ => add_to(&mut sockets, wanted).and_then(|()| steer(&own(&sockets, 0)?[0], deal, None)),
-        };
+        // Two at least, also where one thread needs but one: there can be no other later that gets nothing meanwhile.
+        let steered = add_to(&mut sockets, wanted.max(2)).and_then(|()| steer(&own(&sockets, 0)?[0], deal, None));
         let group = match steered {
             Ok(()) => {
                 let group = UdpGroup { sockets: own(&sockets, 0)?, alone: None };
@@ -208,7 +223,7 @@ impl Ports {
                 sockets.truncate(1);
                 let one = UdpSocket::from(sockets[0].try_clone()?);
                 self.hold(Carries::Quic, asked, sockets, (None, None));
-                UdpGroup { sockets: vec![one], alone: Some(error) }
+                UdpGroup { sockets: vec![one], alone: (wanted > 1).then_some(error) }
             }
         };
         Ok(group)
@@ -250,7 +265,7 @@ impl Ports {
 
     fn steer(&self, deal: impl Fn(Deal, Option<Deal>) -> Deal) -> io::Result<()> {
         for (nth, port) in self.held.iter().enumerate() {
-            let Some(own) = port.left.deal.filter(|_| port.sockets.len() > 1) else { continue };
+            let Some(own) = port.left.deal else { continue };
             let before = self.before.as_ref().and_then(|before| Some((before.mark, before.deals[nth]?)));
             let socket = UdpSocket::from(port.sockets[0].try_clone()?);
             steer(&socket, deal(own, before.map(|(_, theirs)| theirs)), before)?;
@@ -444,8 +459,12 @@ mod tests {
     fn connections_stay_with_the_process_that_has_them_and_new_ones_go_to_the_next() {
         let mut first = Ports::default();
         let one = first.quic(localhost(), 1, 1).unwrap();
+        first.make_room().unwrap();
+        // One that comes to nothing leaves no trace.
+        let failed = next(&first).quic(localhost(), 1, 1).unwrap();
         let mut second = next(&first);
         let two = second.quic(localhost(), 1, 2).unwrap();
+        drop(failed);
         let sockets = of(&[&one, &two]);
         let sockets: Vec<_> = sockets.iter().collect();
         let to = |id: quinn::ConnectionId| arrives(&sockets, &id);

@@ -22,7 +22,7 @@ pub const EXIT_WITH: &str = "STARLING_EXIT_WITH_PARENT";
 /// Says that it is the parent.
 pub const EXIT_WITH_PARENT: &str = "1";
 /// How long a process may take that is started by this one, in all; each of its steps has a limit of its own.
-const LIMIT: Duration = Duration::from_secs(150);
+const LIMIT: Duration = Duration::from_secs(90);
 /// How long a process that has failed may take to end.
 const END: Duration = Duration::from_secs(5);
 /// How often a process that takes over looks whether it knows the mesh.
@@ -169,7 +169,9 @@ impl Running {
                 Ok(successor) => successor,
                 Err(error) => {
                     tracing::warn!(%error, "a process asked for this one's place in vain");
-                    self.attempted(Err(error.to_string()));
+                    if let TakeoverError::Refused(why) = error {
+                        self.attempted(Err(why));
+                    }
                     continue;
                 }
             };
@@ -197,6 +199,8 @@ impl Running {
                 Err(why) => {
                     tracing::error!(pid, why, "another process could not take over; this one stays in charge");
                     self.attempted(Err(why));
+                    // It may have bound sockets of its own, and the next one counts them.
+                    successor.end().await;
                 }
             }
         }
@@ -225,7 +229,8 @@ impl Running {
         let text = |e: io::Error| e.to_string();
         let lock = self.lock.share().map_err(text)?;
         let (told, ports) = {
-            let ports = self.ports();
+            let mut ports = self.ports();
+            ports.make_room().map_err(text)?;
             let (left, descriptors) = ports.left();
             let copies = descriptors.iter().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<Vec<_>>>();
             let snapshot = self.gossip.snapshot();

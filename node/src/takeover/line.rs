@@ -6,9 +6,12 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+use rustix::{
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+        recvmsg, sendmsg,
+    },
+    process::Pid,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
@@ -103,6 +106,11 @@ impl Line {
     pub(super) async fn gone(&mut self) {
         // Nothing more is said.
         while matches!(self.0.read(&mut [0; 64]).await, Ok(read) if read > 0) {}
+    }
+
+    /// The process at the other end, as the kernel knows it.
+    pub(super) fn pid(&self) -> Option<Pid> {
+        self.0.peer_cred().ok().and_then(|peer| Pid::from_raw(peer.pid()?))
     }
 
     /// The user whose process is at the other end.

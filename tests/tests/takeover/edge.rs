@@ -42,9 +42,8 @@ async fn clients_of_every_protocol_notice_nothing() {
     );
     cluster.add_edge("edge", &sections).await.unwrap();
     starling_tests::is_known(&cluster, "edge", "orders", 1).await;
-    let url = format!("https://localhost:{}/", addr.port());
     let kept = [true, false].map(|http1| {
-        let (program, url) = (program.clone(), url.clone());
+        let (program, url) = (program.clone(), format!("https://localhost:{}/kept-{http1}", addr.port()));
         tokio::spawn(async move { h2load(&program, 8, url, http1).await })
     });
     // New connections, all the time.
@@ -71,8 +70,14 @@ async fn clients_of_every_protocol_notice_nothing() {
     for load in new {
         assert!(load.await.unwrap() > 10);
     }
-    for load in kept {
-        let (good, bad) = load.await.unwrap();
-        assert!(good > 100 && bad == 0, "{good} succeeded, {bad} did not");
-    }
+    let [http1, http2] = kept;
+    let (good, bad) = http1.await.unwrap();
+    assert!(good > 100 && bad == 0, "{good} succeeded, {bad} did not");
+    // Told that its connection takes no more, h2load gives up what it has not sent, and opens no other one. All that it did send was
+    // answered.
+    let (good, given_up) = http2.await.unwrap();
+    let log = cluster.node("edge").process.output();
+    let sent: Vec<_> = log.lines().filter(|line| line.contains("kept-false")).collect();
+    let bad: Vec<_> = sent.iter().filter(|line| !line.contains("\"status\":200") || line.contains("\"cut\"")).collect();
+    assert!(good > 100 && bad.is_empty() && sent.len() == good, "{good}, {given_up}, {}: {bad:#?}", sent.len());
 }

@@ -22,6 +22,11 @@ async fn a_process_that_fails_its_checks_leaves_the_old_one_in_charge() {
         let said = upgrade(&cluster, "orders-1", &["--binary", program]).await.unwrap_err();
         assert!(said.contains(why), "{program}: {said}");
     }
+    // Named by whoever can send a request to loopback.
+    let admin = cluster.node("orders-1").admin.to_string();
+    let (refused, _, said) =
+        starling(binary(), ["upgrade", "--admin", &admin, "--binary", "/bin/false"]).await.unwrap();
+    assert!(!refused.success() && said.contains("over admin.sock"), "{said}");
     // Arguments that it takes back before and after the old one has let go: a port in use, and a service that is not granted.
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let upstream = format!("orders={}", taken.local_addr().unwrap());
@@ -90,6 +95,30 @@ async fn a_new_process_may_die_at_any_moment() {
     assert_eq!(tally.failed, Vec::<String>::new(), "of {}", tally.good);
     let door = cluster.node("orders-1").outbound;
     assert_eq!(Client::plain().get(door, "orders", "/").await.unwrap().status, 200);
+}
+
+/// Stopped as soon as it is known, whether the old one has let go by then or not.
+#[tokio::test]
+async fn a_new_process_that_stands_still_is_ended() {
+    let (mut cluster, _service) = mesh().await;
+    let load = Load::start(cluster.node("seed").outbound, "orders", 100);
+    so_many_more(&load, 50).await;
+    let old = cluster.start_beside("orders-1", &["--take-over"]).unwrap();
+    wait_for("it is known", LIMIT, || async {
+        old.log().contains("asks for this one's place").then_some(()).ok_or("not yet".to_string())
+    })
+    .await
+    .unwrap();
+    let mut new = cluster.replace("orders-1", old).unwrap();
+    if new.signal("STOP").await.is_ok() && !new.log().contains("has taken over") {
+        assert!(!new.wait(LIMIT * 2).await.unwrap().success());
+        assert!(new.log().contains("did not get on within"), "{}", new.log());
+        cluster.wait_status("seed", "orders-1", MemberStatus::Alive).await.unwrap();
+        so_many_more(&load, 50).await;
+        assert_eq!(status(&cluster, "orders-1").await.phase, "ready");
+        let mut old = cluster.take_over("orders-1").await.unwrap();
+        assert!(old.wait(LIMIT).await.unwrap().success());
+    }
 }
 
 async fn loop_of_deaths(cluster: &mut starling_chaos::Cluster, load: &Load) -> starling_chaos::Process {

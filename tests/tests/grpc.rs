@@ -40,3 +40,22 @@ async fn grpc_works_in_all_kinds_with_deadlines_and_cancellation() {
     let (ok, out, err) = run(&python, &args);
     assert!(!ok && format!("{out}{err}").contains("UNIMPLEMENTED"), "{out} {err}");
 }
+
+/// As grpcurl does it: what there is, and how to speak to it, is asked of the service itself.
+#[tokio::test]
+async fn a_client_that_knows_nothing_finds_its_way_by_reflection() {
+    let Some(python) = python() else { return };
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let (script, addr) = (client_script("grpc_by_reflection.py"), free_port());
+    let args = [&script, "serve", "--port", &addr.port().to_string()];
+    let _server = Process::start(&python, args, &cluster.dir().join("grpc.log")).unwrap();
+    listening(addr).await;
+    cluster.add(&NodeSpec::named("a").serving(format!("clock={addr},protocol=h2c"))).await.unwrap();
+    is_known(&cluster, "seed", "clock", 1).await;
+    let door = cluster.node("seed").outbound.to_string();
+    let (ok, out, err) = run(&python, &[&script, "call", "--target", &door, "--authority", "clock.mesh.internal"]);
+    assert!(ok, "{out} {err}");
+    let told: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let services = ["grpc.reflection.v1alpha.ServerReflection", "time.Clock"];
+    assert_eq!(told, serde_json::json!({"services": services, "methods": ["time.Clock.Add"], "sum": 42}));
+}

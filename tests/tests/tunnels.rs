@@ -1,5 +1,7 @@
 //! What is no HTTP, or stops being it: TCP, UDP and WebSocket through the mesh.
 
+#[path = "tunnels/dns.rs"]
+mod dns;
 #[path = "tunnels/tcp.rs"]
 mod tcp;
 #[path = "tunnels/udp.rs"]

@@ -6,7 +6,7 @@ use http::{Method, Request, StatusCode};
 use serde_json::Value;
 use starling_chaos::{Cluster, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_tests::{
-    binary, client_script, is_known, listening, python,
+    binary, client_script, is_known, listening, program, python,
     raw_h3::{self, RawClient, endpoint, frame, head, heads},
     run,
     service::{Service, Speaks, text},
@@ -79,6 +79,21 @@ async fn a_thousand_websockets_are_open_at_once() {
     let Some(stage) = stage().await else { return };
     let said = stage.call(&format!("wss://{HOST}/chat"), stage.public, 1000).unwrap();
     assert_eq!((&said["connections"], &said["messages"]), (&1000.into(), &9000.into()));
+}
+
+/// A page that has an HTTP/2 connection there opens them on it, as many as the edge takes requests at once.
+#[tokio::test]
+async fn a_page_in_chromium_talks_over_many_at_once() {
+    let (Some(stage), Some(_)) = (stage().await, program("chromium")) else { return };
+    let (url, cert) = (format!("wss://{HOST}:{}/chat", stage.public.port()), stage.ca.to_string_lossy());
+    let to = stage.public.to_string();
+    let args =
+        [&*client_script("chromium_websocket.py"), &url, "--connect", &to, "--cert", &cert, "--connections", "100"];
+    let (fine, out, err) = run(&stage.python, &args);
+    assert!(fine, "{out} {err}");
+    let told: Value = serde_json::from_str(&out).unwrap();
+    let wanted = serde_json::json!({"page": "h2", "opened": 100, "texts": 100, "bytes": 100, "codes": [4321]});
+    assert_eq!(told, wanted);
 }
 
 /// A text of a client, masked as clients must.

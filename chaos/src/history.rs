@@ -292,12 +292,16 @@ pub enum CallKind {
     Talk,
     /// A WebSocket, with messages both ways in turn.
     Socket,
+    /// A TCP connection that does the same.
+    Connection,
+    /// UDP packets, each sent until it is answered.
+    Packets,
 }
 
 impl CallKind {
     /// Whether the mesh may and must try it again until it has an answer's head (RFC 9110 §9.2.2).
     pub fn is_idempotent(self) -> bool {
-        !matches!(self, Self::Post | Self::Upload | Self::Talk | Self::Socket)
+        !matches!(self, Self::Post | Self::Upload | Self::Talk | Self::Socket | Self::Connection)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod calls;
 mod door;
+mod raw;
 
 use std::{
     net::SocketAddr,

@@ -180,6 +180,10 @@ pub enum DoorKind {
     OutboundHttp2,
     /// A node's local port for the service.
     Upstream,
+    /// A node's local port for TCP to the service.
+    UpstreamTcp,
+    /// A node's local port for UDP to the service.
+    UpstreamUdp,
     /// A public listener, HTTP/1.1 over TLS.
     EdgeHttp1,
     /// A public listener, HTTP/2.
@@ -196,7 +200,17 @@ impl DoorKind {
 
     /// Whether a connection can become a WebSocket.
     pub fn has_sockets(self) -> bool {
-        !self.has_streams()
+        matches!(self, Self::OutboundHttp1 | Self::Upstream | Self::EdgeHttp1)
+    }
+
+    /// What a node's local port carries for it, if it is one.
+    pub fn carried_by_upstream(self) -> Option<&'static str> {
+        match self {
+            Self::Upstream => Some("http"),
+            Self::UpstreamTcp => Some("tcp"),
+            Self::UpstreamUdp => Some("udp"),
+            _ => None,
+        }
     }
 
     /// Whether it is a public listener.
@@ -211,6 +225,8 @@ impl fmt::Display for DoorKind {
             Self::OutboundHttp1 => "outbound h1",
             Self::OutboundHttp2 => "outbound h2c",
             Self::Upstream => "upstream h1",
+            Self::UpstreamTcp => "upstream tcp",
+            Self::UpstreamUdp => "upstream udp",
             Self::EdgeHttp1 => "edge h1",
             Self::EdgeHttp2 => "edge h2",
             Self::EdgeHttp3 => "edge h3",

@@ -6,6 +6,8 @@
 //! gRPC call that says again what it hears; `GET /echo/N` is a WebSocket that does so; `GET /open` lists the calls that are open, each with its age in milliseconds. Every
 //! answer names its node.
 
+mod raw;
+
 use std::{
     collections::BTreeMap,
     convert::Infallible,
@@ -39,6 +41,8 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
+
+pub(crate) use self::raw::MESSAGE_BYTES;
 
 /// Who answered.
 pub(crate) const SERVED_BY: &str = "x-served-by";
@@ -99,17 +103,20 @@ impl Drop for Open {
     }
 }
 
-/// Serves until the process is ended. Says `ready` on stdout when it listens, and repeats each manner that it takes on.
+/// Serves until the process is ended; at `raw` what is no HTTP. Says `ready` on stdout when it listens, and repeats each manner that it takes on.
 ///
 /// # Errors
 /// If it cannot listen, or write its ledger.
-pub async fn run(listen: SocketAddr, name: &str, ledger: &Path) -> Result<()> {
+pub async fn run(listen: SocketAddr, raw: Option<SocketAddr>, name: &str, ledger: &Path) -> Result<()> {
     let file = File::options().create(true).append(true).open(ledger);
     let file = file.with_context(|| format!("cannot write {}", ledger.display()))?;
     let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
     let (told, manner) = watch::channel(Manner::Good);
     let (name, ledger) = (HeaderValue::from_str(name)?, Mutex::new(file));
     let service = Arc::new(Service { name, ledger, manner, calls: AtomicU64::new(0), open: Mutex::default() });
+    if let Some(raw) = raw {
+        raw::serve(raw, service.clone()).await?;
+    }
     println!("ready");
     std::thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(Result::ok) {

@@ -126,6 +126,8 @@ pub(crate) enum ChaosCommand {
         #[arg(long)]
         listen: SocketAddr,
         #[arg(long)]
+        raw: Option<SocketAddr>,
+        #[arg(long)]
         name: String,
         #[arg(long)]
         ledger: PathBuf,

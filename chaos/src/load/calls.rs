@@ -21,7 +21,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::door::Door;
+use super::{door::Door, raw};
 use crate::{
     history::{Call, CallKind, Event, Recorder},
     plan::{DoorKind, LoadPlan, Mix},
@@ -32,7 +32,7 @@ use crate::{
 const MOST_IN_FLIGHT: u64 = 20_000;
 
 /// Messages of a gRPC call, each way.
-const TURNS: u8 = 4;
+pub(super) const TURNS: u8 = 4;
 
 /// A load that runs until it is stopped.
 pub(crate) struct Calls {
@@ -122,6 +122,11 @@ async fn schedule(
 }
 
 fn pick(mix: Mix, door: DoorKind, rng: &mut StdRng) -> CallKind {
+    match door {
+        DoorKind::UpstreamTcp => return CallKind::Connection,
+        DoorKind::UpstreamUdp => return CallKind::Packets,
+        _ => {}
+    }
     let weights = [
         (CallKind::Get, mix.get),
         (CallKind::Post, mix.post),
@@ -184,6 +189,8 @@ impl Shared {
             CallKind::Upload => (Method::POST, format!("/bytes/{nonce}")),
             CallKind::Talk => return talk(call, door).await,
             CallKind::Socket => return socket(call, door).await,
+            CallKind::Connection => return raw::connection(call, door).await,
+            CallKind::Packets => return raw::packets(call, door).await,
         };
         let body = match call.kind {
             CallKind::Post => Bytes::from_static(b"once"),
@@ -317,8 +324,8 @@ fn grpc_status(headers: &HeaderMap) -> Option<String> {
 }
 
 /// A gRPC message: not compressed, its length, and what tells it from others.
-fn message(nonce: u64, turn: u8) -> Bytes {
-    let mut message = BytesMut::new();
+pub(super) fn message(nonce: u64, turn: u8) -> Bytes {
+    let mut message = BytesMut::with_capacity(service::MESSAGE_BYTES);
     message.put_u8(0);
     message.put_u32(9);
     message.put_u64(nonce);

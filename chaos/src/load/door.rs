@@ -161,6 +161,7 @@ impl Door {
             DoorKind::OutboundHttp1 | DoorKind::Upstream | DoorKind::EdgeHttp1 => self.http1(head, body).await,
             DoorKind::OutboundHttp2 | DoorKind::EdgeHttp2 => self.http2(&head, body).await,
             DoorKind::EdgeHttp3 => self.http3(&head, body).await,
+            DoorKind::UpstreamTcp | DoorKind::UpstreamUdp => bail!("that door is for what is no HTTP"),
         }
     }
 

@@ -27,6 +27,8 @@ use crate::{
     stage::{Effect, Links, Rule, RuleId},
 };
 
+/// Between two takeovers.
+const BETWEEN_TAKEOVERS: Duration = Duration::from_secs(1);
 /// A fault ends by itself so long after the step should have ended it.
 const DEAD_MAN: Duration = Duration::from_secs(60);
 /// A limit below which every number is taken: what is open stays open, nothing new can be.
@@ -58,6 +60,8 @@ pub(crate) struct Active {
     certificates: BTreeMap<String, BTreeSet<String>>,
     /// How often a starved process was looked at, and found stopped.
     looks: (usize, usize),
+    /// Processes that another one has taken over from, with the name of their node.
+    finishing: Vec<(String, Process)>,
     /// What the product was asked, and showed.
     shown: Result<String, String>,
     /// What the runner found out by itself.
@@ -106,6 +110,7 @@ impl Active {
             probing: None,
             certificates: BTreeMap::new(),
             looks: (0, 0),
+            finishing: Vec::new(),
             shown: Err("the product was not asked".into()),
             stage: Err("nothing was looked at".into()),
         };
@@ -297,18 +302,30 @@ impl Active {
                 // The others should have noticed before the next one goes.
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
-            Fault::Upgrade { .. } => {
-                let victims = self.indices(mesh);
-                let at = victims[self.rounds % victims.len()];
-                let begun = Instant::now();
-                let old = mesh.take_over(at).await?;
-                self.rounds += 1;
-                let took = begun.elapsed().as_secs_f64();
-                let finished = finish(old, &mesh.nodes[at].name, hands.recorder).await;
-                self.stage = Ok(format!(
-                    "{} takeovers; the last: after {took:.1} s, and the process before {finished}",
-                    self.rounds
-                ));
+            Fault::Upgrade { .. } if self.last.elapsed() >= BETWEEN_TAKEOVERS => {
+                self.last = Instant::now();
+                let (mut free, mut busy) = (Vec::new(), Vec::new());
+                for (name, mut old) in std::mem::take(&mut self.finishing) {
+                    match old.is_running() {
+                        true => busy.push((name, old)),
+                        false => finished(&mut old, &name, hands.recorder).await,
+                    }
+                }
+                self.finishing = busy;
+                // Of each node two processes at most.
+                for at in self.indices(mesh) {
+                    if !self.finishing.iter().any(|(name, _)| *name == mesh.nodes[at].name) {
+                        free.push(at);
+                    }
+                }
+                if let Some(at) = free.get(self.rounds % free.len().max(1)).copied() {
+                    let begun = Instant::now();
+                    let old = mesh.take_over(at).await?;
+                    self.rounds += 1;
+                    self.finishing.push((mesh.nodes[at].name.clone(), old));
+                    let took = begun.elapsed().as_secs_f64();
+                    self.stage = Ok(format!("{} takeovers; the last took {took:.1} s", self.rounds));
+                }
             }
             Fault::Starve { .. } => {
                 for pid in self.pids.values().flatten() {
@@ -416,6 +433,16 @@ impl Active {
                     let _ = tell(mesh, &all, "good").await;
                 }
             }
+            Fault::Upgrade { .. } => {
+                // Flows of packets would keep them for a minute more.
+                let mut finishing = std::mem::take(&mut self.finishing);
+                for (_, old) in &finishing {
+                    let _ = old.signal("TERM").await;
+                }
+                for (name, old) in &mut finishing {
+                    finished(old, name, hands.recorder).await;
+                }
+            }
             Fault::OtherVersion { .. } => {
                 let own = mesh.binary().to_path_buf();
                 for at in victims {
@@ -499,14 +526,13 @@ async fn terminate(mesh: &mut Mesh, at: usize, recorder: &Recorder) -> Result<St
     Ok(how)
 }
 
-/// The end of a process whose place another one has; how it ended. One that does not end, or not well, is the product's fault.
-async fn finish(mut process: Process, name: &str, recorder: &Recorder) -> String {
+/// The end of a process whose place another one has. One that does not end, or not well, is the product's fault.
+async fn finished(process: &mut Process, name: &str, recorder: &Recorder) {
     let (how, well) = match process.wait(TERMINATES).await {
         Ok(status) => (format!("ended with {status}"), status.success()),
         Err(_) => (format!("does not end within {} s", TERMINATES.as_secs()), false),
     };
     recorder.note(Event::Process { name: name.into(), what: format!("the process before {how}"), wanted: well });
-    how
 }
 
 async fn restart_with(mesh: &mut Mesh, at: usize, binary: &std::path::Path, recorder: &Recorder) -> Result<()> {

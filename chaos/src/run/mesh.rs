@@ -36,6 +36,8 @@ const MOST_DOORS: usize = 8;
 pub(crate) struct Served {
     pub(crate) service: String,
     pub(crate) addr: SocketAddr,
+    /// Where it takes what is no HTTP.
+    raw: SocketAddr,
     pub(crate) ledger: PathBuf,
     pub(crate) process: Process,
 }
@@ -47,7 +49,8 @@ pub(crate) struct Node {
     pub(crate) place: Place,
     pub(crate) admin: SocketAddr,
     pub(crate) outbound: SocketAddr,
-    pub(crate) upstreams: BTreeMap<String, SocketAddr>,
+    /// Local ports by kind and service.
+    pub(crate) upstreams: BTreeMap<(DoorKind, String), SocketAddr>,
     /// Its public address, and the key that calls go in with.
     pub(crate) public: Option<(SocketAddr, String)>,
     pub(crate) state: PathBuf,
@@ -151,17 +154,25 @@ impl Mesh {
         let mut upstreams = BTreeMap::new();
         let mut services = Vec::new();
         for (at, service) in plan.mesh.services.iter().enumerate() {
-            if plan.load.doors.contains(&DoorKind::Upstream) && !is_edge {
-                let addr = self.stage.local(9100 + at as u16);
-                flag("--upstream", format!("{}={addr}", service.name));
-                upstreams.insert(service.name.clone(), addr);
+            let doors = plan.load.doors.iter().filter(|_| !is_edge);
+            for (nth, (kind, carried)) in
+                doors.filter_map(|kind| Some((*kind, kind.carried_by_upstream()?))).enumerate()
+            {
+                let addr = self.stage.local(9100 + (nth * plan.mesh.services.len() + at) as u16);
+                flag("--upstream", format!("{}={addr},protocol={carried}", carried_name(&service.name, carried)));
+                upstreams.insert((kind, service.name.clone()), addr);
             }
             if plan.serving().contains(&(name.clone(), service.name.clone())) {
                 let addr = self.stage.local(8080 + at as u16);
                 // Some are spoken to in HTTP/2, as gRPC's are.
                 let protocol = if slot.is_multiple_of(2) { "http1" } else { "h2c" };
                 flag("--service", format!("{}={addr},protocol={protocol}", service.name));
-                services.push(self.serve(&name, &service.name, addr, &place)?);
+                let raw = self.stage.local(8180 + at as u16);
+                for carried in raw_of(plan) {
+                    let name = carried_name(&service.name, carried);
+                    flag("--service", format!("{name}={raw},protocol={carried}"));
+                }
+                services.push(self.serve(&name, &service.name, (addr, raw), &place)?);
             }
         }
         let public = match is_edge {
@@ -199,15 +210,17 @@ impl Mesh {
     }
 
     /// Starts a service process.
-    fn serve(&self, node: &str, service: &str, addr: SocketAddr, place: &Place) -> Result<Served> {
+    fn serve(&self, node: &str, service: &str, (addr, raw): (SocketAddr, SocketAddr), place: &Place) -> Result<Served> {
         let ledger = self.dir.join(format!("{node}-{service}.ledger"));
         let log = self.dir.join(format!("{node}-{service}.log"));
-        let args = ["chaos", "service", "--listen", &addr.to_string(), "--name", node, "--ledger"].map(String::from);
+        let (http, other) = (addr.to_string(), raw.to_string());
+        let args =
+            ["chaos", "service", "--listen", &http, "--raw", &other, "--name", node, "--ledger"].map(String::from);
         let args: Vec<String> = args.into_iter().chain([ledger.to_string_lossy().into_owned()]).collect();
         // Not the binary under test: the service must stay the same when that one changes.
         let binary = std::env::current_exe()?;
         let process = place.within(move || Process::start_listening(&binary, args, &log))?;
-        Ok(Served { service: service.into(), addr, ledger, process })
+        Ok(Served { service: service.into(), addr, raw, ledger, process })
     }
 
     /// Starts a service process again.
@@ -215,7 +228,7 @@ impl Mesh {
         for which in 0..self.nodes[at].services.len() {
             let node = &self.nodes[at];
             let old = &node.services[which];
-            let served = self.serve(&node.name, &old.service, old.addr, &node.place)?;
+            let served = self.serve(&node.name, &old.service, (old.addr, old.raw), &node.place)?;
             self.nodes[at].services[which] = served;
         }
         Ok(())
@@ -264,7 +277,12 @@ impl Mesh {
     /// Gives a node a join token that grants what it needs.
     async fn admit(&mut self, plan: &Plan, at: usize) -> Result<()> {
         let node = &self.nodes[at];
-        let mut grants: Vec<&str> = node.services.iter().flat_map(|served| ["--service", &served.service]).collect();
+        let names = |served: &Served| {
+            let raw = raw_of(plan).map(|carried| carried_name(&served.service, carried)).collect::<Vec<_>>();
+            [vec![served.service.clone()], raw].concat()
+        };
+        let names: Vec<String> = node.services.iter().flat_map(names).collect();
+        let mut grants: Vec<&str> = names.iter().flat_map(|name| ["--service", name]).collect();
         if node.is_edge() {
             grants.push("--edge");
         }
@@ -400,8 +418,8 @@ impl Mesh {
                     DoorKind::OutboundHttp1 | DoorKind::OutboundHttp2 => {
                         doors.push(Door::new(*kind, &node.name, node.outbound, node.place.clone()));
                     }
-                    DoorKind::Upstream => {
-                        for (service, addr) in &node.upstreams {
+                    DoorKind::Upstream | DoorKind::UpstreamTcp | DoorKind::UpstreamUdp => {
+                        for ((_, service), addr) in node.upstreams.iter().filter(|((of, _), _)| of == kind) {
                             let mut door = Door::new(*kind, &node.name, *addr, node.place.clone());
                             door.only = Some(service.clone());
                             doors.push(door);
@@ -462,6 +480,16 @@ impl Mesh {
     pub(crate) fn at(&self, name: &str) -> Result<usize> {
         self.nodes.iter().position(|node| node.name == name).with_context(|| format!("no node {name}"))
     }
+}
+
+/// What the services of a plan carry beside HTTP.
+fn raw_of(plan: &Plan) -> impl Iterator<Item = &'static str> {
+    plan.load.doors.iter().filter_map(|kind| kind.carried_by_upstream()).filter(|carried| *carried != "http")
+}
+
+/// What a service is called in the mesh that carries that.
+fn carried_name(service: &str, carried: &str) -> String {
+    if carried == "http" { service.into() } else { format!("{service}-{carried}") }
 }
 
 /// A file system of its own for a state directory. It goes with the lab's mount namespace.

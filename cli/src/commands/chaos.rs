@@ -65,9 +65,9 @@ pub(crate) async fn run(command: ChaosCommand) -> Result<(), Failure> {
         ChaosCommand::SelfTest(args) => self_test(&args).await,
         ChaosCommand::Search(args) => search::search(&args),
         ChaosCommand::Promote { file, to } => search::promote(&file, &to),
-        ChaosCommand::Service { listen, name, ledger } => {
+        ChaosCommand::Service { listen, raw, name, ledger } => {
             super::node::follow_parent();
-            starling_chaos::serve(listen, &name, &ledger).await.map_err(failed)
+            starling_chaos::serve(listen, raw, &name, &ledger).await.map_err(failed)
         }
         ChaosCommand::LabCheck => starling_chaos::check_lab().map_err(|why| Failure::coded(UNKNOWN, why)),
     }

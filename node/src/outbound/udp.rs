@@ -73,10 +73,15 @@ impl UdpDoor {
         let mut flows: HashMap<SocketAddr, Entry> = HashMap::new();
         let mut packet = vec![0; MAX_PACKET_BYTES];
         loop {
+            // Where the node itself goes away, flows go on to the last moment.
+            let goes_away = drain.has_begun();
+            if goes_away && !drain.has_begun_as_a_whole() {
+                break;
+            }
             let received = tokio::select! {
                 received = socket.recv_from(&mut packet) => received,
                 Some(_) = tasks.join_next() => continue,
-                () = drain.draining(), if !drain.has_begun_as_a_whole() => break,
+                () = drain.draining(), if !goes_away => continue,
                 () = drain.closing() => return,
             };
             let (length, from) = match received {

@@ -179,9 +179,11 @@ async fn a_flood_at_one_worker_leaves_the_others_and_gossip_alone() {
     let outbound = cluster.node("near").outbound;
     let before = memory_kib(&cluster.node("far").process, "VmRSS:");
     let _flood = Flood::start(cluster.node("far").mesh, 1);
-    let end = tokio::time::Instant::now() + Duration::from_secs(8);
+    let begun = tokio::time::Instant::now();
     let mut answered = 0;
-    while tokio::time::Instant::now() < end {
+    // As long as a suspicion takes, and as many calls as show that they are made.
+    while begun.elapsed() < Duration::from_secs(8) || answered <= 10 {
+        assert!(begun.elapsed() < LIMIT, "{answered}");
         // On connections of their own, so that both workers of the caller make calls, to both of the other node.
         let answer = Client::plain().get(outbound, "orders.mesh.internal", "/hello").await.unwrap();
         assert_eq!(answer.status, 200, "{}", answer.text());
@@ -192,7 +194,6 @@ async fn a_flood_at_one_worker_leaves_the_others_and_gossip_alone() {
             assert_eq!(far.status, MemberStatus::Alive, "as {name} sees it, after {answered} calls");
         }
     }
-    assert!(answered > 10, "{answered}");
     let after = memory_kib(&cluster.node("far").process, "VmRSS:");
     assert!(after < before + (32 << 10), "{before} -> {after} KiB");
 }

@@ -1,6 +1,9 @@
 //! Sends requests over an established QUIC connection.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http::{Method, response};
 use tokio_util::task::AbortOnDropHandle;
@@ -27,6 +30,9 @@ use crate::{
 
 /// A request waits so long for others to end, if the server takes no more at a time: it is not a queue.
 const OPENS_WITHIN: Duration = Duration::from_millis(100);
+/// The same on a connection that is new for so long: a node gives a peer its places when it knows who that is, which is round trips
+/// after the peer may send its first requests.
+const NEW: Duration = Duration::from_secs(1);
 
 /// How long a request waits for the server's settings that depends on them.
 const SETTINGS_WITHIN: Duration = Duration::from_secs(3);
@@ -38,6 +44,7 @@ pub struct Client(Arc<Closing>);
 struct Closing {
     connection: Arc<Connection>,
     shelf: Shelf,
+    since: Instant,
 }
 
 impl Drop for Closing {
@@ -86,7 +93,8 @@ pub enum RequestError {
 impl Client {
     /// Begins to speak HTTP/3 over a connection. Answers that nobody reads stand on the shelf.
     pub fn start(connection: quinn::Connection, shelf: Shelf, order: Order) -> Self {
-        Self(Arc::new(Closing { connection: Connection::start(connection, Role::Client, order), shelf }))
+        let since = Instant::now();
+        Self(Arc::new(Closing { connection: Connection::start(connection, Role::Client, order), shelf, since }))
     }
 
     /// The connection.
@@ -104,7 +112,11 @@ impl Client {
     /// the request at the server.
     pub async fn send(&self, head: Head<'_>, body: Option<Body>) -> Result<Answer, RequestError> {
         let connection = &self.0.connection;
-        let opened = tokio::time::timeout(OPENS_WITHIN, connection.quinn().open_bi()).await;
+        let patience = match self.0.since.elapsed() < NEW {
+            true => NEW,
+            false => OPENS_WITHIN.max(connection.quinn().rtt() * 3),
+        };
+        let opened = tokio::time::timeout(patience, connection.quinn().open_bi()).await;
         let (send, receive) =
             opened.map_err(|_| RequestError::Full)?.map_err(|error| RequestError::NotSent(error.to_string()))?;
         let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);

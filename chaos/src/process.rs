@@ -45,7 +45,7 @@ impl Process {
         let access = log.with_extension("out");
         let child = Command::new(program)
             .args(args)
-            .env("STARLING_EXIT_WITH_PARENT", "1")
+            .env("STARLING_EXIT_WITH_PARENT", "parent")
             .stdin(input)
             .stdout(open(&access)?)
             .stderr(open(log)?)

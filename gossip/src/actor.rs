@@ -249,7 +249,11 @@ async fn run(mut gossip: Gossip, mut inbox: mpsc::Receiver<Command>, outputs: Ou
             }
         }
         match rests {
-            true => drop(gossip.drain(Instant::now())),
+            true => gossip.drain(Instant::now()).into_iter().for_each(|outgoing| {
+                if let Outgoing::Changed(snapshot) = outgoing {
+                    outputs.snapshot.send_replace(snapshot);
+                }
+            }),
             false => flush(&mut gossip, &outputs, Instant::now()),
         }
     }

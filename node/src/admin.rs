@@ -21,6 +21,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
 };
+use tokio_util::sync::CancellationToken;
 
 use self::caller::{Caller, UNKNOWN};
 pub(crate) use self::view::{members, name_of, rfc3339, services, sights, status_of};
@@ -55,14 +56,16 @@ pub trait ExtraRoutes: Send + Sync {
     fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)>;
 }
 
-/// Serves on a TCP listener for as long as the process lives: a draining node still answers its operator.
-pub(crate) async fn serve_tcp<S: Subject>(listener: TcpListener, subject: Arc<S>) {
+/// Serves on a TCP listener for as long as the process lives: a draining node still answers its operator. When it is `ended`,
+/// because another process answers, connections end with the next answer.
+pub(crate) async fn serve_tcp<S: Subject>(listener: TcpListener, subject: Arc<S>, ended: CancellationToken) {
     let addr = listener.local_addr().ok();
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {
                 let from = addr.map(|own| Caller::Tcp { own, from });
-                tokio::spawn(serve_connection(stream, subject.clone(), from.unwrap_or(Caller::Unknown)));
+                let caller = from.unwrap_or(Caller::Unknown);
+                tokio::spawn(serve_connection(stream, subject.clone(), caller, ended.clone()));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
@@ -70,8 +73,8 @@ pub(crate) async fn serve_tcp<S: Subject>(listener: TcpListener, subject: Arc<S>
 }
 
 /// Serves on a Unix socket, which only this user and root can open.
-pub(crate) async fn serve_unix<S: Subject>(path: &Path, subject: Arc<S>) {
-    // A former life, killed, leaves its socket behind; the lock on the state directory says that nobody uses it.
+pub(crate) async fn serve_unix<S: Subject>(path: &Path, subject: Arc<S>, ended: CancellationToken) {
+    // A former life leaves its socket behind; whoever is in charge has the directory.
     let _ = std::fs::remove_file(path);
     let own = || fs::set_permissions(path, fs::Permissions::from_mode(0o600));
     let listener = match UnixListener::bind(path).and_then(|listener| own().map(|()| listener)) {
@@ -86,7 +89,7 @@ pub(crate) async fn serve_unix<S: Subject>(path: &Path, subject: Arc<S>) {
             Ok((stream, _)) => {
                 let user = stream.peer_cred().map(|peer| peer.uid());
                 let caller = user.map_or(Caller::Unknown, |user| Caller::Unix { user });
-                tokio::spawn(serve_connection(stream, subject.clone(), caller));
+                tokio::spawn(serve_connection(stream, subject.clone(), caller, ended.clone()));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
@@ -97,16 +100,22 @@ async fn serve_connection<S: Subject>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     subject: Arc<S>,
     caller: Caller,
+    ended: CancellationToken,
 ) {
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
         let subject = subject.clone();
         async move { Ok::<_, Infallible>(answer(request, &*subject, caller).await) }
     });
-    let _ = http1::Builder::new()
+    let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(Duration::from_secs(10))
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = ended.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    let _ = connection.await;
 }
 
 async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S, caller: Caller) -> Response<Body> {

@@ -27,14 +27,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Documents, MeshClient,
-    admin::{self, ExtraRoutes, Subject},
+    admin::{ExtraRoutes, Subject},
     call::{Calls, Introduction},
     config::Config,
     identity::{
         Identity, RecordCredentials,
         admission::Admission,
         authority::{Authority, SharedAuthority},
-        names, renewal, unix_now,
+        renewal, unix_now,
     },
     inbound::{Inbound, condition::Condition, health},
     mesh::{links::Links, reachability},
@@ -77,6 +77,8 @@ pub struct Node {
     workers: Vec<Worker>,
     /// Ends with the node.
     export: Mutex<Option<Export>>,
+    /// Until the node is in charge.
+    admin_listener: Mutex<Option<tokio::net::TcpListener>>,
     drain_asked: CancellationToken,
 }
 
@@ -149,21 +151,17 @@ impl Node {
             };
         let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?)?;
         let before = place.told().cloned();
-        let lock = match &before {
-            None => Some(state.lock()?),
-            Some(_) => None,
+        let lock = match place.take_lock() {
+            None => state.lock()?,
+            Some(shared) => state.shared_lock(shared)?,
         };
         let bound = Bound::all(config, place.ports())?;
         let Bound { listen, advertise, control_socket, worker_sockets, admin_listener, doors } = bound;
 
         let threads = (0..worker_sockets.len() as u8).map(Thread::start).collect::<io::Result<Vec<_>>>();
         let threads = threads.map_err(StartError::Threads)?;
-        // The process before, if there is one, writes no state from here on.
-        let lock = match (lock, place.ready().await?) {
-            (Some(lock), _) => lock,
-            (None, Some(shared)) => state.shared_lock(shared)?,
-            (None, None) => state.lock()?,
-        };
+        // The process before, if there is one, lets go of the gossip and the state.
+        place.ready().await?;
         let ports = std::mem::take(place.ports());
         let known = before.as_ref().map_or(&[][..], |before| &before.health);
 
@@ -191,6 +189,7 @@ impl Node {
         let me = Ident { id: identity.id(), addr: advertise, generation };
         let mut remembered = remembered_peers(&state);
         remembered.extend(peers_told);
+        remembered.extend(before.iter().flat_map(|before| &before.peers));
         let knows_peers = !remembered.is_empty();
         let (documents, kept) = Documents::open(&state)?;
         let (contacts, known_contacts) = watch::channel(remembered.clone());
@@ -205,7 +204,6 @@ impl Node {
         let (gossip, outgoing) = starling_gossip::spawn(gossip);
         let links = Links::new(identity.clone(), control.clone(), gossip.clone(), documents.clone());
         tokio::spawn(links.clone().run(outgoing, gossip.durable(), state.clone()));
-        tokio::spawn(documents.clone().run(gossip.durable()));
 
         let (tracer, recorded) = match collectors {
             Some(collectors) => {
@@ -315,25 +313,29 @@ impl Node {
         tokio::spawn(memory::give_back());
         {
             let mut duties = running.duties();
-            duties.spawn(names::run(admission));
+            duties.spawn(running.documents.clone().run(gossip.durable()));
             duties.spawn(resolve_seeds(running.seeds.subscribe(), gossip.clone(), contacts));
             health::spawn(&config.service, &condition, &mut duties);
             duties.spawn(reachability::watch(gossip.clone(), links.clone(), condition));
         }
         if let Some(before) = before {
-            running.meet_the_mesh(before.members).await?;
+            // The ledger is the other process's until this one is in charge.
+            running.succession.hold(admission.rest().await);
+            running.meet_the_mesh(before.peers.len()).await?;
         }
-
         let admin_listener =
             tokio_listener(admin_listener).map_err(|e| StartError::bind("the admin API", config.admin.listen, e))?;
-        running.duties().spawn(admin::serve_tcp(admin_listener, running.clone()));
-        let (socket, subject) = (state.path().join("admin.sock"), running.clone());
-        running.duties().spawn(async move { admin::serve_unix(&socket, subject).await });
 
         for (nth, frame) in doors.into_iter().enumerate() {
             open_door(frame, nth, &workers, &running);
         }
-        Ok(Self { running, workers, export: Mutex::new(export), drain_asked })
+        Ok(Self {
+            running,
+            workers,
+            export: Mutex::new(export),
+            drain_asked,
+            admin_listener: Mutex::new(Some(admin_listener)),
+        })
     }
 
     /// The threads that carry calls: listeners of an edge run there too.

@@ -6,7 +6,7 @@
 //!                          <--  Left, and its descriptors     (it serves on)
 //!   binds what is missing, checks its configuration
 //!   Ready                  -->
-//!                          <--  Go                            (it gossips and signs no more, and writes no state)
+//!                          <--  Go                            (it neither gossips nor admits any more)
 //!   reads the state, gossips in a new generation, waits until the mesh has told it what there is
 //!   Up                     -->
 //!                          <--  Settled                       (it takes nothing new, and finishes what it has)
@@ -44,8 +44,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const HELLO: Duration = Duration::from_secs(5);
 /// How long the new process may take to read the state and to get to know the mesh. Nobody speaks for the node if it stands still.
 const GO: Duration = Duration::from_secs(10);
-/// How long a process that has failed may take to end.
-const END: Duration = Duration::from_secs(5);
+/// How long a process that has failed may take to end by itself.
+const END: Duration = Duration::from_secs(2);
 
 /// What the new process says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -72,8 +72,8 @@ pub(crate) struct Told {
     pub(crate) version: String,
     /// How its services are.
     pub(crate) health: Vec<Health>,
-    /// Members that it knows to be alive, itself included.
-    pub(crate) members: usize,
+    /// Where the members are that it knows to be alive, but for itself.
+    pub(crate) peers: Vec<SocketAddr>,
     pub(crate) ports: Left,
 }
 
@@ -174,15 +174,20 @@ impl Place {
         self.claim.as_ref().map(|claim| &claim.told)
     }
 
-    /// All is checked that can be: asks for the state. Returns the lock on it.
-    pub(crate) async fn ready(&mut self) -> Result<Option<OwnedFd>, TakeoverError> {
-        let Some(claim) = &mut self.claim else { return Ok(None) };
+    /// The lock on the state directory, which is shared with the one whose place it is.
+    pub(crate) fn take_lock(&mut self) -> Option<OwnedFd> {
+        self.claim.as_mut().and_then(|claim| claim.lock.take())
+    }
+
+    /// All is checked that can be: asks for the state.
+    pub(crate) async fn ready(&mut self) -> Result<(), TakeoverError> {
+        let Some(claim) = &mut self.claim else { return Ok(()) };
         let asked = async {
             claim.line.tell(&Word::Ready).await?;
             claim.line.hear::<Answer>().await
         };
         match tokio::time::timeout(PATIENCE, asked).await.map_err(|_| TakeoverError::Silent)?? {
-            Answer::Go => Ok(claim.lock.take()),
+            Answer::Go => Ok(()),
             Answer::Refused { why } => Err(TakeoverError::Refused(why)),
             _ => Err(TakeoverError::Refused("it speaks out of turn".into())),
         }
@@ -192,10 +197,13 @@ impl Place {
     /// returned tells when it is gone.
     pub(crate) async fn up(&mut self, upgrade_timeout: Duration) -> Result<Option<Predecessor>, TakeoverError> {
         let Some(Claim { mut line, told, .. }) = self.claim.take() else { return Ok(None) };
-        line.tell(&Word::Up { upgrade_timeout }).await?;
-        // If it ends instead of saying so, it takes nothing either.
-        let _ = tokio::time::timeout(PATIENCE, line.hear::<Answer>()).await;
-        Ok(Some(Predecessor { line, pid: told.pid }))
+        // If this cannot be said, or is not answered, the other one is gone, and takes nothing either; unless it has said before that
+        // it goes on.
+        let _ = line.tell(&Word::Up { upgrade_timeout }).await;
+        match tokio::time::timeout(PATIENCE, line.hear()).await {
+            Ok(Ok(Answer::Refused { why })) => Err(TakeoverError::Refused(why)),
+            _ => Ok(Some(Predecessor { line, pid: told.pid })),
+        }
     }
 }
 
@@ -235,23 +243,22 @@ impl Successor {
         let mut line = Line::new(stream);
         let own = rustix::process::geteuid().as_raw();
         if !line.user().is_some_and(|user| user == own || user == 0) {
-            return Err(TakeoverError::Refused("it is another user's process".into()));
+            return Err(Self::refused(line, "the node runs as another user").await);
         }
         let heard = tokio::time::timeout(HELLO, line.hear()).await.map_err(|_| TakeoverError::Silent)?;
         match heard? {
             Word::Hello { protocol, pid, version } if protocol == PROTOCOL => Ok(Self { line, pid, version }),
             Word::Hello { protocol, .. } => {
-                let why = format!("it speaks version {protocol} of this, and the running one {PROTOCOL}");
-                let _ = line.tell(&Answer::Refused { why: why.clone() }).await;
-                Err(TakeoverError::Refused(why))
+                let why = format!("the new process speaks version {protocol} of this, and the running one {PROTOCOL}");
+                Err(Self::refused(line, &why).await)
             }
-            _ => Err(TakeoverError::Refused("it did not say who it is".into())),
+            _ => Err(Self::refused(line, "the new process did not say who it is").await),
         }
     }
 
-    /// Refuses.
-    pub(crate) async fn refuse(mut self, why: &str) {
-        let _ = self.line.tell(&Answer::Refused { why: why.into() }).await;
+    async fn refused(mut line: Line, why: &str) -> TakeoverError {
+        let _ = line.tell(&Answer::Refused { why: why.into() }).await;
+        TakeoverError::Refused(why.into())
     }
 
     /// Tells it what there is, gives it the lock and the ports, and waits until it has checked all that it can.
@@ -288,13 +295,19 @@ impl Successor {
         self.line.gone().await;
     }
 
-    /// Waits until one that has failed is gone; ends it if it does not end by itself.
-    pub(crate) async fn end(&mut self) {
-        if tokio::time::timeout(END, self.line.gone()).await.is_err()
-            && let Some(pid) = self.line.pid()
-            && let Err(error) = kill_process(pid, Signal::KILL)
-        {
-            tracing::warn!(%error, "a process that could not take over does not end");
+    /// Tells it that it has failed, and waits until it is gone; ends it if it does not end by itself. Before that, what it had
+    /// cannot be taken back: it may stand still, and go on.
+    pub(crate) async fn end(&mut self, why: &str) {
+        let end = async {
+            let _ = self.line.tell(&Answer::Refused { why: why.into() }).await;
+            self.line.gone().await;
+        };
+        if tokio::time::timeout(END, end).await.is_ok() {
+            return;
+        }
+        let killed = self.line.pid().map(|pid| kill_process(pid, Signal::KILL));
+        if !matches!(killed, Some(Ok(()))) || tokio::time::timeout(END, self.line.gone()).await.is_err() {
+            tracing::error!(pid = self.pid, "a process that could not take over does not end; end it by hand");
         }
     }
 

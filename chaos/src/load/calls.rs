@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, bail};
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, Method, Request, header};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::BodyExt;
 use hyper::body::Frame;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sha2::{Digest, Sha256};
@@ -244,10 +244,15 @@ fn served_by(headers: &HeaderMap) -> String {
 async fn talk(call: &mut Call, door: &Door) -> anyhow::Result<()> {
     let head = Request::post(format!("/talk/{}", call.nonce)).header(header::CONTENT_TYPE, service::GRPC);
     let (head, ()) = head.header(header::TE, "trailers").body(())?.into_parts();
-    let (say, said) = mpsc::channel(1);
-    let mut said = Some(service::Frames(said).boxed_unsync());
-    let mut body = || said.take().unwrap_or_else(|| Empty::new().boxed_unsync());
+    let mut say = None;
+    // Made again where a kept connection turns out to be closed.
+    let mut body = || {
+        let (first, said) = mpsc::channel(1);
+        say = Some(first);
+        service::Frames(said).boxed_unsync()
+    };
     let (head, mut coming) = door.open(&call.service, head, &mut body).await?.into_parts();
+    let say = say.context("nothing was said")?;
     (call.status, call.by) = (head.status.as_u16(), served_by(&head.headers));
     let mut status = grpc_status(&head.headers);
     let mut heard = BytesMut::new();

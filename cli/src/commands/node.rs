@@ -12,6 +12,7 @@ use starling_node::{
 };
 use starling_protocol::NodeKind;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::{Failure, args::NodeArgs, commands::takeover, logging, service_manager};
 
@@ -54,17 +55,30 @@ pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Fa
     service_manager::ready();
     loop {
         tokio::select! {
+            biased;
             pid = node.superseded() => {
                 tracing::info!(pid, "another process has taken over; this one finishes what it has");
-                let hurry = async {
+                let hurry = CancellationToken::new();
+                let finishing = node.finish_for_successor(hurry.cancelled());
+                tokio::pin!(finishing);
+                loop {
+                    let signalled = async {
+                        tokio::select! {
+                            _ = term.recv() => {}
+                            _ = interrupt.recv() => {}
+                        }
+                    };
                     tokio::select! {
-                        _ = term.recv() => {}
-                        _ = interrupt.recv() => {}
+                        finished = &mut finishing => {
+                            tracing::info!(finished, "this process is done");
+                            return Ok(());
+                        }
+                        () = signalled => match hurry.is_cancelled() {
+                            true => return Err(Failure::failed("exiting before all was finished")),
+                            false => hurry.cancel(),
+                        },
                     }
-                };
-                let finished = node.finish_for_successor(hurry).await;
-                tracing::info!(finished, "this process is done");
-                return Ok(());
+                }
             }
             _ = term.recv() => break,
             _ = interrupt.recv() => break,

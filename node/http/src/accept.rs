@@ -62,14 +62,14 @@ where
 {
     let (mut failed, mut full) = (Seldom::default(), Seldom::default());
     loop {
-        let accepted = async {
-            // In this order: an acceptor to whom nobody comes must not hold a place that another one needs.
-            let accepted = listener.accept().await;
-            (places.free.clone().acquire_owned().await, accepted)
-        };
-        let (place, accepted) = tokio::select! {
-            accepted = accepted => accepted,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
             () = drain.draining() => return,
+        };
+        // Behind it: an acceptor to whom nobody comes must not hold a place that another one needs.
+        let place = tokio::select! {
+            place = places.free.clone().acquire_owned() => place,
+            () = drain.closing() => return,
         };
         match accepted {
             Ok((stream, from)) => {

@@ -257,7 +257,14 @@ impl Ports {
         self.take_all()
     }
 
-    /// Closes what is held of TCP listeners, so that each is closed with the last that is served.
+    /// Lets go of what the process before had and this one has not taken over.
+    pub fn leave_the_rest(&mut self) {
+        if let Some(before) = &mut self.before {
+            before.ports.clear();
+        }
+    }
+
+    /// Lets go of all but QUIC's, so that each is closed with the last that is served.
     pub fn close_listeners(&mut self) {
         self.held.retain(|port| port.left.carries == Carries::Quic);
         self.before = None;

@@ -41,6 +41,8 @@ pub(super) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CARRIED: usize = 16;
 /// Requests that an issuer decides at a time: each is written to disk.
 const MAX_DECIDED: usize = 4;
+/// Comparisons of names that an issuer answers at a time.
+const MAX_COMPARED: usize = 64;
 /// Addresses of members that a new node is told.
 const MAX_TOLD: usize = 16;
 
@@ -56,7 +58,13 @@ pub(crate) struct Admission {
     carried: [Arc<Semaphore>; 2],
     /// Requests that are decided here at a time.
     decided: Arc<Semaphore>,
+    /// Comparisons of names that are answered at a time. Not the same: what is decided waits for those of others.
+    compared: Arc<Semaphore>,
 }
+
+/// That nothing is decided; until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Resting(#[expect(dead_code, reason = "it is held")] [Option<OwnedSemaphorePermit>; 2]);
 
 /// What is sent back.
 pub(crate) enum Reply {
@@ -76,7 +84,8 @@ impl Admission {
     ) -> Self {
         let carried = [MAX_CARRIED; 2].map(|most| Arc::new(Semaphore::new(most)));
         let decided = Arc::new(Semaphore::new(MAX_DECIDED));
-        Self { identity, authority, gossip, documents, endpoint, carried, decided }
+        let compared = Arc::new(Semaphore::new(MAX_COMPARED));
+        Self { identity, authority, gossip, documents, endpoint, carried, decided, compared }
     }
 
     /// Serves one connection: one request, one answer.
@@ -93,6 +102,7 @@ impl Admission {
             if header.0 == Ledger::KIND {
                 let issuer = member.filter(|peer| self.is_issuer(&peer.id))?;
                 let authority = self.authority.clone()?;
+                let _turn = self.compared.acquire().await.ok()?;
                 let asked = frames::read_body(&mut receive, header).await.ok()?.read().ok()?;
                 let answer = names::answer(authority, self.identity.clone(), asked, &issuer.name).await?;
                 frames::write_frame(&mut send, &answer).await.ok()?;
@@ -126,14 +136,18 @@ impl Admission {
         connection.close((CloseCode::Done as u32).into(), b"");
     }
 
-    /// Decides nothing more, and waits for what is being decided, until what is returned is dropped.
-    pub(crate) async fn rest(&self) -> Option<OwnedSemaphorePermit> {
-        self.decided.clone().acquire_many_owned(MAX_DECIDED as u32).await.ok()
+    /// Decides nothing more, and waits for what is being decided, until what is returned is dropped: the ledger is another
+    /// process's.
+    pub(crate) async fn rest(&self) -> Resting {
+        let all = |turns: &Arc<Semaphore>, count: usize| turns.clone().acquire_many_owned(count as u32);
+        let (decided, compared) = tokio::join!(all(&self.decided, MAX_DECIDED), all(&self.compared, MAX_COMPARED));
+        Resting([decided.ok(), compared.ok()])
     }
 
     /// Decides nothing more for good; what comes is carried to others.
     pub(crate) fn retire(&self) {
         self.decided.close();
+        self.compared.close();
     }
 
     async fn answer(&self, frame: Frame, from_member: bool, from: SocketAddr) -> Reply {

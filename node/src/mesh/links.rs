@@ -265,6 +265,9 @@ impl Links {
         addr: SocketAddr,
         crypto: &Arc<QuicClientConfig>,
     ) -> Result<(quinn::Connection, Peer), String> {
+        if self.0.rests.load(Relaxed) {
+            return Err("another process speaks for this node".into());
+        }
         let connecting = self.0.endpoint.dial_gossip(addr, crypto.clone()).map_err(|e| e.to_string())?;
         let connection = tokio::time::timeout(EXCHANGE_TIMEOUT, connecting)
             .await
@@ -279,6 +282,9 @@ impl Links {
     }
 
     fn adopt_dialled(&self, connection: quinn::Connection, peer: &Peer) {
+        if self.0.rests.load(Relaxed) {
+            return connection.close((CloseCode::Leaving as u32).into(), b"another process takes over");
+        }
         if let Some(turn) = self.take_turn(peer.id, &connection) {
             self.adopt(&connection, peer.id, self.0.identity.id());
             let (links, until) = (self.clone(), tls::useful_until(peer, &self.0.identity));

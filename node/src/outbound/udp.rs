@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -49,12 +49,14 @@ pub(crate) struct UdpDoor {
     service: Name,
     counts: Arc<PacketCounts>,
     complaints: Complaints,
+    /// Whether another process has the port.
+    is_settled: AtomicBool,
 }
 
 impl UdpDoor {
     /// The port that `door` has for `service`.
     pub(crate) fn new(door: Door, service: Name, counts: Arc<PacketCounts>) -> Self {
-        Self { door, service, counts, complaints: Complaints::default() }
+        Self { door, service, counts, complaints: Complaints::default(), is_settled: AtomicBool::new(false) }
     }
 
     /// Serves from `opening` on until the drain is over. Where another process goes on, it gets every packet of an address that has no
@@ -117,6 +119,7 @@ impl UdpDoor {
             tasks.spawn(flow.run());
         }
         settle(&socket, flows, &door.counts, &mut tasks);
+        door.is_settled.store(true, Relaxed);
         let of = drain.clone();
         let finishing = drain.spawn(async move {
             tokio::select! {
@@ -228,7 +231,8 @@ enum Over {
 }
 
 impl Flow {
-    /// Carries packets until there are none for a while. Each time a tunnel ends, the next packet opens another one.
+    /// Carries packets until there are none for a while. Each time a tunnel ends, the next packet opens another one, in the process
+    /// that has the port then.
     async fn run(mut self) {
         let idle = self.door.door.limits.idle_timeout.unwrap_or(IDLE);
         while let Ok(Some(first)) = tokio::time::timeout(idle, self.next()).await {
@@ -247,6 +251,9 @@ impl Flow {
                     }
                     self.door.fail(dropped, &why);
                 }
+            }
+            if self.door.is_settled.load(Relaxed) {
+                return;
             }
         }
     }

@@ -4,7 +4,7 @@ use std::{
     io,
     path::PathBuf,
     process::ExitStatus,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -13,20 +13,26 @@ use tokio::{net::UnixListener, process::Command, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Node, Running, StartError};
-use crate::takeover::{self, Place, Predecessor, SOCKET, Successor, TakeoverError, Told};
+use crate::{
+    admin,
+    identity::{admission::Resting, names},
+    takeover::{self, Place, Predecessor, SOCKET, Successor, TakeoverError, Told},
+};
 
 /// Where the environment of a process that this one starts has the socket to ask at.
 pub const ENVIRONMENT: &str = "STARLING_TAKEOVER_SOCKET";
 /// Where the environment says with whom a process ends: its parent, or the process of that id.
 pub const EXIT_WITH: &str = "STARLING_EXIT_WITH_PARENT";
 /// Says that it is the parent.
-pub const EXIT_WITH_PARENT: &str = "1";
+pub const EXIT_WITH_PARENT: &str = "parent";
 /// How long a process may take that is started by this one, in all; each of its steps has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(90);
-/// How long a process that has failed may take to end.
+/// How long a process that was started, and has failed, may take to end.
 const END: Duration = Duration::from_secs(5);
 /// How often a process that takes over looks whether it knows the mesh.
 const LOOK: Duration = Duration::from_millis(20);
+/// For how long a process stays at least that another one has taken over from.
+const HEARD: Duration = Duration::from_secs(1);
 /// How long flows of packets may take to get sockets of their own.
 const SETTLE: Duration = Duration::from_secs(2);
 /// Pause after a failed accept.
@@ -39,10 +45,14 @@ pub(super) struct Succession {
     predecessor: Mutex<Option<u32>>,
     /// This one has the place, and every packet is for it that the one before does not expect.
     pub(super) in_charge: CancellationToken,
+    /// Another process has it.
+    superseded: CancellationToken,
+    /// That this process decides nothing yet, as an issuer.
+    deciding: Mutex<Option<Resting>>,
     /// Ports for packets that still take what the next one should have.
     pub(super) unsettled: TaskTracker,
-    /// What became of the last that asked for this one's place, and how many have asked.
-    attempt: watch::Sender<(u64, Option<Result<json::Upgraded, String>>)>,
+    /// What became of the last that asked for this one's place, and its process id.
+    attempt: watch::Sender<Option<(u32, Result<json::Upgraded, String>)>>,
     /// One is started at a time.
     starting: tokio::sync::Mutex<()>,
     /// The one that has it now, and how long this one may take to finish.
@@ -55,6 +65,15 @@ impl Succession {
     /// Process id of the one before, while it finishes.
     pub(super) fn predecessor(&self) -> Option<u32> {
         *self.predecessor.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Holds back what an issuer decides, until the node is in charge.
+    pub(super) fn hold(&self, resting: Resting) {
+        *self.deciding() = Some(resting);
+    }
+
+    fn deciding(&self) -> MutexGuard<'_, Option<Resting>> {
+        self.deciding.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn set_predecessor(&self, pid: Option<u32>) {
@@ -75,9 +94,21 @@ impl Node {
         if let Some(before) = place.up(running.config.node.upgrade_timeout).await? {
             tracing::info!(predecessor = before.pid, "this process has taken over");
             running.succession.set_predecessor(Some(before.pid));
+            running.ports().leave_the_rest();
             tokio::spawn(running.clone().outlive(before));
         }
         running.succession.in_charge.cancel();
+        drop(running.succession.deciding().take());
+        let admin_listener = self.admin_listener.lock().unwrap_or_else(|e| e.into_inner()).take();
+        {
+            let (ended, mut duties) = (running.succession.superseded.clone(), running.duties());
+            duties.spawn(names::run(running.admission.clone()));
+            if let Some(listener) = admin_listener {
+                duties.spawn(admin::serve_tcp(listener, running.clone(), ended.clone()));
+            }
+            let (socket, subject) = (running.state.path().join("admin.sock"), running.clone());
+            duties.spawn(async move { admin::serve_unix(&socket, subject, ended).await });
+        }
         let path = running.state.path().join(SOCKET);
         match takeover::listen(&path) {
             Ok(listener) => drop(tokio::spawn(running.offer(listener))),
@@ -111,6 +142,8 @@ impl Node {
             );
             others && own
         };
+        // Whoever looks after the processes has to hear of the new one before this one is gone.
+        let heard = tokio::time::sleep(HEARD);
         let cut_short = async {
             tokio::select! {
                 () = hurry => {}
@@ -124,6 +157,7 @@ impl Node {
             finished = finish(patience) => finished,
             finished = cut_short => finished,
         };
+        heard.await;
         self.close().await;
         finished
     }
@@ -139,8 +173,8 @@ impl Running {
         while !is_over() {
             tokio::time::sleep(LOOK).await;
         }
-        if members > 1 && !self.gossip.snapshot().introduced {
-            return Err(StartError::Alone { members: members - 1 });
+        if members > 0 && !self.gossip.snapshot().introduced {
+            return Err(StartError::Alone { members });
         }
         Ok(())
     }
@@ -169,45 +203,43 @@ impl Running {
                 Ok(successor) => successor,
                 Err(error) => {
                     tracing::warn!(%error, "a process asked for this one's place in vain");
-                    if let TakeoverError::Refused(why) = error {
-                        self.attempted(Err(why));
-                    }
                     continue;
                 }
             };
+            let (pid, version) = (successor.pid, successor.version.clone());
             if let Some(why) = self.is_kept() {
-                successor.refuse(&why).await;
-                self.attempted(Err(why));
+                successor.end(&why).await;
+                self.attempted(pid, Err(why));
                 continue;
             }
-            let (pid, version) = (successor.pid, successor.version.clone());
             tracing::info!(pid, version, "a process asks for this one's place");
             match self.give(&mut successor).await {
                 Ok(patience) => {
                     self.duties().abort_all();
                     self.admission.retire();
+                    self.succession.superseded.cancel();
                     self.drain.begin();
                     self.doors_drain.begin();
+                    self.ports().close_listeners();
                     self.succession.unsettled.close();
                     let _ = tokio::time::timeout(SETTLE, self.succession.unsettled.wait()).await;
                     successor.settled().await;
-                    self.attempted(Ok(json::Upgraded { pid, version, predecessor: std::process::id() }));
                     self.succession.successor.send_replace(Some((pid, patience)));
+                    self.attempted(pid, Ok(json::Upgraded { pid, version, predecessor: std::process::id() }));
+                    drop(listener);
                     successor.gone().await;
                     return self.succession.orphaned.cancel();
                 }
-                Err(why) => {
-                    tracing::error!(pid, why, "another process could not take over; this one stays in charge");
-                    self.attempted(Err(why));
-                    // It may have bound sockets of its own, and the next one counts them.
-                    successor.end().await;
-                }
+                Err(why) => self.attempted(pid, Err(why)),
             }
         }
     }
 
     /// Why nobody can have this node's place at the moment.
     fn is_kept(&self) -> Option<String> {
+        if std::process::id() == 1 {
+            return Some("the running process is the first of its container, which ends with it; restart that".into());
+        }
         if self.drain_asked.is_cancelled() {
             return Some("the node is leaving the mesh".into());
         }
@@ -226,6 +258,32 @@ impl Running {
 
     /// Gives all, step by step; takes it back if the other one fails. Returns how long this process may take to finish.
     async fn give(&self, successor: &mut Successor) -> Result<Duration, String> {
+        let leaving = async {
+            self.drain_asked.cancelled().await;
+            Err("the node is leaving the mesh".into())
+        };
+        let mut deciding = None;
+        let outcome = tokio::select! {
+            outcome = self.step_by_step(successor, &mut deciding) => outcome,
+            left = leaving => left,
+        };
+        if let Err(why) = &outcome {
+            tracing::error!(pid = successor.pid, why, "another process could not take over; this one stays in charge");
+            successor.end(why).await;
+            if let Err(error) = self.ports().take_all() {
+                tracing::error!(%error, "the ports cannot be taken back");
+            }
+            self.links.rest(false);
+            self.gossip.wake().await;
+        }
+        outcome
+    }
+
+    async fn step_by_step(
+        &self,
+        successor: &mut Successor,
+        deciding: &mut Option<Resting>,
+    ) -> Result<Duration, String> {
         let text = |e: io::Error| e.to_string();
         let lock = self.lock.share().map_err(text)?;
         let (told, ports) = {
@@ -238,31 +296,22 @@ impl Running {
                 pid: std::process::id(),
                 version: env!("CARGO_PKG_VERSION").into(),
                 health: self.condition.health(&self.config.service),
-                members: snapshot.members.iter().filter(|m| m.is_live()).count(),
+                peers: snapshot.members.iter().filter(|m| m.is_live() && !m.is_self).map(|m| m.addr).collect(),
                 ports: left,
             };
             (told, copies.map_err(text)?)
         };
         successor.give(told, lock, ports).await?;
-        let deciding = self.admission.rest().await;
+        *deciding = Some(self.admission.rest().await);
         self.gossip.rest().await;
         self.links.rest(true);
         // That this process ends is not the fault of any document.
         self.documents.acquit();
-        let outcome = successor.go().await;
-        if outcome.is_err() {
-            self.links.rest(false);
-            self.gossip.wake().await;
-            if let Err(error) = self.ports().take_all() {
-                tracing::error!(%error, "the ports cannot be taken back");
-            }
-        }
-        drop(deciding);
-        outcome
+        successor.go().await
     }
 
-    fn attempted(&self, outcome: Result<json::Upgraded, String>) {
-        self.succession.attempt.send_modify(|(count, last)| (*count, *last) = (*count + 1, Some(outcome)));
+    fn attempted(&self, pid: u32, outcome: Result<json::Upgraded, String>) {
+        self.succession.attempt.send_replace(Some((pid, outcome)));
     }
 
     /// Starts a process that takes over, with the arguments of this one, and waits for what comes of it.
@@ -274,7 +323,6 @@ impl Running {
             return Err(why);
         }
         let mut attempt = self.succession.attempt.subscribe();
-        let before = attempt.borrow_and_update().0;
         let arguments: Vec<_> = std::env::args_os().collect();
         let (own, arguments) = arguments.split_first().ok_or("this process does not know its own program")?;
         let program = binary.map_or_else(|| PathBuf::from(own), PathBuf::from);
@@ -292,17 +340,26 @@ impl Running {
             Ok(status) => format!("{shown} ended before it asked for the place ({status}); its log says why"),
             Err(error) => format!("{shown}: {error}"),
         };
+        let own = child.id();
+        // Any that has worked, too: this process has no place to give then.
+        let is_it = |made: &Option<(u32, Result<json::Upgraded, String>)>| {
+            made.as_ref().is_some_and(|(pid, outcome)| Some(*pid) == own || outcome.is_ok())
+        };
         let outcome = tokio::time::timeout(LIMIT, async {
             tokio::select! {
                 biased;
-                changed = attempt.wait_for(|(count, _)| *count > before) => {
-                    changed.ok().and_then(|changed| changed.1.clone()).unwrap_or_else(|| Err("this node ends".into()))
-                }
+                made = attempt.wait_for(is_it) => match made {
+                    Ok(made) => made.clone().map_or_else(|| Err("nobody has asked".into()), |(_, outcome)| outcome),
+                    Err(_) => Err("this node ends".into()),
+                },
                 status = child.wait() => Err(ended(status)),
             }
         });
         let outcome = outcome.await.unwrap_or_else(|_| Err(format!("{shown} did not take over within {LIMIT:?}")));
-        if outcome.is_err() && tokio::time::timeout(END, child.wait()).await.is_err() {
+        if outcome.is_err()
+            && tokio::time::timeout(END, child.wait()).await.is_err()
+            && self.succession.successor.borrow().is_none()
+        {
             let _ = child.start_kill();
         }
         outcome

@@ -8,8 +8,8 @@ use std::{
 
 use rustix::{
     net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-        recvmsg, sendmsg,
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, recvmsg, sendmsg,
     },
     process::Pid,
 };
@@ -86,17 +86,17 @@ impl Line {
                     })
                     .flatten()
                     .collect();
-                Ok((received.bytes, taken))
+                Ok((received.bytes, received.flags.contains(ReturnFlags::CTRUNC), taken))
             };
             match self.0.async_io(Interest::READABLE, receive).await? {
-                (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                (_, taken) if taken.is_empty() => {
+                (0, ..) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                (_, is_cut, taken) if is_cut || taken.is_empty() => {
                     return Err(io::Error::new(
                         io::ErrorKind::InvalidData,
                         "descriptors did not come through; is the limit of open files too low?",
                     ));
                 }
-                (_, taken) => descriptors.extend(taken),
+                (_, _, taken) => descriptors.extend(taken),
             }
         }
         Ok(descriptors)

@@ -5,6 +5,8 @@ use std::{future::Future, time::Duration};
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+/// How long a connection that drains is kept for one more request, where it cannot be said which ones were taken, or none was.
+const LAST_REQUEST: Duration = Duration::from_secs(1);
 /// What has not ended by itself may say farewell for so long, before it is cut.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -38,6 +40,13 @@ impl Drain {
             closing: self.closing.child_token(),
             busy: self.busy.clone(),
         }
+    }
+
+    /// Resolves some time after new work should no longer be taken: a request may have been on its way, and a connection that closes
+    /// too soon leaves its client in doubt (RFC 9112 §9.5). Cancel safe.
+    pub(crate) async fn no_more_requests(&self) {
+        self.draining().await;
+        tokio::time::sleep(LAST_REQUEST).await;
     }
 
     /// Whether that is so of all of it, and not of its connections alone.

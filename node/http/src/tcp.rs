@@ -22,9 +22,6 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest head, in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
-/// How long a connection that drains is kept for one more request; the answer says that it was the last.
-const LAST_REQUEST: Duration = Duration::from_secs(1);
-
 /// What a connection speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Speaks {
@@ -67,7 +64,7 @@ where
         Speaks::Either => {
             let seen = tokio::select! {
                 seen = preface::look(stream, limits.idle, HEAD_TIMEOUT) => seen,
-                () = no_more_requests(&drain) => return,
+                () = drain.no_more_requests() => return,
                 () = drain.closing() => return,
             };
             match seen {
@@ -77,13 +74,6 @@ where
             }
         }
     }
-}
-
-/// Resolves some time after a drain has begun: a request may have been on its way, and where it cannot be said which ones were
-/// taken, a connection that closes too soon leaves its client in doubt (RFC 9112 §9.5).
-async fn no_more_requests(drain: &Drain) {
-    drain.draining().await;
-    tokio::time::sleep(LAST_REQUEST).await;
 }
 
 /// Whether an HTTP/2 server says of a request that it did nothing about it (RFC 9113 §8.7).

@@ -57,14 +57,18 @@ where
     };
     // From which stream id on requests are refused.
     let mut bound = 0;
+    let first_is_late = drain.no_more_requests();
     let goes_away = async {
+        tokio::pin!(first_is_late);
         loop {
             tokio::select! {
                 accepted = connection.accept_bi() => match accepted {
                     Ok((send, receive)) => bound = server.take(send, receive),
                     Err(_) => return,
                 },
-                () = drain.draining() => break,
+                // A connection on which nothing was asked yet is there for its first request.
+                () = drain.draining(), if bound > 0 => break,
+                () = &mut first_is_late, if bound == 0 => break,
                 () = server.connection.worn_out() => break,
                 () = idle(&server.requests, limits.idle) => break,
             }

@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
-    Limits, MAX_HEAD_BYTES, no_more_requests,
+    Limits, MAX_HEAD_BYTES,
     switch::Switch,
     watched::{Busy, Progress, Watched},
 };
@@ -104,7 +104,7 @@ where
         tokio::pin!(connection);
         let served = tokio::select! {
             served = connection.as_mut() => Some(served),
-            () = no_more_requests(&drain) => {
+            () = drain.no_more_requests() => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
                     served = connection.as_mut() => Some(served),

@@ -67,12 +67,17 @@ where
     let patience = Arc::new(Patience::default());
     let mut idle_since = Instant::now();
     let mut draining = false;
+    // A connection on which nothing was asked yet is there for its first request.
+    let mut is_new = true;
+    let first_is_late = drain.no_more_requests();
+    tokio::pin!(first_is_late);
     loop {
         // What is answered may still be on its way, in the library's buffers.
         let is_idle = open.load(Relaxed) == 0 && !connection.has_streams();
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, mut respond))) => {
+                    is_new = false;
                     let (handler, shelf, place) = (handler.clone(), limits.shelf.clone(), Place::new(&open));
                     let drain = drain.clone();
                     let patience = patience.clone();
@@ -96,11 +101,15 @@ where
                 Some(Err(error)) => return tracing::debug!(%error, "connection"),
                 None => return,
             },
-            () = drain.draining(), if !draining => {
+            () = drain.draining(), if !draining && !is_new => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            () = drain.closing(), if draining => return,
+            () = &mut first_is_late, if !draining && is_new => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            () = drain.closing() => return,
             alive = pulse.beat(if is_idle { KEEP_ALIVE } else { KEEP_ALIVE_BUSY }) => {
                 if !alive {
                     return tracing::debug!("an HTTP/2 client is gone");

@@ -36,6 +36,8 @@ use crate::{
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// After the first GOAWAY, how long requests that were on their way are still taken.
 const GOAWAY_GRACE: Duration = Duration::from_millis(100);
+/// How long a client may take to read the end of its last answer.
+const LAST_BYTES: Duration = Duration::from_secs(1);
 /// The first GOAWAY names no request at all, because RFC 9114 §5.2 lets a client take anything from the named id on for
 /// unprocessed; the second one names the real bound.
 const GOAWAY_ALL: u64 = varint::MAX - 3;
@@ -151,8 +153,12 @@ where
         self.connection.go_away(bound);
         self.requests.close();
         self.reject_until(connection, self.requests.wait()).await;
-        // The last bytes are written, not yet received: give them a moment before the connection goes.
-        self.reject_until(connection, tokio::time::sleep(connection.rtt() * 2)).await;
+        // The last bytes are written, and not yet read: a client loses what it has not read when the connection goes. Most close it
+        // themselves when they have all.
+        let read = async {
+            let _ = tokio::time::timeout(LAST_BYTES.max(connection.rtt() * 2), connection.closed()).await;
+        };
+        self.reject_until(connection, read).await;
     }
 
     /// Rejects every request that comes before `end`: nothing is done, so that the client may send it to somebody else

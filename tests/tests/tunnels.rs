@@ -2,6 +2,8 @@
 
 #[path = "tunnels/dns.rs"]
 mod dns;
+#[path = "tunnels/many.rs"]
+mod many;
 #[path = "tunnels/tcp.rs"]
 mod tcp;
 #[path = "tunnels/udp.rs"]

@@ -1,12 +1,12 @@
 //! TCP: over a port of its own, and by CONNECT.
 
-use std::{future::Future, io::ErrorKind, net::SocketAddr, process::Stdio, time::Duration};
+use std::{future::Future, io::ErrorKind, net::SocketAddr, time::Duration};
 
 use http::{Method, Request};
-use starling_chaos::{Client, Cluster, NodeSpec, Process, free_port, wait_for};
-use starling_tests::{binary, client_script, is_known, listening, program, run, sample};
+use starling_chaos::{Client, NodeSpec, Process, free_port, wait_for};
+use starling_tests::{is_known, listening, program, run, sample};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
 
@@ -332,108 +332,158 @@ async fn redis_answers_over_an_upstream_port() {
     assert_eq!(redis(&["get", "greeting"]).1.trim(), "hello");
 }
 
-/// A mesh with a service that says what it is told, in a process of its own, and a port for it at each of so many nodes.
-async fn far_away(near: usize) -> Option<(Cluster, Process, Vec<SocketAddr>)> {
-    let python = program("python3")?;
-    let (mut cluster, addr) = (Cluster::start(binary()).await.unwrap(), free_port());
-    let args = [client_script("idle_tunnels.py"), "serve".into(), "--port".into(), addr.port().to_string()];
-    let service = Process::start(&python, args, &cluster.dir().join("echo.log")).unwrap();
-    listening(addr).await;
-    let file = cluster.dir().join("far.toml");
-    let text = format!("[[service]]\nname = \"db\"\naddr = \"{addr}\"\nprotocol = \"tcp\"\nmax_connections = 20000\n");
-    std::fs::write(&file, text).unwrap();
-    let token = cluster.token(&["--service", "db"]).await.unwrap();
-    let far = NodeSpec::named("far").flag("--config").flag(file.to_string_lossy());
-    cluster.add_with_token(&far, &token).await.unwrap();
-    let mut ports = Vec::new();
-    for name in ["near", "near-too"].into_iter().take(near) {
-        let port = free_port();
-        let near = NodeSpec::named(name).flag("--upstream").flag(format!("db={port},protocol=tcp"));
-        cluster.add(&near).await.unwrap();
-        is_known(&cluster, name, "db", 1).await;
-        ports.push(port);
-    }
-    Some((cluster, service, ports))
-}
-
-async fn says_again(port: SocketAddr, word: &[u8]) -> std::io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(port).await?;
-    stream.write_all(word).await?;
-    let mut again = vec![0; word.len()];
-    tokio::time::timeout(LIMIT, stream.read_exact(&mut again)).await.expect("an answer or an end")?;
-    assert_eq!(again, word);
-    Ok(stream)
-}
-
 /// Idle ones hold hardly anything, and new ones find room beside them.
 #[tokio::test]
-async fn ten_thousand_idle_tunnels_are_no_burden() {
-    const TUNNELS: u64 = 10_000;
-    let Some((cluster, _service, ports)) = far_away(2).await else { return };
-    let memory = || ["near", "far"].map(|node| starling_tests::memory_kib(&cluster.node(node).process, "VmRSS:"));
-    let before = memory();
-    let mut clients = tokio::process::Command::new(program("python3").unwrap());
-    clients.args([client_script("idle_tunnels.py"), "call".into(), "--connections".into(), TUNNELS.to_string()]);
-    clients.args(ports.iter().map(|port| port.port().to_string()));
-    let mut clients = clients.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
-    let (mut tell, mut said) = (clients.stdin.take().unwrap(), BufReader::new(clients.stdout.take().unwrap()).lines());
-    let mut next =
-        async || tokio::time::timeout(LIMIT * 3, said.next_line()).await.expect("in time").unwrap().unwrap_or_default();
-    let first = next().await;
-    assert_eq!(
-        first,
-        format!("open {TUNNELS}"),
-        "{} {}",
-        cluster.node("near").process.log(),
-        cluster.node("near-too").process.log()
-    );
-    for ((before, after), tunnels) in before.into_iter().zip(memory()).zip([TUNNELS / 2, TUNNELS]) {
-        let more = after.saturating_sub(before) / tunnels;
-        println!("{more} KiB for each of {tunnels}");
-        assert!(more < 40, "{before} -> {after} KiB");
+async fn a_thousand_idle_tunnels_are_no_burden() {
+    let (cluster, port) = mesh("db", echo().await, "tcp").await;
+    let before = [starling_tests::memory_kib(&cluster.node("near").process, "VmRSS:"), 0];
+    let mut open = Vec::new();
+    for _ in 0..1000 {
+        let mut stream = TcpStream::connect(port).await.unwrap();
+        stream.read_exact(&mut [0; 6]).await.unwrap();
+        open.push(stream);
     }
-    for _ in 0..3 {
-        tell.write_all(b"once more\n").await.unwrap();
-        assert_eq!(next().await, "well");
-        says_again(ports[0], b"and a new one").await.unwrap();
+    let after = starling_tests::memory_kib(&cluster.node("near").process, "VmRSS:");
+    assert!(after.saturating_sub(before[0]) < 40 << 10, "{} KiB more for a thousand", after - before[0]);
+    for stream in &mut open {
+        stream.write_all(b"x").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x');
     }
-    drop(tell);
-    assert!(clients.wait().await.unwrap().success());
-    figure_becomes(&cluster, "far", "starling_calls_in_flight", &[], |open| open == 0.0).await;
 }
 
-/// The node of a service that has no more descriptors refuses, is a member all the same, and takes new ones as soon as it can.
+/// A program in a pager takes nothing for a while, and wants the rest then.
 #[tokio::test]
-async fn tunnels_that_take_all_descriptors_are_refused_until_there_are_some_again() {
-    let Some(prlimit) = program("prlimit") else { return };
-    let Some((cluster, _service, ports)) = far_away(1).await else { return };
-    let far = cluster.node("far").process.pid().unwrap();
-    let open = std::fs::read_dir(format!("/proc/{far}/fd")).unwrap().count();
-    let limit = format!("--nofile={0}:{0}", open + 40);
-    assert!(run(&prlimit, &["--pid", &far.to_string(), &limit]).0);
-    let mut kept = Vec::new();
-    let mut refused = 0;
-    for n in 0..100u32 {
-        match says_again(ports[0], &n.to_be_bytes()).await {
-            Ok(stream) => kept.push(stream),
-            // At once, and not by silence.
-            Err(error) => refused += usize::from(error.kind() == ErrorKind::ConnectionReset),
-        }
-    }
-    assert!(kept.len() >= 20 && refused == 100 - kept.len(), "{} are open, {refused} were refused", kept.len());
-    for observer in ["seed", "near"] {
-        let far = cluster.members(observer).await.unwrap().into_iter().find(|m| m.name == "far").unwrap();
-        assert_eq!(far.status, starling_protocol::admin::MemberStatus::Alive, "as {observer} sees it");
-    }
-    // Those that are open go on; and when they are closed, there is room.
-    for stream in &mut kept {
-        stream.write_all(b"still").await.unwrap();
-        stream.read_exact(&mut [0; 5]).await.unwrap();
-    }
-    drop(kept);
-    wait_for("tunnels open again", LIMIT, || async {
-        says_again(ports[0], b"again").await.map(drop).map_err(|e| e.to_string())
+async fn a_reader_may_pause_for_longer_than_http_lets() {
+    const PAUSE: Duration = Duration::from_secs(40);
+    let much = 32 << 20;
+    let gives = server(move |mut stream| async move {
+        stream.write_all(&pattern(much)).await?;
+        stream.shutdown().await
     })
-    .await
-    .unwrap();
+    .await;
+    let takes = server(move |mut stream| async move {
+        tokio::time::sleep(PAUSE).await;
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await?;
+        stream.write_all(if all == pattern(much) { b"all" } else { b"not" }).await
+    })
+    .await;
+    let (_down, down) = mesh("db", gives, "tcp").await;
+    let (_up, up) = mesh("db", takes, "tcp").await;
+    let uploading = tokio::spawn(async move {
+        let mut stream = TcpStream::connect(up).await.unwrap();
+        stream.write_all(&pattern(much)).await.unwrap();
+        stream.shutdown().await.unwrap();
+        read_all(&mut stream).await.unwrap()
+    });
+    let mut stream = TcpStream::connect(down).await.unwrap();
+    tokio::time::sleep(PAUSE).await;
+    assert!(read_all(&mut stream).await.unwrap() == pattern(much));
+    assert_eq!(uploading.await.unwrap(), b"all");
+}
+
+/// Over CONNECT, too, half of what there is must not look like all of it.
+#[tokio::test]
+async fn what_breaks_off_breaks_off_over_connect_too() {
+    let breaks = server(|mut stream| async move {
+        stream.write_all(&pattern(10_000)).await?;
+        stream.read_u8().await?;
+        reset(&stream);
+        Ok(())
+    })
+    .await;
+    let (cluster, _) = mesh("db", breaks, "tcp").await;
+    let (_, mut stream) = connect(cluster.node("near").outbound, "db:1", "1.1").await;
+    stream.read_exact(&mut vec![0; 10_000]).await.unwrap();
+    stream.write_u8(1).await.unwrap();
+    let error = read_all(&mut stream).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+}
+
+/// What a client sends behind a CONNECT without waiting for the answer are bytes of its tunnel, and never requests.
+#[tokio::test]
+async fn nothing_behind_a_refused_connect_is_a_request() {
+    let (mut cluster, _) = mesh("db", echo().await, "tcp").await;
+    let (_web, addr) = sample(cluster.dir(), "web").await;
+    cluster.add(&NodeSpec::named("web").serving(format!("web={addr}"))).await.unwrap();
+    is_known(&cluster, "near", "web", 1).await;
+    let mut stream = TcpStream::connect(cluster.node("near").outbound).await.unwrap();
+    let sent =
+        "CONNECT www.example.com:443 HTTP/1.1\r\nhost: www.example.com:443\r\n\r\nGET / HTTP/1.1\r\nhost: web\r\n\r\n";
+    stream.write_all(sent.as_bytes()).await.unwrap();
+    let answer = String::from_utf8(read_all(&mut stream).await.unwrap()).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.matches("HTTP/1.1").count() == 1, "{answer}");
+}
+
+/// A client that is gone leaves nothing at the service, though that takes nothing.
+#[tokio::test]
+async fn callers_that_go_are_noticed_while_the_service_does_not_read() {
+    let open = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = open.clone();
+    let stuck = server(move |stream| {
+        let open = counted.clone();
+        async move {
+            open.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            // It reads nothing, and sees only that the connection is reset.
+            while stream.take_error()?.is_none() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            open.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+            Ok(())
+        }
+    })
+    .await;
+    let (cluster, port) = mesh("db", stuck, "tcp").await;
+    let mut callers = Vec::new();
+    for _ in 0..10 {
+        let mut stream = TcpStream::connect(port).await.unwrap();
+        let _ = tokio::time::timeout(Duration::from_millis(300), stream.write_all(&pattern(8 << 20))).await;
+        callers.push(stream);
+    }
+    let are_open = |wanted: usize| {
+        let open = open.clone();
+        wait_for("connections of the service", LIMIT, move || {
+            let now = open.load(std::sync::atomic::Ordering::SeqCst);
+            async move { if now == wanted { Ok(()) } else { Err(now.to_string()) } }
+        })
+    };
+    are_open(10).await.unwrap();
+    callers.iter().for_each(reset);
+    drop(callers);
+    are_open(0).await.unwrap();
+    figure_becomes(&cluster, "near", "starling_calls_in_flight", &[], |calls| calls == 0.0).await;
+}
+
+/// A connection to a database lives for weeks, and a certificate for a day.
+#[tokio::test]
+async fn a_tunnel_outlives_the_certificates_that_it_began_with() {
+    const TTL: Duration = Duration::from_secs(12);
+    let cluster = starling_chaos::Cluster::start(starling_tests::binary()).await.unwrap();
+    let dir = cluster.dir().to_path_buf();
+    let state = dir.join("short").to_string_lossy().into_owned();
+    cluster.run(&["init", "--mesh", "short", "--state", &state]).await.unwrap();
+    let ([mesh, admin, outbound, port], addr) = ([(); 4].map(|()| free_port()), echo().await);
+    let text = format!(
+        "[node]\nname = \"short\"\nstate = {state:?}\nlisten = \"{mesh}\"\ncert_ttl = \"{}s\"\n[admin]\nlisten = \
+         \"{admin}\"\n[outbound]\nlisten = \"{outbound}\"\n[[service]]\nname = \"db\"\naddr = \"{addr}\"\nprotocol = \
+         \"tcp\"\n[[upstream]]\nservice = \"db\"\nlisten = \"{port}\"\nprotocol = \"tcp\"\n",
+        TTL.as_secs()
+    );
+    let file = dir.join("short.toml");
+    std::fs::write(&file, text).unwrap();
+    let _node =
+        Process::start(starling_tests::binary(), ["node", "--config", &file.to_string_lossy()], &dir.join("short.log"))
+            .unwrap();
+    listening(port).await;
+    let mut stream = TcpStream::connect(port).await.unwrap();
+    stream.read_exact(&mut [0; 6]).await.unwrap();
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < TTL * 3 {
+        stream.write_all(b"x").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x', "after {:?}", begun.elapsed());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    stream.write_all(b"the end").await.unwrap();
+    stream.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut stream).await.unwrap(), b"the end");
 }

@@ -149,7 +149,8 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
     .await;
 }
 
-/// Accepts at one of `endpoints` until it closes: who comes while it drains is told so, as he could not be by silence.
+/// Accepts at one of `endpoints` until it closes. Where the node goes away, who comes then is refused at once; where its place is
+/// another process's, who still comes here is served once.
 pub(crate) async fn serve_quic(
     endpoint: quinn::Endpoint,
     endpoints: usize,
@@ -157,13 +158,20 @@ pub(crate) async fn serve_quic(
     shelf: Shelf,
     drain: Drain,
 ) {
-    accept::quic(endpoint, ROOM.shared_by(endpoints), move |connection| {
+    let leaves = drain.begun_as_a_whole();
+    let accepting = accept::quic(endpoint.clone(), ROOM.shared_by(endpoints), move |connection| {
         let (gateway, shelf, drain) = (gateway.clone(), shelf.clone(), drain.clone());
         async move {
             let _ = drain.clone().spawn(serve_h3(connection, gateway, shelf, drain)).await;
         }
-    })
-    .await;
+    });
+    tokio::select! {
+        () = accepting => return,
+        () = leaves => {}
+    }
+    while let Some(incoming) = endpoint.accept().await {
+        incoming.refuse();
+    }
 }
 
 async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf, drain: Drain) {

@@ -265,6 +265,7 @@ impl MeshClient {
             let outcome = match hedge_after {
                 None => self.attempt(&candidate, &mut parts, terms, span).await,
                 Some(after) => {
+                    let wish = Wish { dead: &dead, ..wish };
                     let hedge = Hedge { after, wish, called: &called, retry: &retry, earlier };
                     let hedged = self.hedged(&candidate, &mut parts, terms, span, hedge, observed).await;
                     tried.extend(hedged.other);

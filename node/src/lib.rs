@@ -34,6 +34,6 @@ pub use observe::{
     observer::{Answered, Observed, Observer},
     trace,
 };
-pub use run::{EXIT_WITH, EXIT_WITH_PARENT, Node, StartError, TAKEOVER_ENVIRONMENT, Worker};
+pub use run::{EXIT_WITH, Node, StartError, TAKEOVER_ENVIRONMENT, Worker};
 pub use state::{StateDir, StateError, StateLock};
 pub use takeover::{Place, SOCKET as TAKEOVER_SOCKET, TakeoverError};

@@ -62,7 +62,7 @@ use self::{
     worker::Thread,
 };
 pub use self::{
-    succession::{ENVIRONMENT as TAKEOVER_ENVIRONMENT, EXIT_WITH, EXIT_WITH_PARENT},
+    succession::{ENVIRONMENT as TAKEOVER_ENVIRONMENT, EXIT_WITH},
     worker::Worker,
 };
 

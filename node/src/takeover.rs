@@ -21,7 +21,10 @@ use std::{
     fs::Permissions,
     io,
     net::SocketAddr,
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::Path,
     time::Duration,
 };
@@ -103,6 +106,9 @@ pub enum TakeoverError {
     /// The running process does not give it.
     #[error("the running process does not give its place: {0}")]
     Refused(String),
+    /// Its ports cannot be had.
+    #[error("the ports of the running process cannot be taken: {0}")]
+    Ports(#[source] io::Error),
     /// It broke off.
     #[error("the running process broke off: {0}")]
     Broken(#[from] io::Error),
@@ -263,7 +269,6 @@ impl Successor {
 
     /// Tells it what there is, gives it the lock and the ports, and waits until it has checked all that it can.
     pub(crate) async fn give(&mut self, told: Told, lock: OwnedFd, ports: Vec<OwnedFd>) -> Result<(), String> {
-        use std::os::fd::AsFd;
         let given = async {
             self.line.tell(&Answer::Left(Box::new(told))).await?;
             let descriptors: Vec<_> = std::iter::once(&lock).chain(&ports).map(AsFd::as_fd).collect();

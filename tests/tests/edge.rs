@@ -408,3 +408,31 @@ async fn the_plain_port_leads_to_https() {
     assert_eq!(answer.status, 308);
     assert_eq!(answer.header("location"), format!("https://{HOST}:{}/web?q=1", edge.addr.port()));
 }
+
+/// Whoever comes to an edge that goes away can go elsewhere at once; who is there already is answered.
+#[tokio::test]
+async fn an_edge_that_goes_away_refuses_new_connections_over_every_protocol() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let Some(mut edge) = start().await else { return };
+    let mut kept = edge.client.connect_tls(edge.addr, HOST, b"http/1.1").await.unwrap();
+    let head = format!("POST /web HTTP/1.1\r\nhost: {HOST}\r\ncontent-length: 4\r\n\r\n");
+    kept.write_all(head.as_bytes()).await.unwrap();
+    edge.cluster.node("edge").process.signal("TERM").await.unwrap();
+    // A handshake that is answered, or not at all, would take longer.
+    let refused = async |door| {
+        let request = Request::get(format!("https://{HOST}/web")).body(Bytes::new()).unwrap();
+        let asked = tokio::time::timeout(Duration::from_secs(5), edge.client.send(door, edge.addr, request)).await;
+        match asked {
+            Ok(Err(error)) if format!("{error:#}").contains("refused") => Ok(()),
+            other => Err(format!("{door:?}: {other:?}")),
+        }
+    };
+    for door in Door::PUBLIC {
+        wait_for("it is refused", Duration::from_secs(10), || refused(door)).await.unwrap();
+    }
+    kept.write_all(b"body").await.unwrap();
+    let mut answer = String::new();
+    kept.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(edge.cluster.node_mut("edge").process.wait(Duration::from_secs(60)).await.unwrap().success());
+}

@@ -11,14 +11,7 @@ pub(crate) async fn run(args: &EdgeArgs) -> Result<(), Failure> {
     logging::start();
     super::node::follow_parent();
     super::node::raise_descriptors();
-    let mut place = takeover::place_by_environment().await?;
-    let (edge, patience) = match start(args, &mut place).await {
-        Ok(started) => started,
-        Err(error) => {
-            place.give_up(&error.to_string()).await;
-            return Err(error);
-        }
-    };
+    let (edge, patience) = takeover::start_in_place(async |place| start(args, place).await).await?;
     super::node::until_done(edge.node(), patience).await
 }
 

@@ -4,14 +4,14 @@ use std::{net::SocketAddr, time::Duration};
 
 use rustix::{
     event::{PollFd, PollFlags},
-    process::{Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open},
+    process::{self, Pid, PidfdFlags, getpid, kill_process, pidfd_open},
 };
 use starling_node::{
-    EXIT_WITH, EXIT_WITH_PARENT, Node, Place,
+    EXIT_WITH, Node, Place,
     config::{self, CheckedProtocol, Config, ServiceConfig, UpstreamConfig},
 };
 use starling_protocol::NodeKind;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{Failure, args::NodeArgs, commands::takeover, logging, service_manager};
@@ -20,14 +20,7 @@ pub(crate) async fn run(args: &NodeArgs) -> Result<(), Failure> {
     logging::start();
     follow_parent();
     raise_descriptors();
-    let mut place = takeover::place_by_environment().await?;
-    let (node, patience) = match start(args, &mut place).await {
-        Ok(started) => started,
-        Err(error) => {
-            place.give_up(&error.to_string()).await;
-            return Err(error);
-        }
-    };
+    let (node, patience) = takeover::start_in_place(async |place| start(args, place).await).await?;
     until_done(&node, patience).await
 }
 
@@ -58,27 +51,7 @@ pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Fa
             biased;
             pid = node.superseded() => {
                 tracing::info!(pid, "another process has taken over; this one finishes what it has");
-                let hurry = CancellationToken::new();
-                let finishing = node.finish_for_successor(hurry.cancelled());
-                tokio::pin!(finishing);
-                loop {
-                    let signalled = async {
-                        tokio::select! {
-                            _ = term.recv() => {}
-                            _ = interrupt.recv() => {}
-                        }
-                    };
-                    tokio::select! {
-                        finished = &mut finishing => {
-                            tracing::info!(finished, "this process is done");
-                            return Ok(());
-                        }
-                        () = signalled => match hurry.is_cancelled() {
-                            true => return Err(Failure::failed("exiting before all was finished")),
-                            false => hurry.cancel(),
-                        },
-                    }
-                }
+                return finish(node, [term, interrupt]).await;
             }
             _ = term.recv() => break,
             _ = interrupt.recv() => break,
@@ -101,6 +74,27 @@ pub(crate) async fn until_done(node: &Node, patience: Duration) -> Result<(), Fa
     }
 }
 
+/// Finishes what is under way, after another process has taken over. A signal hurries it, a second one exits now.
+async fn finish(node: &Node, [mut term, mut interrupt]: [Signal; 2]) -> Result<(), Failure> {
+    let hurry = CancellationToken::new();
+    let finishing = node.finish_for_successor(hurry.cancelled());
+    tokio::pin!(finishing);
+    loop {
+        tokio::select! {
+            finished = &mut finishing => {
+                tracing::info!(finished, "this process is done");
+                return Ok(());
+            }
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        if hurry.is_cancelled() {
+            return Err(Failure::failed("exiting before all was finished"));
+        }
+        hurry.cancel();
+    }
+}
+
 /// Takes as many file descriptors as the system lets: each connection is one, and the usual soft limit is 1024.
 pub(crate) fn raise_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -118,8 +112,8 @@ pub(crate) fn raise_descriptors() {
 pub(crate) fn follow_parent() {
     let Some(whom) = std::env::var_os(EXIT_WITH) else { return };
     let followed = match whom.to_str().and_then(|pid| Pid::from_raw(pid.parse().ok()?)) {
-        Some(pid) if whom != EXIT_WITH_PARENT => follow(pid),
-        _ => rustix::process::set_parent_process_death_signal(Some(Signal::KILL)),
+        Some(pid) => follow(pid),
+        None => process::set_parent_process_death_signal(Some(process::Signal::KILL)),
     };
     if let Err(error) = followed {
         tracing::warn!(%error, "cannot follow the process that this one shall end with");
@@ -132,7 +126,7 @@ fn follow(pid: Pid) -> rustix::io::Result<()> {
     std::thread::spawn(move || {
         // Readable when it has ended (pidfd_open(2)).
         while rustix::event::poll(&mut [PollFd::new(&other, PollFlags::IN)], None).is_err() {}
-        let _ = kill_process(getpid(), Signal::KILL);
+        let _ = kill_process(getpid(), process::Signal::KILL);
     });
     Ok(())
 }

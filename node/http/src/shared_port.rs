@@ -41,18 +41,22 @@ enum Carries {
 /// A port, and every socket on it. They are kept beside those that are served, which they keep from being closed.
 #[derive(Debug)]
 struct Port {
-    left: PortLeft,
+    carries: Carries,
+    /// As configured; the port may be 0.
+    asked: SocketAddr,
     sockets: Vec<OwnedFd>,
+    /// Of QUIC, if the kernel steers.
+    deal: Option<Deal>,
+    /// That of the process before, if it had the port.
+    before: Option<Deal>,
 }
 
 /// A port as the next process is told of it, beside its sockets.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct PortLeft {
     carries: Carries,
-    /// As configured; the port may be 0.
     asked: SocketAddr,
     sockets: usize,
-    /// Of QUIC, if the kernel steers.
     deal: Option<Deal>,
 }
 
@@ -84,8 +88,6 @@ struct Before {
     mark: Mark,
     /// Not taken over yet.
     ports: Vec<Port>,
-    /// Of the ports that are held, in their order, how it dealt.
-    deals: Vec<Option<Deal>>,
 }
 
 /// UDP sockets on one address, for QUIC.
@@ -113,9 +115,12 @@ impl Ports {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "descriptors are missing, or there are too many"));
         }
         let mut descriptors = descriptors.into_iter();
-        let port = |left: &PortLeft| Port { left: *left, sockets: descriptors.by_ref().take(left.sockets).collect() };
+        let port = |&PortLeft { carries, asked, sockets, deal }: &PortLeft| {
+            let sockets = descriptors.by_ref().take(sockets).collect();
+            Port { carries, asked, sockets, deal, before: None }
+        };
         let ports = left.ports.iter().map(port).collect();
-        let before = Before { mark: left.mark, ports, deals: Vec::new() };
+        let before = Before { mark: left.mark, ports };
         Ok(Self { mark: Mark::other_than(Some(left.mark)), held: Vec::new(), before: Some(before) })
     }
 
@@ -125,26 +130,31 @@ impl Ports {
     /// Of the system.
     pub fn make_room(&mut self) -> io::Result<()> {
         for port in &mut self.held {
-            let Some(deal) = port.left.deal else { continue };
+            let Some(deal) = port.deal else { continue };
             let used = deal.range();
             if used.len() > used.start {
                 add_to(&mut port.sockets, used.end + used.len())?;
             }
-            port.left.sockets = port.sockets.len();
         }
         Ok(())
     }
 
     /// What the next process is given.
     pub fn left(&self) -> (Left, Vec<BorrowedFd<'_>>) {
-        let ports = self.held.iter().map(|port| port.left).collect();
+        let left = |&Port { carries, asked, ref sockets, deal, .. }: &Port| PortLeft {
+            carries,
+            asked,
+            sockets: sockets.len(),
+            deal,
+        };
+        let ports = self.held.iter().map(left).collect();
         let descriptors = self.held.iter().flat_map(|port| &port.sockets).map(AsFd::as_fd).collect();
         (Left { mark: self.mark, ports }, descriptors)
     }
 
     /// Whether another process can have them: not where the kernel does not tell the packets of the two apart.
     pub fn can_be_left(&self) -> bool {
-        self.held.iter().all(|port| port.left.carries != Carries::Quic || port.left.deal.is_some())
+        self.held.iter().all(|port| port.carries != Carries::Quic || port.deal.is_some())
     }
 
     /// The generator of connection ids for the thread of that index.
@@ -165,7 +175,7 @@ impl Ports {
         // Two threads may share a listener.
         let listeners = (0..count.max(sockets.len())).map(|nth| sockets[nth % sockets.len()].try_clone());
         let listeners = listeners.map(|socket| socket.map(TcpListener::from)).collect::<io::Result<_>>()?;
-        self.hold(Carries::Tcp, asked, sockets, (None, None));
+        self.held.push(Port { carries: Carries::Tcp, asked, sockets, deal: None, before: None });
         Ok(listeners)
     }
 
@@ -180,7 +190,8 @@ impl Ports {
             None => UdpSocket::bind(asked)?,
         };
         socket.set_nonblocking(true)?;
-        self.hold(Carries::Udp, asked, vec![socket.try_clone()?.into()], (None, None));
+        let sockets = vec![socket.try_clone()?.into()];
+        self.held.push(Port { carries: Carries::Udp, asked, sockets, deal: None, before: None });
         Ok(socket)
     }
 
@@ -195,14 +206,15 @@ impl Ports {
         let own = |sockets: &[OwnedFd], at: usize| -> io::Result<Vec<UdpSocket>> {
             sockets[at..at + wanted].iter().map(|socket| Ok(UdpSocket::from(socket.try_clone()?))).collect()
         };
-        if let Some(Port { left, mut sockets }) = self.inherit(Carries::Quic, asked) {
-            let theirs = left.deal.ok_or(io::ErrorKind::Unsupported)?;
+        let carries = Carries::Quic;
+        if let Some(Port { deal: theirs, mut sockets, .. }) = self.inherit(carries, asked) {
+            let theirs = theirs.ok_or(io::ErrorKind::Unsupported)?;
             let used = theirs.range();
             let at = if wanted <= used.start { 0 } else { used.end };
             add_to(&mut sockets, at + wanted)?;
             let deal = Deal::from(at, fixed, shared);
             let group = UdpGroup { sockets: own(&sockets, at)?, alone: None };
-            self.hold(Carries::Quic, asked, sockets, (Some(deal), Some(theirs)));
+            self.held.push(Port { carries, asked, sockets, deal: Some(deal), before: Some(theirs) });
             return Ok(group);
         }
         // The first one binds without sharing, so that a port in use is an error and not a silent split of its traffic;
@@ -216,13 +228,13 @@ impl Ports {
         let group = match steered {
             Ok(()) => {
                 let group = UdpGroup { sockets: own(&sockets, 0)?, alone: None };
-                self.hold(Carries::Quic, asked, sockets, (Some(deal), None));
+                self.held.push(Port { carries, asked, sockets, deal: Some(deal), before: None });
                 group
             }
             Err(error) => {
                 sockets.truncate(1);
                 let one = UdpSocket::from(sockets[0].try_clone()?);
-                self.hold(Carries::Quic, asked, sockets, (None, None));
+                self.held.push(Port { carries, asked, sockets, deal: None, before: None });
                 UdpGroup { sockets: vec![one], alone: (wanted > 1).then_some(error) }
             }
         };
@@ -266,14 +278,14 @@ impl Ports {
 
     /// Lets go of all but QUIC's, so that each is closed with the last that is served.
     pub fn close_listeners(&mut self) {
-        self.held.retain(|port| port.left.carries == Carries::Quic);
+        self.held.retain(|port| port.carries == Carries::Quic);
         self.before = None;
     }
 
     fn steer(&self, deal: impl Fn(Deal, Option<Deal>) -> Deal) -> io::Result<()> {
-        for (nth, port) in self.held.iter().enumerate() {
-            let Some(own) = port.left.deal else { continue };
-            let before = self.before.as_ref().and_then(|before| Some((before.mark, before.deals[nth]?)));
+        for port in &self.held {
+            let Some(own) = port.deal else { continue };
+            let before = self.before.as_ref().and_then(|before| Some((before.mark, port.before?)));
             let socket = UdpSocket::from(port.sockets[0].try_clone()?);
             steer(&socket, deal(own, before.map(|(_, theirs)| theirs)), before)?;
         }
@@ -282,22 +294,8 @@ impl Ports {
 
     fn inherit(&mut self, carries: Carries, asked: SocketAddr) -> Option<Port> {
         let ports = &mut self.before.as_mut()?.ports;
-        let at = ports.iter().position(|port| port.left.carries == carries && port.left.asked == asked)?;
+        let at = ports.iter().position(|port| port.carries == carries && port.asked == asked)?;
         Some(ports.remove(at))
-    }
-
-    fn hold(
-        &mut self,
-        carries: Carries,
-        asked: SocketAddr,
-        sockets: Vec<OwnedFd>,
-        (deal, theirs): (Option<Deal>, Option<Deal>),
-    ) {
-        let left = PortLeft { carries, asked, sockets: sockets.len(), deal };
-        self.held.push(Port { left, sockets });
-        if let Some(before) = &mut self.before {
-            before.deals.push(theirs);
-        }
     }
 }
 

@@ -22,7 +22,7 @@ use tokio::{
 use self::websocket::To;
 pub use self::{
     half::Writing,
-    packets::{Capsules, PacketReceiver, PacketSender, Passage, packets},
+    packets::{Capsules, PacketReceiver, PacketSender, Passage, next_packet, packets},
     websocket::{Handshake, accept_of},
 };
 pub(crate) use self::{
@@ -81,7 +81,12 @@ pub fn is_open(method: &Method, answer: &response::Parts) -> bool {
 /// How long what a request brings, or is answered, may be left lying. Bytes that are no HTTP go to programs that pause as they
 /// like.
 pub fn patience_with(method: &Method, protocol: Option<&Protocol>) -> Duration {
-    if *method == Method::CONNECT && protocol.is_none() { TUNNEL_STALL } else { STALL }
+    if *method == Method::CONNECT { patience_in(protocol) } else { STALL }
+}
+
+/// The same in a tunnel of that protocol; `None` is any bytes.
+pub fn patience_in(protocol: Option<&Protocol>) -> Duration {
+    if protocol.is_none() { TUNNEL_STALL } else { STALL }
 }
 
 /// What a client sends through a tunnel to a server, which is told when this node goes away, if the protocol has a word for that.

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use http::{Method, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError,
     h1::ServerStream,
@@ -308,7 +308,7 @@ type TunnelPlace = Arc<dyn Any + Send + Sync>;
 
 /// Writes what comes for a tunnel's end at the service, until it ends; `place` is held as long.
 fn carry(writing: Writing, upload: Body, protocol: Option<&UpgradeTo>, place: TunnelPlace) {
-    let patience = tunnel::patience_with(&Method::CONNECT, protocol);
+    let patience = tunnel::patience_in(protocol);
     tokio::spawn(async move {
         writing.carry_to_server(upload, patience).await;
         drop(place);

@@ -1,6 +1,5 @@
 //! A port that carries TCP to a service, whatever it says.
 
-use http::Method;
 use starling_http::{
     Drain, accept,
     tcp::Socket,
@@ -46,7 +45,7 @@ impl TcpDoor {
         let (upload, writing) = End::tcp(stream).divide();
         match self.door.open_tunnel(&self.service, None, upload).await {
             Ok(answer) => {
-                let patience = tunnel::patience_with(&Method::CONNECT, None);
+                let patience = tunnel::patience_in(None);
                 writing.carry(answer.into_body(), patience).await;
             }
             Err(why) => self.complaints.tell(&self.service, &why),

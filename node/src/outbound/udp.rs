@@ -183,15 +183,17 @@ struct Entry {
 impl Entry {
     /// Takes what comes to a socket of its own, as long as the flow goes on.
     async fn listen(self, socket: UdpSocket, counts: Arc<PacketCounts>) {
-        let mut packet = vec![0; MAX_PACKET_BYTES];
         loop {
             let received = tokio::select! {
-                received = socket.recv(&mut packet) => received,
+                received = tunnel::next_packet(&socket) => received,
                 () = self.send.closed() => return,
             };
             match received {
-                Ok(length) if !self.put(Bytes::copy_from_slice(&packet[..length])) => counts.dropped(1),
-                Ok(_) => {}
+                Ok(packet) => {
+                    if !self.put(packet) {
+                        counts.dropped(1);
+                    }
+                }
                 // That an answer came to nobody says nothing about the next packet.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
                 Err(_) => tokio::time::sleep(PAUSE).await,

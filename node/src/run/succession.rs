@@ -24,7 +24,7 @@ pub const ENVIRONMENT: &str = "STARLING_TAKEOVER_SOCKET";
 /// Where the environment says with whom a process ends: its parent, or the process of that id.
 pub const EXIT_WITH: &str = "STARLING_EXIT_WITH_PARENT";
 /// Says that it is the parent.
-pub const EXIT_WITH_PARENT: &str = "parent";
+const EXIT_WITH_PARENT: &str = "parent";
 /// How long a process may take that is started by this one, in all; each of its steps has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(90);
 /// How long a process that was started, and has failed, may take to end.
@@ -38,7 +38,7 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// Pause after a failed accept.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Where a node is in the row of the processes that had its place.
+/// Where a process is in the line of those that have had its node's place.
 #[derive(Default)]
 pub(super) struct Succession {
     /// The one before, while it finishes.
@@ -89,8 +89,9 @@ impl Node {
     /// If the ports cannot be taken: then the one before stays in charge, and this one must end.
     pub async fn take_charge(&self, place: &mut Place) -> Result<(), StartError> {
         let running = self.running.clone();
-        let refused = |error: io::Error| TakeoverError::Refused(format!("its ports cannot be taken: {error}"));
-        running.ports().take_all().map_err(refused)?;
+        if place.predecessor().is_some() {
+            running.ports().take_all().map_err(TakeoverError::Ports)?;
+        }
         if let Some(before) = place.up(running.config.node.upgrade_timeout).await? {
             tracing::info!(predecessor = before.pid, "this process has taken over");
             running.succession.set_predecessor(Some(before.pid));
@@ -167,8 +168,7 @@ impl Running {
     /// What a process does that takes over, before it opens its doors: takes the gossip, and waits until the mesh has told it what
     /// there is.
     pub(super) async fn meet_the_mesh(&self, members: usize) -> Result<(), StartError> {
-        let refused = |error: io::Error| TakeoverError::Refused(format!("its ports cannot be taken: {error}"));
-        self.ports().take_fixed().map_err(refused)?;
+        self.ports().take_fixed().map_err(TakeoverError::Ports)?;
         let is_over = || self.introduction.is_over(&self.gossip.snapshot());
         while !is_over() {
             tokio::time::sleep(LOOK).await;

@@ -6,10 +6,10 @@ use std::{
 };
 
 use starling_chaos::{Client, Load, Process, free_port, wait_for};
-use starling_protocol::admin::MemberStatus;
+use starling_protocol::admin::{MemberStatus, Status};
 use starling_tests::{binary, program, run, sample, skip};
 
-use super::{LIMIT, so_many_more};
+use super::{LIMIT, member, so_many_more};
 use crate::Cluster;
 
 const SYSTEMD: &str = "/lib/systemd/systemd";
@@ -120,11 +120,11 @@ async fn a_reload_is_an_upgrade_and_the_unit_stays_up() {
     let dir = cluster.dir().to_path_buf();
     let (_service, addr) = sample(&dir, "orders").await;
     let (token, admin) = (cluster.token(&["--service", "orders"]).await.unwrap(), free_port());
-    let (state, config) = (dir.join("orders-1"), dir.join("orders-1.toml"));
+    let (state, config, listen) = (dir.join("orders-1"), dir.join("orders-1.toml"), free_port());
     let text = format!(
         "[node]\nname = \"orders-1\"\nstate = {state:?}\nlisten = \"{}\"\nseeds = [\"{}\"]\ntoken = \"{token}\"\n\n[admin]\nlisten = \
          \"{admin}\"\n\n[outbound]\nlisten = \"{}\"\n\n[[service]]\nname = \"orders\"\naddr = \"{addr}\"\n",
-        free_port(),
+        listen,
         cluster.seed(),
         free_port(),
     );
@@ -143,6 +143,17 @@ async fn a_reload_is_an_upgrade_and_the_unit_stays_up() {
     starling_tests::is_known(&cluster, "seed", "orders", 1).await;
     let load = Load::start(cluster.node("seed").outbound, "orders", 200);
     let mut main = manager.property("MainPID");
+    // The next upgrade waits for the end of the process before.
+    let is_alone = async || {
+        wait_for("the process before ends", LIMIT, || async {
+            let answer = Client::plain().get(admin, &admin.to_string(), "/v1/status").await;
+            let status: Status =
+                serde_json::from_slice(&answer.map_err(|e| e.to_string())?.body).map_err(|e| e.to_string())?;
+            status.predecessor.map_or(Ok(()), |pid| Err(pid.to_string()))
+        })
+        .await
+        .unwrap();
+    };
     for _ in 0..2 {
         so_many_more(&load, 100).await;
         let (fine, _, said) = manager.ctl(&["reload", "starling.service"]);
@@ -151,17 +162,21 @@ async fn a_reload_is_an_upgrade_and_the_unit_stays_up() {
         let now = manager.property("MainPID");
         assert_ne!((now.as_str(), now.as_str()), (main.as_str(), "0"), "another process is the main one");
         main = now;
-        // The next one waits for the end of the one before.
-        wait_for("the process before ends", LIMIT, || async {
-            let status: starling_protocol::admin::Status = serde_json::from_slice(
-                &Client::plain().get(admin, &admin.to_string(), "/v1/status").await.map_err(|e| e.to_string())?.body,
-            )
-            .map_err(|e| e.to_string())?;
-            status.predecessor.map_or(Ok(()), |pid| Err(pid.to_string()))
-        })
-        .await
-        .unwrap();
+        is_alone().await;
     }
+    // What no reload of a running process can change changes with it: an address, too.
+    let (before, mesh) = (listen.to_string(), free_port());
+    let text = text.replace(&before, &mesh.to_string());
+    std::fs::write(&config, &text).unwrap();
+    assert!(manager.ctl(&["reload", "starling.service"]).0);
+    wait_for("others know the new address", LIMIT, || async {
+        let addr = member(&cluster, "seed", "orders-1").await.addr;
+        if addr == mesh { Ok(()) } else { Err(addr.to_string()) }
+    })
+    .await
+    .unwrap();
+    main = manager.property("MainPID");
+    is_alone().await;
     // A configuration with a mistake changes nothing, and whoever asked for it is told.
     std::fs::write(&config, format!("{text}colour = \"red\"\n")).unwrap();
     assert!(!manager.ctl(&["reload", "starling.service"]).0);

@@ -112,13 +112,12 @@ impl Client {
     /// the request at the server.
     pub async fn send(&self, head: Head<'_>, body: Option<Body>) -> Result<Answer, RequestError> {
         let connection = &self.0.connection;
-        let patience = match self.0.since.elapsed() < NEW {
-            true => NEW,
-            false => OPENS_WITHIN.max(connection.quinn().rtt() * 3),
+        let opened = tokio::select! {
+            biased;
+            opened = connection.quinn().open_bi() => opened,
+            () = self.full() => return Err(RequestError::Full),
         };
-        let opened = tokio::time::timeout(patience, connection.quinn().open_bi()).await;
-        let (send, receive) =
-            opened.map_err(|_| RequestError::Full)?.map_err(|error| RequestError::NotSent(error.to_string()))?;
+        let (send, receive) = opened.map_err(|error| RequestError::NotSent(error.to_string()))?;
         let mut sender = Sender::new(send, connection.clone(), Code::H3_REQUEST_CANCELLED);
         let mut receiver = Receiver::new(receive, connection.clone(), Code::H3_REQUEST_CANCELLED);
         match head.protocol {
@@ -174,6 +173,15 @@ impl Client {
 }
 
 impl Client {
+    /// Resolves when a request has waited long enough for others to end.
+    async fn full(&self) {
+        let patience = match self.0.since.elapsed() < NEW {
+            true => NEW,
+            false => OPENS_WITHIN.max(self.connection().rtt() * 3),
+        };
+        tokio::time::sleep(patience).await;
+    }
+
     /// Whether the server takes extended CONNECT, which it must have said before (RFC 9220 §3); it says so with its first words.
     async fn takes_protocols(&self) -> bool {
         let told = tokio::time::timeout(SETTINGS_WITHIN, self.0.connection.peer()).await;

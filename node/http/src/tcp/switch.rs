@@ -63,7 +63,7 @@ impl Switch {
         if let Some(key) = &self.key {
             head.headers.insert(header::SEC_WEBSOCKET_ACCEPT, websocket::accept_of(key.as_bytes()));
         }
-        let patience = tunnel::patience_with(&Method::CONNECT, self.protocol.as_ref());
+        let patience = tunnel::patience_in(self.protocol.as_ref());
         (head, self.upgrade, patience)
     }
 

@@ -1,9 +1,13 @@
 //! UDP packets through a tunnel (RFC 9298): as datagrams, or, where one does not fit, as a capsule on the stream (RFC 9297 §3).
 
-use std::sync::{Arc, Mutex};
+use std::{
+    cell::RefCell,
+    io,
+    sync::{Arc, Mutex},
+};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use tokio::sync::mpsc;
+use tokio::{net::UdpSocket, sync::mpsc};
 
 use crate::{
     Body, BodyError,
@@ -18,6 +22,28 @@ const DATAGRAM: u64 = 0;
 const MAX_PACKET_BYTES: usize = 64 << 10;
 /// Capsules that wait to be sent; more are dropped.
 const WAITING: usize = 16;
+
+thread_local! {
+    /// Where packets are received: a flow that is silent holds no buffer.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_PACKET_BYTES].into());
+}
+
+/// The next packet that comes to a connected socket. Cancel safe.
+///
+/// # Errors
+/// Of the system; that one has come to nobody says nothing about the next.
+pub async fn next_packet(socket: &UdpSocket) -> io::Result<Bytes> {
+    loop {
+        socket.readable().await?;
+        let received = SCRATCH.with_borrow_mut(|scratch| {
+            socket.try_recv(scratch).map(|length| Bytes::copy_from_slice(&scratch[..length]))
+        });
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            received => return received,
+        }
+    }
+}
 
 /// What a tunnel for packets has beside its stream: among the extensions of its request at a server, and of its answer at a client.
 /// It can be taken once.

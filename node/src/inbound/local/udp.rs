@@ -1,8 +1,7 @@
 //! UDP to the service: a socket for each flow.
 
-use std::{cell::RefCell, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use starling_http::{
     Body, Guarded, Problem, ProxyError,
@@ -13,8 +12,6 @@ use tokio::net::UdpSocket;
 use super::{Dialler, LocalError, Place, TunnelPlace};
 use crate::{Sent, inbound::limiter::Admitted, observe::packets::PacketCounts};
 
-/// Longest packet, in bytes.
-const MAX_PACKET_BYTES: usize = 64 << 10;
 /// After an error that may last.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -45,25 +42,6 @@ async fn socket_to(service: SocketAddr) -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
-thread_local! {
-    /// Where packets are received: a flow that is silent holds no buffer.
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_PACKET_BYTES].into());
-}
-
-/// Cancel safe.
-async fn next_packet(socket: &UdpSocket) -> io::Result<Bytes> {
-    loop {
-        socket.readable().await?;
-        let received = SCRATCH.with_borrow_mut(|scratch| {
-            socket.try_recv(scratch).map(|length| Bytes::copy_from_slice(&scratch[..length]))
-        });
-        match received {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            received => return received,
-        }
-    }
-}
-
 async fn relay(
     socket: UdpSocket,
     sender: PacketSender,
@@ -73,7 +51,7 @@ async fn relay(
 ) {
     let answers = async {
         loop {
-            match next_packet(&socket).await {
+            match tunnel::next_packet(&socket).await {
                 Ok(packet) => counts.sent(sender.send(&packet).await),
                 // That a packet came to nobody says nothing about the next one.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}

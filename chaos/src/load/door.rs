@@ -75,9 +75,19 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// An answer's body as it comes. Dropped before its end, it says so to the other side.
 pub(crate) enum Coming {
-    Http1 { body: Incoming, sender: Option<http1::SendRequest<Sent>>, kept: Arc<Kept> },
+    Http1 {
+        body: Incoming,
+        sender: Option<http1::SendRequest<Sent>>,
+        kept: Arc<Kept>,
+    },
     Http2(Incoming),
-    Http3 { receive: Box<H3Stream>, body_is_over: bool, _upload: Aborting },
+    /// With a sender: the connection is closed when nobody has one any more, whatever is still on it.
+    Http3 {
+        receive: Box<H3Stream>,
+        body_is_over: bool,
+        _upload: Aborting,
+        _sender: H3Sender,
+    },
 }
 
 type H3Stream = h3::client::RequestStream<h3_quinn::RecvStream, Bytes>;
@@ -259,7 +269,7 @@ impl Door {
     }
 
     async fn http3(&self, head: &Parts, body: &mut (dyn FnMut() -> Sent + Send)) -> Result<Response<Coming>> {
-        let (mut send, mut receive) = loop {
+        let (mut send, mut receive, sender) = loop {
             let (mut sender, is_kept) = {
                 let mut kept = self.kept.http3.lock().await;
                 match &*kept {
@@ -271,7 +281,10 @@ impl Door {
                 }
             };
             match sender.send_request(Request::from_parts(head.clone(), ())).await {
-                Ok(stream) => break stream.split(),
+                Ok(stream) => {
+                    let (send, receive) = stream.split();
+                    break (send, receive, sender);
+                }
                 Err(error) => {
                     *self.kept.http3.lock().await = None;
                     // The other end had said that it takes no more on this connection: nothing was sent.
@@ -294,7 +307,8 @@ impl Door {
         });
         let upload = Aborting(upload);
         let (head, ()) = receive.recv_response().await?.into_parts();
-        let coming = Coming::Http3 { receive: Box::new(receive), body_is_over: false, _upload: upload };
+        let coming =
+            Coming::Http3 { receive: Box::new(receive), body_is_over: false, _upload: upload, _sender: sender };
         Ok(Response::from_parts(head, coming))
     }
 

@@ -185,6 +185,9 @@ pub struct Route {
     /// Whether browsers' preflights, which carry no credentials, pass to the service without any.
     #[serde(default)]
     pub preflight: Preflight,
+    /// Whether pages may call it by gRPC-Web; the service gets gRPC.
+    #[serde(default)]
+    pub grpc_web: bool,
 }
 
 /// What a service sees as Host.

@@ -25,7 +25,9 @@ use crate::{
     api_key,
     certificates::Certificates,
     config::{AuthMethod, EdgeSections, ForwardHost, Plan, Preflight, Route},
-    cors, jwt,
+    cors,
+    grpc_web::Page,
+    jwt,
     key_file::KeyFile,
     rate::Limiter,
     route::{self, Routes},
@@ -182,7 +184,7 @@ impl Gateway {
         request: Request<Body>,
         arrival: &Arrival,
     ) -> Response<Guarded<Answered<Logged>>> {
-        let grpc = is_grpc(request.headers());
+        let (grpc, page) = (is_grpc(request.headers()), Page::of(request.headers()));
         let method = request.method().clone();
         let (mut parts, body) = request.into_parts();
         let mut observed = self.observer.outgoing(&method, &mut parts.headers, trace::Origin::Public);
@@ -204,7 +206,12 @@ impl Gateway {
             Ok(response) => response,
             Err(problem) => {
                 entry.error = Some(problem.detail.clone());
-                problem.into_response("starling-edge", grpc).map(Guarded::from)
+                let (mut head, body) = problem.into_response("starling-edge", grpc).into_parts();
+                let body = match page {
+                    Some(page) => page.leave(&mut head.headers, body),
+                    None => body,
+                };
+                Response::from_parts(head, Guarded::from(body))
             }
         };
         for (name, value) in &extra {
@@ -303,10 +310,16 @@ impl Gateway {
         };
         entry.version.clone_from(&version);
 
+        let page = Page::of(&parts.headers).filter(|_| route.grpc_web);
+        let body = body.with_length(checked.length);
+        let body = match page {
+            Some(page) => page.enter(&mut parts.headers, body),
+            None => body,
+        };
         let dress = Dress { path: &path, route, caller: &caller, arrival, authority: checked.authority.as_str() };
         dress.put_on(&mut parts, &entry.request_id)?;
         let limits = route.limits().of(&parts.headers);
-        let request = Request::from_parts(parts, body.with_length(checked.length));
+        let request = Request::from_parts(parts, body);
         let call = Call { service: route.service.clone(), version, request, limits, repeats: route.repeats() };
         let mut response = self.client.call(call, observed).await.map_err(|error| {
             let detail = public_detail(error.status, error.fault);
@@ -318,7 +331,12 @@ impl Gateway {
                 // Which pages may call is the route's to say, where it says so.
                 cors::remove(response.headers_mut());
             }
-            return Ok(response);
+            let (mut head, body) = response.into_parts();
+            let body = match page {
+                Some(page) => body.map_body(|body| page.leave(&mut head.headers, body)),
+                None => body,
+            };
+            return Ok(Response::from_parts(head, body));
         }
         // What a node says in place of its service is for the mesh.
         entry.error = response.headers().get("proxy-status").and_then(|v| v.to_str().ok()).map(str::to_owned);

@@ -11,6 +11,7 @@ mod config;
 mod cors;
 mod edge;
 mod gateway;
+mod grpc_web;
 mod jwt;
 mod key_file;
 mod key_pair;

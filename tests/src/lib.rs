@@ -54,6 +54,15 @@ pub fn python() -> Option<PathBuf> {
     python
 }
 
+/// The unpacked npm package `grpc-web`; `None` skips.
+pub fn grpc_web_package() -> Option<PathBuf> {
+    let package = std::env::var_os("STARLING_TEST_GRPC_WEB").map(PathBuf::from).filter(|p| p.exists());
+    if package.is_none() {
+        skip("STARLING_TEST_GRPC_WEB does not name the npm package grpc-web");
+    }
+    package
+}
+
 /// A program of the system; `None` skips.
 pub fn program(name: &str) -> Option<PathBuf> {
     let dirs = std::env::var_os("PATH").unwrap_or_default();

@@ -84,6 +84,7 @@ pub(crate) enum Kind {
     Leaving(Box<Leaving<Body>>),
     Replay(Replay),
     Shelved(Arc<Standing>),
+    Other(Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError> + Send>>),
     /// It was ended before it was read.
     Ended(&'static str),
 }
@@ -110,6 +111,7 @@ impl Kind {
             Self::Leaving(leaving) => Pin::new(leaving).poll_frame(cx),
             Self::Replay(replay) => replay.poll_frame(cx),
             Self::Shelved(standing) => standing.with(|kind| kind.poll_frame(cx), Poll::is_pending),
+            Self::Other(body) => body.as_mut().poll_frame(cx),
             Self::Ended(why) => Poll::Ready(Some(Err(BodyError::Broken((*why).into())))),
         }
     }
@@ -125,6 +127,7 @@ impl Kind {
             Self::Upload(upload) => upload.is_end_stream(),
             Self::Replay(replay) => replay.is_end_stream(),
             Self::Shelved(standing) => standing.peek(Self::is_end_stream),
+            Self::Other(body) => body.is_end_stream(),
             Self::Tunnel(_) | Self::Awaited(_) | Self::Capsules(_) | Self::Leaving(_) | Self::Ended(_) => false,
         }
     }
@@ -147,6 +150,7 @@ impl Kind {
             Self::Http1(receiver) => receiver.size_hint(),
             Self::Replay(replay) => replay.size_hint(),
             Self::Shelved(standing) => standing.peek(Self::size_hint),
+            Self::Other(body) => body.size_hint(),
             _ => SizeHint::default(),
         }
     }
@@ -186,6 +190,11 @@ impl Body {
     /// A body from memory.
     pub fn full(bytes: impl Into<Bytes>) -> Self {
         Self::from(Kind::Full(bytes.into()))
+    }
+
+    /// A body made of another, such as one that is coded anew on its way.
+    pub fn of(body: impl http_body::Body<Data = Bytes, Error = BodyError> + Send + 'static) -> Self {
+        Self::from(Kind::Other(Box::pin(body)))
     }
 
     pub(crate) fn replay(replay: Replay) -> Self {

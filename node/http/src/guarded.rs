@@ -60,18 +60,20 @@ impl<G: Guard> Guarded<G> {
         Guarded::new(body, change(guard))
     }
 
-    /// Holds the body to a length, as [`Body::with_length`] does.
-    pub fn with_length(mut self, promised: Option<u64>) -> Self {
-        let body = std::mem::replace(&mut self.body, Body::empty());
-        self.body = body.with_length(promised);
+    /// Exchanges the body; the guard stays, and sees the new one.
+    pub fn map_body(mut self, change: impl FnOnce(Body) -> Body) -> Self {
+        self.body = change(std::mem::replace(&mut self.body, Body::empty()));
         self
     }
 
+    /// Holds the body to a length, as [`Body::with_length`] does.
+    pub fn with_length(self, promised: Option<u64>) -> Self {
+        self.map_body(|body| body.with_length(promised))
+    }
+
     /// Gives the body limits of time, as [`Body::with_pace`] does.
-    pub fn with_pace(mut self, idle: Option<Duration>, until: Option<Instant>, upload: Option<&Source>) -> Self {
-        let body = std::mem::replace(&mut self.body, Body::empty());
-        self.body = body.with_pace(idle, until, upload);
-        self
+    pub fn with_pace(self, idle: Option<Duration>, until: Option<Instant>, upload: Option<&Source>) -> Self {
+        self.map_body(|body| body.with_pace(idle, until, upload))
     }
 }
 

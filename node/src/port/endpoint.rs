@@ -31,7 +31,7 @@ const HIGHEST: u8 = u8::MAX;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Windows {
     /// Of one stream: as much as is on its way during a round trip at a good rate, and not more, because a reader that stands
-    /// still holds so much. 128 KiB are 128 MiB/s at 1 ms, 1 MiB is 20 MiB/s at 50 ms. With 64 KiB, a stream that is alone has
+    /// still holds so much. 192 KiB are 192 MiB/s at 1 ms, 1 MiB is 20 MiB/s at 50 ms. With 64 KiB, a stream that is alone has
     /// half the rate over loopback, because its two ends work in turn.
     stream_bytes: u32,
     /// Of all: so much that a thousand readers that stand still leave room for the others.
@@ -52,9 +52,9 @@ impl Windows {
     pub(crate) fn of(profile: Profile) -> Self {
         match profile {
             Profile::Lan => Self {
-                stream_bytes: 128 << 10,
+                stream_bytes: 192 << 10,
                 connection_bytes: 128 << 20,
-                standing_bytes: 80 << 20,
+                standing_bytes: 96 << 20,
                 order: Order::InLine,
             },
             Profile::Wan => Self {

@@ -24,8 +24,8 @@ use crate::{Body, BodyError, h1::ServerStream, stall::Stall, tcp::Control};
 const READ_BYTES: usize = 32 << 10;
 /// Put together before it is written: pieces of a body are as small as packets.
 const GATHER_BYTES: usize = 64 << 10;
-/// So much is gathered before others get their turn: often enough for a sender with a window of 128 KiB to hear of new room while
-/// it still has some.
+/// So much is gathered before others get their turn: often enough for a sender to hear of new room in a window several times as
+/// large while it still has some.
 const YIELD_BYTES: usize = 32 << 10;
 /// The same, in pieces.
 const GATHER_PIECES: usize = 32;

@@ -184,7 +184,8 @@ impl Gateway {
         request: Request<Body>,
         arrival: &Arrival,
     ) -> Response<Guarded<Answered<Logged>>> {
-        let (grpc, page) = (is_grpc(request.headers()), Page::of(request.headers()));
+        let page = Page::of(request.headers());
+        let grpc = page.is_some() || is_grpc(request.headers());
         let method = request.method().clone();
         let (mut parts, body) = request.into_parts();
         let mut observed = self.observer.outgoing(&method, &mut parts.headers, trace::Origin::Public);

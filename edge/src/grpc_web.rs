@@ -42,6 +42,8 @@ impl Page {
         let from = if self.sends_text { WEB_TEXT } else { WEB };
         renamed(fields, from, GRPC);
         fields.remove(header::ACCEPT);
+        // The last frame stands behind the service's bytes, and could not be coded with them.
+        fields.remove(header::ACCEPT_ENCODING);
         // Servers refuse callers who would not see the status.
         fields.insert(header::TE, HeaderValue::from_static("trailers"));
         if !self.sends_text {

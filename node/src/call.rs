@@ -96,6 +96,8 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// Until the end of the answer.
     pub total: Option<Duration>,
+    /// It is the caller who waits no longer for the head, where the operator, or what is usual, would let it.
+    pub impatient: bool,
 }
 
 /// Limits as an operator sets them, for an upstream, a service or a route: what is left out is as usual.
@@ -113,9 +115,12 @@ impl LimitSettings {
     /// The limits of one request. A gRPC caller that names a deadline gets it, unless the operator's is shorter; one that
     /// names none has none, because its protocol has none.
     pub fn of(&self, request: &HeaderMap) -> Limits {
-        let named = grpc_timeout(request);
-        let usual = if is_grpc(request) { None } else { Some(DEFAULT_HEAD) };
+        let (named, usual) = match is_grpc(request) {
+            true => (grpc_timeout(request), None),
+            false => (None, Some(DEFAULT_HEAD)),
+        };
         Limits {
+            impatient: named.is_some_and(|named| named < self.timeout.unwrap_or(DEFAULT_HEAD)),
             head: [self.timeout, named].into_iter().flatten().min().or(usual),
             idle: Some(self.idle_timeout.unwrap_or(DEFAULT_IDLE)),
             total: [self.total_timeout, named].into_iter().flatten().min(),
@@ -223,10 +228,11 @@ impl MeshClient {
         let tunnel = normal::tunnel(&parts);
         let until = limits.total.map(|total| Instant::now() + total);
         // What goes into a tunnel is no upload that must come first.
-        let due = Due::new(limits.head, until, source.as_ref().filter(|_| tunnel.is_none()));
+        let due = Due::new(limits.head, until, source.as_ref().filter(|_| tunnel.is_none())).or_idle(limits.idle);
         // Its packets do not move its stream; who opened it, ends it.
         let idle = limits.idle.filter(|_| tunnel != Some(Tunnel::Udp));
-        let terms = Terms { service: &service, source: source.as_ref(), due: &due, idle, until };
+        let terms =
+            Terms { service: &service, source: source.as_ref(), due: &due, idle, until, impatient: limits.impatient };
         let (kind, version, zone) = (Kind::of_request(tunnel), version.as_deref(), self.node.zone.as_str());
         let wish = Wish { kind, version, zone, ..Wish::default() };
         // What an operator says of methods, he says of calls.
@@ -250,6 +256,9 @@ impl MeshClient {
             };
             if tried.is_empty() {
                 called.budget.earn(retry.budget);
+            }
+            if failed.as_ref().is_some_and(|error| error.fault == Fault::Mesh) {
+                called.passed_over();
             }
             let attempt = (tried.len() - unreached) as u32 + 1;
             tried.push(candidate.instance.node);
@@ -302,7 +311,6 @@ impl MeshClient {
                 }
                 // Nobody had any work with it, so that it costs no retry, only time.
                 Err(error) if error.fault == Fault::Mesh && !due.is_over() && unreached < MAX_UNREACHED => {
-                    called.passed_over();
                     unreached += 1;
                     dead.push(node);
                     failed = Some(error);

@@ -20,7 +20,7 @@ use http::{HeaderValue, Request, Response, StatusCode, Uri, request, uri};
 use starling_http::{
     Body, Drain, Due, Guard, Guarded, Late, Problem, ProxyError, Source,
     h3::server,
-    is_grpc, names,
+    names,
     normal::{self, Origin, Tunnel, number},
     tunnel::NotSwitched,
 };
@@ -118,7 +118,7 @@ impl Inbound {
         let connected = self.0.peers.connect(peer.id);
         let windows = self.0.windows.of_connection(connected.nth);
         endpoint::welcome_to_calls(&connection, windows);
-        let limits = server::Limits { shelf: windows.shelf(), idle: None, order: windows.order() };
+        let limits = server::Limits { shelf: windows.shelf(), idle: None, order: windows.order(), of_one: false };
         let (here, quic, begun) = (connected.peer(), connection.clone(), drain.begun());
         let floor = self.0.windows.of_connection(usize::MAX);
         let mut serving = pin!(server::serve(connection, limits, drain, move |request| {
@@ -144,7 +144,6 @@ impl Inbound {
         here: Arc<Here>,
     ) -> Response<Guarded<Answered<Served>>> {
         let mut counted = Counted::new(self.0.clone(), here);
-        let grpc = is_grpc(request.headers());
         let (mut parts, body) = request.into_parts();
         let mut observed = self.0.observer.incoming(page, &parts.method, &mut parts.headers);
         observed.tell("starling.caller", || String::from_utf8_lossy(caller.name.as_bytes()).into_owned());
@@ -168,7 +167,8 @@ impl Inbound {
         let mut response = match outcome {
             Ok(response) => response,
             Err((sent, problem)) => {
-                let mut response = problem.into_response(&self.0.pseudonym, grpc).map(Guarded::from);
+                // To a node, which decides by its status whether to try elsewhere: also where the caller behind it speaks gRPC.
+                let mut response = problem.into_response(&self.0.pseudonym, false).map(Guarded::from);
                 let sent = if sent == Sent::No { "no" } else { "maybe" };
                 response.headers_mut().insert(names::SENT.clone(), HeaderValue::from_static(sent));
                 response

@@ -28,7 +28,7 @@ use tokio::{
 pub(crate) use self::{tcp::TcpDoor, udp::UdpDoor};
 
 use crate::{
-    Call, Carried, LimitSettings, MeshClient, RepeatSettings,
+    Call, Carried, LimitSettings, MadeByNode, MeshClient, RepeatSettings,
     observe::{
         observer::{Answered, Observed, Observer},
         trace,
@@ -108,6 +108,12 @@ impl Door {
         let mut observed = self.observer.outgoing(&parts.method, &mut parts.headers, trace::Origin::Ours);
         let request = Request::from_parts(parts, observed.counting(body));
         let response = match self.call(request, drain, &mut observed).await {
+            // What another node says in place of its service, for gRPC as that has it.
+            Ok(response) if grpc && response.extensions().get::<MadeByNode>().is_some() => {
+                let (head, body) = response.into_parts();
+                let (head, _) = Problem::told_by_proxy(&head).into_response(self.client.pseudonym(), grpc).into_parts();
+                Response::from_parts(head, body.map_body(|_| Body::empty()))
+            }
             Ok(response) => response,
             Err(problem) => problem.into_response(self.client.pseudonym(), grpc).map(Guarded::from),
         };

@@ -22,7 +22,10 @@ use std::{
 use starling_gossip::{Gossip, GossipHandle, Ident, Memory};
 use starling_http::{Drain, accept::Sources, pseudonym, shared_port::Ports};
 use starling_protocol::{Name, NodeKind, Phase};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -68,6 +71,9 @@ pub use self::{
 
 /// How long peers get to take in that this node drains, before its connections say so.
 const DRAIN_GRACE: Duration = Duration::from_millis(300);
+/// How long the application has for its own calls at the end of a drain, whatever streams of others there are; of a short one, a
+/// quarter.
+const OWN_CALLS: Duration = Duration::from_secs(3);
 /// How long the good-bye may take to leave the sockets.
 const LEAVE_GRACE: Duration = Duration::from_millis(300);
 
@@ -286,6 +292,7 @@ impl Node {
                     &zone_of(config, &identity),
                 ),
                 since: SystemTime::now(),
+                superseded: running.succession.superseded.clone(),
             };
             Export::start(collectors, sources)
         });
@@ -402,7 +409,8 @@ impl Node {
     }
 
     /// Goes away in order: not ready, record says draining, grace, GOAWAY, calls of others finish or are cut, then those of
-    /// the application, good-bye, close. `patience` is for both together.
+    /// the application, good-bye, close. `patience` is for both together; where others' streams use it up, the last of it is for
+    /// both.
     /// Returns whether every call finished by itself.
     pub async fn drain(&self, patience: Duration) -> bool {
         let running = &self.running;
@@ -411,8 +419,17 @@ impl Node {
         tokio::time::sleep(DRAIN_GRACE).await;
         running.ports().close_listeners();
         let begun = Instant::now();
-        let others = running.drain.finish(patience).await;
-        let own = running.doors_drain.finish(patience.saturating_sub(begun.elapsed())).await;
+        let (finishing, finished) = oneshot::channel::<()>();
+        let others = async {
+            let others = running.drain.finish(patience).await;
+            drop(finishing);
+            others
+        };
+        let own = async {
+            let _ = tokio::time::timeout(patience.saturating_sub(OWN_CALLS.min(patience / 4)), finished).await;
+            running.doors_drain.finish(patience.saturating_sub(begun.elapsed())).await
+        };
+        let (others, own) = tokio::join!(others, own);
         let finished = others && own;
         running.gossip.leave().await;
         tokio::time::sleep(LEAVE_GRACE).await;

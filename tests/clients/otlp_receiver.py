@@ -75,12 +75,14 @@ def metric_of(metric):
     kind = metric.WhichOneof("data")
     points = []
     seen = set()
+    since = set()
     for point in getattr(metric, kind).data_points:
         values = attributes(point.attributes)
         key = json.dumps(values, sort_keys=True)
         assert key not in seen, f"{metric.name} has {key} twice"
         seen.add(key)
         assert point.time_unix_nano > 0, "time"
+        since.add(point.start_time_unix_nano)
         if kind == "exponential_histogram":
             assert point.scale == 4, "scale"
             counts = list(point.positive.bucket_counts)
@@ -91,7 +93,8 @@ def metric_of(metric):
             points.append({"attributes": values, "value": point.as_int})
     if kind in ("sum", "exponential_histogram"):
         assert getattr(metric, kind).aggregation_temporality == 2, "cumulative"
-    return {"metric": metric.name, "unit": metric.unit, "kind": kind, "points": points}
+        assert len(since) < 2 and 0 not in since, "since when it was counted"
+    return {"metric": metric.name, "unit": metric.unit, "kind": kind, "points": points, "since": max(since, default=0)}
 
 
 def traces(body):

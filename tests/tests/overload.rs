@@ -288,3 +288,175 @@ async fn a_call_that_nobody_has_room_for_does_not_ask_everybody() {
     let asked = shed().await - before;
     assert!((1.0..=3.0).contains(&asked), "{asked} were asked");
 }
+
+/// A mesh with `near`, whose file has these sections.
+async fn near(sections: &str) -> Cluster {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let file = cluster.dir().join("near.toml");
+    std::fs::write(&file, sections).unwrap();
+    cluster.add(&NodeSpec::named("near").flag("--config").flag(file.to_string_lossy())).await.unwrap();
+    cluster
+}
+
+/// A call of gRPC with an empty message.
+fn grpc(fields: &[(&str, &str)]) -> Request<Bytes> {
+    let mut request = Request::post("http://web.mesh.internal/x.Y/Z").header("content-type", "application/grpc");
+    for (name, value) in fields {
+        request = request.header(*name, *value);
+    }
+    request.body(Bytes::from_static(&[0; 5])).unwrap()
+}
+
+/// What a node says in place of its service counts by its status, also where the caller speaks gRPC.
+#[tokio::test]
+async fn a_grpc_call_that_one_instance_refuses_goes_to_the_other() {
+    let works = Service::start(Speaks::H2c(100), |_, _| async { text(200, "done") }).await;
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    for (name, addr) in [("works", works.addr), ("down", free_port())] {
+        cluster.add(&NodeSpec::named(name).serving(format!("web={addr},protocol=h2c"))).await.unwrap();
+    }
+    is_known(&cluster, "seed", "web", 2).await;
+    let door = cluster.node("seed").outbound;
+    for _ in 0..50 {
+        let answer = Client::plain().send(Door::PlainHttp2, door, grpc(&[])).await.unwrap();
+        assert_eq!((answer.status, answer.text().as_str()), (200, "done"), "{:?}", answer.headers);
+    }
+    let services: Vec<starling_protocol::admin::Service> = cluster.admin("seed", "/v1/services").await.unwrap();
+    assert!(services[0].retries > 0, "it was asked, and another one then: {services:?}");
+    // Where nobody else is, gRPC is told so as it has it.
+    cluster.run(&["leave", "--admin", &format!("http://{}", cluster.node("works").admin)]).await.unwrap();
+    is_known(&cluster, "seed", "web", 1).await;
+    let answer = Client::plain().send(Door::PlainHttp2, door, grpc(&[])).await.unwrap();
+    assert_eq!((answer.status, answer.header("grpc-status")), (200, "14"), "{:?}", answer.headers);
+    assert!(answer.header("proxy-status").contains("connection_refused"), "{:?}", answer.headers);
+    assert!(!answer.header("grpc-message").is_empty() && answer.body.is_empty(), "{:?}", answer.headers);
+}
+
+/// The time to the head of an answer is not told to the service as that of the whole call.
+#[tokio::test]
+async fn a_grpc_service_is_told_the_time_of_the_whole_call() {
+    let port = free_port();
+    let mut cluster = near(&format!("[[upstream]]\nservice = \"web\"\nlisten = \"{port}\"\ntimeout = \"5s\"\n")).await;
+    let service = Service::start(Speaks::H2c(100), |request, _| async move {
+        let told = request.headers().get("grpc-timeout").map_or("none", |told| told.to_str().unwrap());
+        text(200, told.to_string())
+    })
+    .await;
+    cluster.add(&NodeSpec::named("a").serving(format!("web={},protocol=h2c", service.addr))).await.unwrap();
+    is_known(&cluster, "near", "web", 1).await;
+    let told = Client::plain().send(Door::PlainHttp2, port, grpc(&[("grpc-timeout", "1H")])).await.unwrap().text();
+    let ms: u64 = told.strip_suffix('m').and_then(|ms| ms.parse().ok()).unwrap_or_else(|| panic!("{told}"));
+    assert!((3_500_000..=3_600_000).contains(&ms), "{told}");
+    assert_eq!(Client::plain().send(Door::PlainHttp2, port, grpc(&[])).await.unwrap().text(), "none");
+}
+
+/// Who waits for no more than a moment gets no answer, and spoils nothing for the others.
+#[tokio::test]
+async fn callers_without_time_eject_nobody() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    for name in ["a", "b", "c"] {
+        let service = Service::start(Speaks::H2c(100), |_, _| async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            text(200, "done")
+        })
+        .await;
+        cluster.add(&NodeSpec::named(name).serving(format!("web={},protocol=h2c", service.addr))).await.unwrap();
+    }
+    is_known(&cluster, "seed", "web", 3).await;
+    let door = cluster.node("seed").outbound;
+    for _ in 0..60 {
+        let answer = Client::plain().send(Door::PlainHttp2, door, grpc(&[("grpc-timeout", "10m")])).await.unwrap();
+        assert_eq!(answer.header("grpc-status"), "4", "{:?}", answer.headers);
+    }
+    let services: Vec<starling_protocol::admin::Service> = cluster.admin("seed", "/v1/services").await.unwrap();
+    assert!(services[0].instances.iter().all(|instance| !instance.ejected), "{services:?}");
+    // To others than gRPC's callers the field says nothing.
+    let request = Request::get("http://web.mesh.internal/").header("grpc-timeout", "1n").body(Bytes::new()).unwrap();
+    assert_eq!(Client::plain().send(Door::PlainHttp2, door, request).await.unwrap().status, 200);
+}
+
+/// A download that is read slowly, so that there is always something of it, has no more time than any other.
+#[tokio::test]
+async fn the_time_of_the_whole_holds_for_slow_readers() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let port = free_port();
+    let mut cluster =
+        near(&format!("[[upstream]]\nservice = \"web\"\nlisten = \"{port}\"\ntotal_timeout = \"2s\"\n")).await;
+    let (_service, addr) = starling_tests::sample(cluster.dir(), "web").await;
+    cluster.add(&NodeSpec::named("a").serving(format!("web={addr}"))).await.unwrap();
+    is_known(&cluster, "near", "web", 1).await;
+    let mut stream = tokio::net::TcpStream::connect(port).await.unwrap();
+    stream.write_all(b"GET /bytes/1000000000 HTTP/1.1\r\nHost: web\r\n\r\n").await.unwrap();
+    let (begun, mut buffer) = (Instant::now(), vec![0; 64 << 10]);
+    while let Ok(1..) = stream.read(&mut buffer).await {
+        assert!(begun.elapsed() < LIMIT, "it goes on");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
+}
+
+/// Whoever waits for a connection to the service shares in it that there is none.
+#[tokio::test]
+async fn calls_do_not_stand_in_line_for_a_service_that_takes_no_connection() {
+    // Its line for new connections is full: what comes beyond gets no answer at all.
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    socket.listen(0).unwrap();
+    let addr = socket.local_addr().unwrap().as_socket().unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(Ok(stream)) =
+        tokio::time::timeout(Duration::from_millis(500), tokio::net::TcpStream::connect(addr)).await
+    {
+        waiting.push(stream);
+    }
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("a").serving(format!("web={addr},protocol=h2c"))).await.unwrap();
+    is_known(&cluster, "seed", "web", 1).await;
+    let (door, begun) = (cluster.node("seed").outbound, Instant::now());
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..30 {
+        calls.spawn(async move { Client::plain().send(Door::PlainHttp2, door, grpc(&[])).await.unwrap() });
+    }
+    while let Some(answer) = calls.join_next().await {
+        assert_eq!(answer.unwrap().header("grpc-status"), "14");
+    }
+    // Each with its attempts; one after the other they would take a minute and a half and more.
+    assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+}
+
+/// A stream of HTTP/2 that the service resets has not ended, whatever reason it names.
+#[tokio::test]
+async fn half_an_answer_over_http2_is_not_a_whole_one() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let whole = request.uri().path() == "/whole";
+                    let mut body = respond.send_response(http::Response::new(()), false).unwrap();
+                    body.send_data(Bytes::from_static(b"half"), whole).unwrap();
+                    tokio::spawn(async move {
+                        // Once the data is out.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        body.send_reset(h2::Reason::NO_ERROR);
+                    });
+                }
+            });
+        }
+    });
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("a").serving(format!("web={addr},protocol=h2c"))).await.unwrap();
+    is_known(&cluster, "seed", "web", 1).await;
+    let door = cluster.node("seed").outbound;
+    let ask = async |at, path: &str| {
+        let request = Request::get(format!("http://web.mesh.internal{path}")).body(Bytes::new()).unwrap();
+        Client::plain().send(at, door, request).await
+    };
+    for at in [Door::PlainHttp1, Door::PlainHttp2] {
+        assert_eq!(ask(at, "/whole").await.unwrap().text(), "half", "{at:?}");
+        let cut = ask(at, "/cut").await;
+        assert!(cut.is_err(), "{at:?}: {cut:?}");
+    }
+}

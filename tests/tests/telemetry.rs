@@ -14,6 +14,7 @@ use starling_tests::{
     binary, client_script, listening, python,
     service::{self, Service, Speaks},
 };
+use tokio::io::AsyncWriteExt;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const HOST: &str = "api.example.com";
@@ -226,6 +227,55 @@ async fn without_a_collector_traces_pass() {
     assert_eq!(told, format!("{SAMPLED} a=1"));
     let (_, told) = call(&cluster, "seed", "/", &[]).await;
     assert_eq!(told, "- -", "whoever records nothing decides for nobody");
+}
+
+/// Two that counted under one name would be one counter that jumps to and fro.
+#[tokio::test]
+async fn after_an_upgrade_only_the_new_process_tells_figures() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let dir = cluster.dir().to_path_buf();
+    let Some(receiver) = Receiver::start(&dir, &[]).await else { return };
+    let service = Service::start(Speaks::Http1, |request, open| async move {
+        match request.uri().path() {
+            "/never" => service::watch(open),
+            _ => service::text(200, ""),
+        }
+    })
+    .await;
+    cluster.add(&NodeSpec::named("web-1").serving(format!("web={}", service.addr))).await.unwrap();
+    let (cert, key) = (dir.join("edge.pem"), dir.join("edge.key"));
+    self_signed(&[HOST], &cert, &key).unwrap();
+    let public = free_port();
+    let sections = format!(
+        "[telemetry]\notlp = \"http://{}\"\nmetrics_interval = \"1s\"\n[edge]\nlisten = \"{public}\"\n[[certificate]]\n\
+         hosts = [\"{HOST}\"]\ncert = {cert:?}\nkey = {key:?}\n[[route]]\npath = \"/\"\nservice = \"web\"\nauth = []\n",
+        receiver.addr
+    );
+    cluster.add_edge("edge", &sections).await.unwrap();
+    known(&cluster, "edge").await;
+    let client = Client::trusting(&cert).unwrap();
+    let mut waiting = client.connect_tls(public, HOST, b"http/1.1").await.unwrap();
+    waiting.write_all(format!("GET /never HTTP/1.1\r\nHost: {HOST}\r\n\r\n").as_bytes()).await.unwrap();
+    wait_for("the call is under way", LIMIT, || async {
+        if service.open() > 0 { Ok(()) } else { Err("it is not".into()) }
+    })
+    .await
+    .unwrap();
+    let since = |got: &[Value]| -> Vec<u64> {
+        let told = got.iter().filter(|line| line["kind"] == "sum" && line["metric"] == "starling.gossip_exchanges");
+        told.map(|line| line["since"].as_u64().unwrap()).collect()
+    };
+    let first = receiver.wait("figures of the first", |got| since(got).first().copied()).await;
+    let mut before = cluster.take_over("edge").await.unwrap();
+    let all = receiver
+        .wait("figures of the second", |got| {
+            let all = since(got);
+            (all.iter().filter(|at| **at != first).count() >= 4).then_some(all)
+        })
+        .await;
+    assert!(before.is_running(), "the first has finished too early for this test: {}", before.log());
+    let turn = all.iter().position(|at| *at != first).unwrap();
+    assert!(all[turn..].iter().all(|at| *at == all[turn]), "{all:?}");
 }
 
 /// A call that took several attempts shows each.

@@ -20,7 +20,7 @@ use crate::{
     h3::{Receiver, UploadBody},
     normal,
     replay::Replay,
-    shelf::{Shelf, Standing},
+    shelf::{Shelf, Standing, Wanted},
     stall::STALL,
     tcp::Http2Body,
     tunnel::{Awaited, CapsuleBody, Leaving, Reading},
@@ -35,6 +35,9 @@ pub enum BodyError {
     /// The sender gave up or was lost.
     #[error("the sender broke off: {0}")]
     Broken(String),
+    /// It took longer than it may.
+    #[error("it took too long")]
+    Late,
     /// The length is not what the head promised.
     #[error("the body has {seen} bytes where the head promised {promised}")]
     Length {
@@ -55,6 +58,8 @@ pub struct Body {
     pace: Option<Box<Pace>>,
     /// It is told in trailers that it broke off.
     grpc: bool,
+    /// It was.
+    broke_off: bool,
     /// Where its bytes are counted.
     count: Option<Arc<AtomicU64>>,
 }
@@ -74,6 +79,8 @@ pub(crate) enum Kind {
     Empty,
     Full(Bytes),
     Hyper(hyper::body::Incoming),
+    /// The answer of a server over HTTP/2.
+    HyperHttp2(hyper::body::Incoming),
     Http1(Box<h1::Receiver>),
     Http2(Box<Http2Body>),
     Http3(Box<Receiver>),
@@ -99,6 +106,13 @@ impl Kind {
                 Poll::Ready((!bytes.is_empty()).then_some(Ok(Frame::data(bytes))))
             }
             Self::Hyper(incoming) => Pin::new(incoming).poll_frame(cx).map_err(|e| BodyError::Broken(reason(&e))),
+            // To hyper a stream that was reset without an error has ended; that it has said its last word is another thing.
+            Self::HyperHttp2(incoming) => match ready!(Pin::new(&mut *incoming).poll_frame(cx)) {
+                None if !incoming.is_end_stream() => {
+                    Poll::Ready(Some(Err(BodyError::Broken("the stream was reset".into()))))
+                }
+                frame => Poll::Ready(frame.map(|frame| frame.map_err(|e| BodyError::Broken(reason(&e))))),
+            },
             Self::Http1(receiver) => receiver.poll_frame(cx),
             Self::Http2(body) => body.poll_frame(cx),
             Self::Http3(receiver) => receiver.poll_frame(cx).map_err(BodyError::from),
@@ -120,7 +134,7 @@ impl Kind {
         match self {
             Self::Empty => true,
             Self::Full(bytes) => bytes.is_empty(),
-            Self::Hyper(incoming) => incoming.is_end_stream(),
+            Self::Hyper(incoming) | Self::HyperHttp2(incoming) => incoming.is_end_stream(),
             Self::Http1(receiver) => receiver.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
             Self::Http3(receiver) => receiver.has_ended(),
@@ -146,7 +160,7 @@ impl Kind {
         match self {
             Self::Empty => SizeHint::with_exact(0),
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Self::Hyper(incoming) => incoming.size_hint(),
+            Self::Hyper(incoming) | Self::HyperHttp2(incoming) => incoming.size_hint(),
             Self::Http1(receiver) => receiver.size_hint(),
             Self::Replay(replay) => replay.size_hint(),
             Self::Shelved(standing) => standing.peek(Self::size_hint),
@@ -197,6 +211,11 @@ impl Body {
         Self::from(Kind::Other(Box::pin(body)))
     }
 
+    /// The body of an answer that a server gives over HTTP/2.
+    pub fn of_http2_server(incoming: hyper::body::Incoming) -> Self {
+        if incoming.is_end_stream() { Self::empty() } else { Self::from(Kind::HyperHttp2(incoming)) }
+    }
+
     pub(crate) fn replay(replay: Replay) -> Self {
         Self::from(Kind::Replay(replay))
     }
@@ -208,10 +227,16 @@ impl Body {
     }
 
     /// If the body breaks off, it ends with the status that gRPC has for that (14, UNAVAILABLE), which its clients take for a
-    /// reason to try again. A reset they take for a fault of the service (13, INTERNAL).
+    /// reason to try again, or for the end of its time (4, DEADLINE_EXCEEDED). A reset they take for a fault of the service (13,
+    /// INTERNAL).
     pub fn ending_as_grpc(mut self) -> Self {
         self.grpc = true;
         self
+    }
+
+    /// Whether its trailers say that it broke off.
+    pub(crate) fn broke_off(&self) -> bool {
+        self.broke_off
     }
 
     /// Counts its bytes as they are read.
@@ -222,13 +247,13 @@ impl Body {
 
     /// Puts the body on a shelf: it may be ended when nobody reads it.
     pub fn shelved(self, shelf: &Shelf) -> Self {
-        self.shelved_for(shelf, STALL)
+        self.shelved_for(shelf, STALL, Wanted::Now)
     }
 
     /// The same, where its reader may stand still for so long, if there is room.
-    pub(crate) fn shelved_for(mut self, shelf: &Shelf, patience: Duration) -> Self {
+    pub(crate) fn shelved_for(mut self, shelf: &Shelf, patience: Duration, wanted: Wanted) -> Self {
         if !self.is_end_stream() && !self.kind.is_all_here() {
-            self.kind = Kind::Shelved(shelf.put(std::mem::replace(&mut self.kind, Kind::Empty), patience));
+            self.kind = Kind::Shelved(shelf.put(std::mem::replace(&mut self.kind, Kind::Empty), patience, wanted));
         }
         self
     }
@@ -291,9 +316,10 @@ impl Pace {
             let Some(due) = [silent, self.until].into_iter().flatten().min() else { return Poll::Pending };
             let now = Instant::now();
             if due <= now {
-                let over =
-                    if self.until.is_some_and(|until| until <= now) { "it took too long" } else { "it fell silent" };
-                return Poll::Ready(BodyError::Broken(over.into()));
+                return Poll::Ready(match self.until.is_some_and(|until| until <= now) {
+                    true => BodyError::Late,
+                    false => BodyError::Broken("it fell silent".into()),
+                });
             }
             let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due.into())));
             if timer.deadline() != due.into() {
@@ -309,8 +335,11 @@ impl http_body::Body for Body {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let is_over = |pace: &Pace| pace.until.is_some_and(|until| until <= Instant::now());
         let frame = match self.peeked.take() {
             Some(frame) => Some(*frame),
+            // Also where there is always something, because it is read slowly.
+            None if self.pace.as_deref().is_some_and(is_over) => Some(Err(BodyError::Late)),
             None => match (self.kind.poll_frame(cx), &mut self.pace) {
                 (Poll::Ready(frame), pace) => {
                     if let Some(pace) = pace {
@@ -346,7 +375,7 @@ impl http_body::Body for Body {
             Some(Err(error)) => {
                 self.length = None;
                 if self.grpc {
-                    self.kind = Kind::Empty;
+                    (self.kind, self.broke_off) = (Kind::Empty, true);
                     return Poll::Ready(Some(Ok(Frame::trailers(unavailable(&error)))));
                 }
                 Some(Err(error))
@@ -380,7 +409,8 @@ fn is_meaningless_on(method: &Method) -> bool {
 
 fn unavailable(error: &BodyError) -> HeaderMap {
     let mut trailers = HeaderMap::new();
-    trailers.insert("grpc-status", HeaderValue::from_static("14"));
+    let status = if matches!(error, BodyError::Late) { "4" } else { "14" };
+    trailers.insert("grpc-status", HeaderValue::from_static(status));
     let text: String = error.to_string().chars().filter(|c| matches!(c, ' '..='~') && *c != '%').collect();
     if let Ok(message) = HeaderValue::from_str(&text) {
         trailers.insert("grpc-message", message);
@@ -407,7 +437,7 @@ fn reason(error: &hyper::Error) -> String {
 
 impl From<Kind> for Body {
     fn from(kind: Kind) -> Self {
-        Self { kind, peeked: None, length: None, pace: None, grpc: false, count: None }
+        Self { kind, peeked: None, length: None, pace: None, grpc: false, broke_off: false, count: None }
     }
 }
 

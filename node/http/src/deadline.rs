@@ -15,6 +15,7 @@ const SLOWEST_UPLOAD: f64 = 512.0;
 pub struct Due {
     started: Instant,
     limit: Option<Duration>,
+    idle: Option<Duration>,
     until: Option<Instant>,
     source: Option<Source>,
 }
@@ -32,11 +33,27 @@ impl Due {
     /// Due `limit` after now, or after the end of the upload, if there is one; and by `until`, whatever happens.
     pub fn new(limit: Option<Duration>, until: Option<Instant>, source: Option<&Source>) -> Self {
         let limit = limit.map(|limit| limit.min(LONGEST));
-        Self { started: Instant::now(), limit, until, source: source.cloned() }
+        Self { started: Instant::now(), limit, idle: None, until, source: source.cloned() }
+    }
+
+    /// Where there is no other limit: due so long after the upload has moved last.
+    #[must_use]
+    pub fn or_idle(mut self, idle: Option<Duration>) -> Self {
+        self.idle = idle.map(|idle| idle.min(LONGEST)).filter(|_| self.limit.is_none());
+        self
     }
 
     /// When, as things stand. Never, if there is no limit.
     pub fn at(&self) -> Option<Instant> {
+        let idle = self.idle.map(|idle| {
+            let moved = self.source.as_ref().map(|source| source.progress().moved);
+            moved.map_or(self.started, |moved| moved.max(self.started)) + idle
+        });
+        [self.answer_at(), idle].into_iter().flatten().min()
+    }
+
+    /// The same without regard to silence.
+    fn answer_at(&self) -> Option<Instant> {
         let due = self.limit.map(|limit| {
             let start = self.started + limit;
             let Some(upload) = self.source.as_ref().map(Source::progress) else { return start };
@@ -45,6 +62,11 @@ impl Due {
             if upload.ended { moved.max(start) } else { moved.min(start + earned).max(start) }
         });
         [due, self.until].into_iter().flatten().min()
+    }
+
+    /// How long whoever is asked has for an answer, as it is to be told; `None` if there is no limit but to silence.
+    pub fn left_for_answer(&self) -> Option<Duration> {
+        self.answer_at().map(|due| due.saturating_duration_since(Instant::now()))
     }
 
     /// How long there is still to wait; `None` if there is no limit, nothing if it has passed.
@@ -73,7 +95,7 @@ impl Due {
     /// The limit, to be told.
     pub fn limit(&self) -> Duration {
         let whole = self.until.map(|until| until.saturating_duration_since(self.started));
-        [self.limit, whole].into_iter().flatten().min().unwrap_or_default()
+        [self.limit, self.idle, whole].into_iter().flatten().min().unwrap_or_default()
     }
 }
 
@@ -127,6 +149,9 @@ mod tests {
     #[tokio::test]
     async fn no_limit_is_none() {
         assert_eq!(Due::new(None, None, None).left(), None);
+        assert!(Due::new(None, None, None).or_idle(Some(LIMIT)).left().is_some_and(|left| left > LIMIT / 2));
+        let due = Due::new(Some(LIMIT * 2), None, None).or_idle(Some(LIMIT));
+        assert!(seconds(&due) > 29.0, "an answer has the time that it is given");
         assert!(Due::new(Some(Duration::ZERO), None, None).is_over());
         assert!(!Due::new(Some(Duration::MAX), None, None).is_over());
     }

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, response};
 use sfv::{BareItem, Item, List, ListEntry, Parameters};
 use starling_protocol::Name;
 
 use crate::Body;
+
+const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
 /// Proxy error types of RFC 9209 §2.3 that we use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +97,7 @@ impl Problem {
     pub fn into_response(self, proxy: &str, grpc: bool) -> Response<Body> {
         let mut response = if grpc { self.grpc() } else { self.json() };
         if let Some(status) = self.error.and_then(|error| proxy_status(proxy, error, &self.detail)) {
-            response.headers_mut().insert("proxy-status", status);
+            response.headers_mut().insert(PROXY_STATUS, status);
         }
         response.headers_mut().extend(self.headers);
         response
@@ -120,6 +122,17 @@ impl Problem {
         response
     }
 
+    /// What another proxy has answered in place of a service: its status, and what it says in Proxy-Status.
+    pub fn told_by_proxy(answer: &response::Parts) -> Self {
+        let told = answer.headers.get(PROXY_STATUS);
+        let detail = told.and_then(detail_of).or_else(|| Some(answer.status.canonical_reason()?.to_lowercase()));
+        let mut headers = HeaderMap::new();
+        for name in [header::RETRY_AFTER, PROXY_STATUS] {
+            headers.extend(answer.headers.get(&name).map(|value| (name, value.clone())));
+        }
+        Self { status: answer.status, error: None, detail: detail.unwrap_or_default(), kind: None, headers }
+    }
+
     /// Trailers-only answer of the gRPC protocol: the status in the head, and no body.
     fn grpc(&self) -> Response<Body> {
         let mut response = Response::new(Body::empty());
@@ -134,9 +147,11 @@ impl Problem {
     }
 }
 
-/// Whether a request is a gRPC call, by its content type.
+/// Whether a message is of gRPC, by its content type. One of gRPC-Web is not: it has no trailers.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"application/grpc"))
+    let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    kind.and_then(|kind| kind.strip_prefix(b"application/grpc"))
+        .is_some_and(|rest| matches!(rest, [] | [b'+' | b';' | b' ', ..]))
 }
 
 /// How long a gRPC caller waits for the end of its call; `None` if it does not say, or not as its protocol has it.
@@ -171,7 +186,7 @@ fn grpc_status(status: StatusCode) -> u16 {
         403 => 7,
         404 => 12,
         429 => 8,
-        504 => 4,
+        408 | 504 => 4,
         502 | 503 => 14,
         _ => 2,
     }
@@ -188,6 +203,16 @@ fn proxy_status(proxy: &str, error: ProxyError, detail: &str) -> Option<HeaderVa
     HeaderValue::from_str(&list.serialize()?).ok()
 }
 
+/// The details of the proxy that is nearest to the service, the first of the list (RFC 9209 §2).
+fn detail_of(told: &HeaderValue) -> Option<String> {
+    let list: List = sfv::Parser::new(told.as_bytes()).parse().ok()?;
+    let ListEntry::Item(first) = list.into_iter().next()? else { return None };
+    match first.params.get("details")? {
+        BareItem::String(detail) => Some(detail.as_str().to_owned()),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,6 +227,11 @@ mod tests {
             response.headers()["proxy-status"],
             r#"starling-a;error=destination_not_found;details="no service \"x\"""#
         );
+        let (parts, _) = problem.clone().into_response("starling-a", false).into_parts();
+        let told = Problem::told_by_proxy(&parts).into_response("starling-b", true);
+        assert_eq!(told.headers()["grpc-status"], HeaderValue::from(12));
+        assert_eq!(told.headers()["grpc-message"], "no service \"x\"");
+        assert_eq!(told.headers()["proxy-status"], parts.headers["proxy-status"], "who it was is not lost");
         let grpc = problem.into_response("starling-a", true);
         assert_eq!((grpc.status().as_u16(), &grpc.headers()["grpc-status"]), (200, &HeaderValue::from(12)));
     }

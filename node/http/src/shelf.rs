@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::Method;
+
 use crate::body::Kind;
 
 /// A body that was not asked for more for so long stands, as far as room for others is concerned.
@@ -57,6 +59,21 @@ struct Bodies {
     kept: bool,
 }
 
+/// When a body is to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Now,
+    /// When a tunnel is open, which may take its time; who sends into it before fills its own window, and no more.
+    Later,
+}
+
+impl Wanted {
+    /// What a request with that method brings.
+    pub(crate) fn with(method: &Method) -> Self {
+        if *method == Method::CONNECT { Self::Later } else { Self::Now }
+    }
+}
+
 /// A body on a shelf.
 pub(crate) struct Standing {
     state: Mutex<State>,
@@ -83,9 +100,13 @@ impl Shelf {
         Self(Arc::new(Shelved { room, bodies: Mutex::default() }))
     }
 
-    /// Puts a body on it.
-    pub(crate) fn put(&self, kind: Kind, patience: Duration) -> Arc<Standing> {
-        let state = State { kind, patience, since: Some(Instant::now()) };
+    /// Puts a body on it. It stands from now on, or, if it is `wanted` later only, from when it is first read.
+    pub(crate) fn put(&self, kind: Kind, patience: Duration, wanted: Wanted) -> Arc<Standing> {
+        let since = match wanted {
+            Wanted::Now => Some(Instant::now()),
+            Wanted::Later => None,
+        };
+        let state = State { kind, patience, since };
         let standing = Arc::new(Standing { state: Mutex::new(state) });
         let mut bodies = self.lock();
         if bodies.all.len() == bodies.all.capacity() {

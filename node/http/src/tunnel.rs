@@ -33,6 +33,7 @@ pub(crate) use self::{
 use crate::{
     Body, Drain, Problem, ProxyError,
     h1::ServerStream,
+    names,
     stall::{STALL, TUNNEL_STALL},
     tcp::Control,
 };
@@ -66,6 +67,12 @@ impl Protocol {
     pub fn is_udp(&self) -> bool {
         self.0 == Self::UDP
     }
+
+    /// Whether what goes through it would be HTTP itself, or hidden: requests that nobody would see, with fields that nobody took
+    /// out.
+    pub fn is_http(&self) -> bool {
+        matches!(self.0.as_str(), "h2" | "h2c" | "h3") || self.0.starts_with("http/") || self.0.starts_with("tls/")
+    }
 }
 
 /// Marks an answer, by an extension, that looks like consent and is none: an HTTP/1.1 server may answer a request to switch as if
@@ -75,7 +82,12 @@ pub struct NotSwitched;
 
 /// Whether an answer opens the tunnel that its request asked for.
 pub fn is_open(method: &Method, answer: &response::Parts) -> bool {
-    *method == Method::CONNECT && answer.status.is_success() && answer.extensions.get::<NotSwitched>().is_none()
+    *method == Method::CONNECT && answer.status.is_success() && !is_not_switched(answer)
+}
+
+/// Between nodes a field says it.
+fn is_not_switched(answer: &response::Parts) -> bool {
+    answer.extensions.get::<NotSwitched>().is_some() || answer.headers.contains_key(&names::NOT_SWITCHED)
 }
 
 /// How long what a request brings, or is answered, may be left lying. Bytes that are no HTTP go to programs that pause as they
@@ -107,7 +119,8 @@ pub(crate) fn answered<B>(
 ) -> Result<(Response<Leaving<B>>, bool), Problem> {
     let (head, body) = answer.into_parts();
     let is_open = is_open(method, &head);
-    if *method == Method::CONNECT && head.status.is_success() && !is_open {
+    let is_told = head.headers.contains_key(&names::NOT_SWITCHED);
+    if *method == Method::CONNECT && head.status.is_success() && !is_open && !is_told {
         let detail = "the service answered as if it had not been asked to change protocols";
         return Err(Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpUpgradeFailed, detail));
     }

@@ -10,7 +10,7 @@ use starling_http::{
         Broken, Code,
         client::{self, RequestError},
     },
-    names,
+    is_grpc, names,
     normal::{self, Origin, number},
     tunnel::{self, NotSwitched, Protocol},
 };
@@ -32,6 +32,8 @@ pub(super) struct Terms<'a> {
     pub(super) due: &'a Due,
     pub(super) idle: Option<Duration>,
     pub(super) until: Option<Instant>,
+    /// It is the caller who waits no longer than this; others would.
+    pub(super) impatient: bool,
 }
 
 impl MeshClient {
@@ -62,7 +64,7 @@ impl MeshClient {
         terms: Terms<'_>,
         span: &mut Option<Box<OpenSpan>>,
     ) -> Result<Attempted, CallError> {
-        let Terms { service, source, due, idle, until } = terms;
+        let Terms { service, source, due, idle, until, impatient } = terms;
         let instance = &candidate.instance;
         let unreached = |why: String| {
             let detail = format!("node {} of {service} cannot be reached: {why}", instance.node_name);
@@ -84,7 +86,7 @@ impl MeshClient {
         if let Some(span) = span {
             span.tell_time("starling.queue_us", span.begun());
         }
-        tell_deadline(parts, due);
+        tell_deadline(parts, due, until);
         let outcome = exchange(&connection, instance, parts, terms).await;
         let since = source.filter(|source| source.has_ended()).map_or(begun, |source| source.moved().max(begun));
         let latency = since.elapsed();
@@ -99,6 +101,8 @@ impl MeshClient {
             Err(error) => {
                 // That a connection went, or is going, says nothing about the service behind it.
                 match error.fault {
+                    // Then it is known how long the instance took at least, and no more.
+                    Fault::Service if impatient && error.status == StatusCode::GATEWAY_TIMEOUT => {}
                     Fault::Service => pending.answered(latency, true),
                     _ => pending.excuse(),
                 }
@@ -106,13 +110,12 @@ impl MeshClient {
             }
         };
         let failed = head.status.is_server_error() || head.status == StatusCode::TOO_MANY_REQUESTS;
-        // The node's own word, which services cannot say: it has too much to do, and does that well.
-        let is_shed = head.status == StatusCode::SERVICE_UNAVAILABLE
-            && head.headers.get(&names::SENT).is_some_and(|sent| sent == "no");
-        if is_shed {
-            pending.refused();
-        } else {
-            pending.answered(latency, failed);
+        // The node's own word, which services cannot say.
+        match (head.headers.get(&names::SENT), head.status) {
+            // It has too much to do, and does that well.
+            (Some(sent), StatusCode::SERVICE_UNAVAILABLE) if sent == "no" => pending.refused(),
+            (Some(_), StatusCode::GATEWAY_TIMEOUT) if impatient => {}
+            _ => pending.answered(latency, failed),
         }
         let length = normal::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
             let error = ProxyError::HttpProtocolError;
@@ -134,12 +137,10 @@ impl MeshClient {
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
         let is_trailers_only =
-            starling_http::is_grpc(&head.headers) && length.is_none() && head.headers.contains_key("grpc-status");
+            is_grpc(&head.headers) && length.unwrap_or(0) == 0 && head.headers.contains_key("grpc-status");
         let body = match is_trailers_only {
             true => Body::empty(),
-            false if starling_http::is_grpc(&head.headers) => {
-                body.with_length(length).with_pace(idle, until, source).ending_as_grpc()
-            }
+            false if is_grpc(&head.headers) => body.with_length(length).with_pace(idle, until, source).ending_as_grpc(),
             false => body.with_length(length).with_pace(idle, until, source),
         };
         if let Some(span) = span {
@@ -157,7 +158,8 @@ impl MeshClient {
                 source.keep_no_more();
             }
         }
-        let carried = Carried { _pending: pending, connection: Some(connection), upload, is_tunnel, span };
+        let rest = source.filter(|_| is_tunnel).map(|source| Rest { source: source.clone(), idle, until });
+        let carried = Carried { _pending: pending, connection: Some(connection), upload, rest, span };
         Ok(Attempted {
             response: Response::from_parts(head, Guarded::new(body, carried)),
             unanswered,
@@ -171,7 +173,8 @@ pub struct Carried {
     _pending: PendingCall,
     connection: Option<InUse>,
     upload: Option<AbortOnDropHandle<()>>,
-    is_tunnel: bool,
+    /// Of a tunnel.
+    rest: Option<Rest>,
     /// Of the attempt: it ends with the answer.
     span: Option<Box<OpenSpan>>,
 }
@@ -180,12 +183,37 @@ impl Guard for Carried {
     fn ended(&mut self) {
         self.span = None;
         // Who says no more through a tunnel may still listen; what goes there ends by itself.
-        if let Some(upload) = self.upload.take_if(|_| self.is_tunnel) {
+        if let Some((upload, rest)) = self.upload.take_if(|_| self.rest.is_some()).zip(self.rest.take()) {
             let connection = self.connection.take();
             tokio::spawn(async move {
-                let _ = upload.await;
+                tokio::select! {
+                    _ = upload => {}
+                    () = rest.is_over() => {}
+                }
                 drop(connection);
             });
+        }
+    }
+}
+
+/// What still goes into a tunnel out of which nothing comes any more: the limits of both hold for it alone.
+struct Rest {
+    source: Source,
+    idle: Option<Duration>,
+    until: Option<Instant>,
+}
+
+impl Rest {
+    /// Resolves when it has been silent, or has gone on, for as long as it may.
+    async fn is_over(&self) {
+        let alone_since = Instant::now();
+        loop {
+            let silent = self.idle.map(|idle| self.source.moved().max(alone_since) + idle);
+            match [silent, self.until].into_iter().flatten().min() {
+                None => std::future::pending().await,
+                Some(over) if over <= Instant::now() => return,
+                Some(over) => tokio::time::sleep_until(over.into()).await,
+            }
         }
     }
 }
@@ -222,11 +250,18 @@ impl Attempted {
 pub struct MadeByNode;
 
 /// Tells the node how long it is waited for, and the service, too, if it understands that.
-fn tell_deadline(parts: &mut request::Parts, due: &Due) {
-    let Some(left) = due.left() else { return drop(parts.headers.remove(&names::DEADLINE)) };
-    let left_ms = left.as_millis() as u64;
-    parts.headers.insert(names::DEADLINE.clone(), names::numeral(left_ms));
-    if grpc_timeout(&parts.headers).is_some() {
+///
+/// To gRPC a deadline is that of the whole call, to a node that of the answer's head.
+fn tell_deadline(parts: &mut request::Parts, due: &Due, until: Option<Instant>) {
+    match due.left_for_answer() {
+        Some(left) => drop(parts.headers.insert(names::DEADLINE.clone(), names::numeral(left.as_millis() as u64))),
+        None => drop(parts.headers.remove(&names::DEADLINE)),
+    }
+    if let Some(until) = until
+        && is_grpc(&parts.headers)
+        && grpc_timeout(&parts.headers).is_some()
+    {
+        let left_ms = until.saturating_duration_since(Instant::now()).as_millis() as u64;
         // Eight digits at most, says the protocol.
         let value = if left_ms < 100_000_000 { format!("{left_ms}m") } else { format!("{}S", left_ms / 1000) };
         parts.headers.insert("grpc-timeout", HeaderValue::from_str(&value).expect("digits and a letter"));

@@ -1,6 +1,9 @@
 //! How many retries there may be.
 
-use std::{sync::Mutex, time::Instant};
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 /// What is saved up at most, in retries.
 const MOST: f64 = 100.0;
@@ -16,8 +19,9 @@ struct Budget {
 
 impl Default for RetryBudget {
     fn default() -> Self {
-        // A second's worth of what is usual.
-        Self(Mutex::new(Budget { balance: 10.0, refilled: Instant::now() }))
+        // With what a second would have brought.
+        let now = Instant::now();
+        Self(Mutex::new(Budget { balance: 0.0, refilled: now.checked_sub(Duration::from_secs(1)).unwrap_or(now) }))
     }
 }
 
@@ -52,6 +56,13 @@ impl RetryBudget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_sets_no_retries_gets_none() {
+        assert!(!RetryBudget::default().spend(0));
+        let budget = RetryBudget::default();
+        assert_eq!((0..5).filter(|_| budget.spend(2)).count(), 2, "a second's worth from the start");
+    }
 
     #[test]
     fn retries_stay_within_a_fifth_of_the_calls() {

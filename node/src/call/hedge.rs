@@ -28,7 +28,7 @@ pub(super) struct Hedge<'a> {
 
 impl MeshClient {
     /// Makes the first attempt at a call without a body, and, if that is not answered in time, a second one at another instance.
-    /// What a service answers first counts, whatever it is; the other is cancelled.
+    /// What a service answers first counts, and the other is cancelled; but for errors of a second one, which wait for the first.
     pub(super) async fn hedged(
         &self,
         candidate: &Candidate,
@@ -48,7 +48,10 @@ impl MeshClient {
         }
         let wish = Wish { tried: &[first_node], ..hedge.wish };
         let other = self.candidate(terms.service, wish, observed).ok().map(|(other, _)| other);
-        let other = other.filter(|other| other.instance.node != first_node);
+        // Whoever is in no use for others is no help either.
+        let other = other.filter(|other| {
+            other.instance.node != first_node && !other.peer.is_out() && !other.experience.is_ejected()
+        });
         let Some(other) = other.filter(|_| hedge.called.may_hedge(hedge.retry)) else {
             return Hedged { outcome: first.await, node: first_node, other: None };
         };
@@ -63,12 +66,16 @@ impl MeshClient {
             outcome = &mut second => (outcome, other_node),
         };
         let other = Some(other_node);
-        if worth(&earlier) == BEST {
+        // A copy that fails at once must not take the place of an answer that is on its way.
+        let is_failure =
+            |outcome: &Result<Attempted, _>| outcome.as_ref().is_ok_and(|a| a.response.status().is_server_error());
+        if worth(&earlier) == BEST && (node == first_node || !is_failure(&earlier)) {
             return Hedged { outcome: earlier, node, other };
         }
         let (later, later_node) =
             if node == first_node { (second.await, other_node) } else { (first.await, first_node) };
-        match worth(&later) > worth(&earlier) {
+        let is_better = worth(&later) > worth(&earlier) || worth(&later) == BEST && is_failure(&earlier);
+        match is_better {
             true => Hedged { outcome: later, node: later_node, other },
             false => Hedged { outcome: earlier, node, other },
         }

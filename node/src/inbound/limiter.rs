@@ -25,9 +25,12 @@ const LATE: f64 = 2.0;
 const DRIFT: f64 = 1.02;
 /// By how much the limit goes down a window, at most.
 const STEEPEST: f64 = 0.5;
-/// Where so few of the calls are left, and answers take at least so much of what they took, they stand in no line.
+/// Where so few of the calls are left, or as few as may be, it is to be seen whether answers stand in a line.
 const FEW: f64 = 0.35;
-const AS_LATE: f64 = 0.7;
+/// Answers that were in time while so many calls, and a few more, were under way, are no sign of a line when they are not; that is
+/// forgotten by half in so long.
+const FEW_MORE: f64 = 1.25;
+const REMEMBERED: Duration = Duration::from_secs(300);
 /// A line that is so much shorter than it was in the same window is let be.
 const SHRINKS: f64 = 0.9;
 /// The limit never goes below.
@@ -62,6 +65,9 @@ struct State {
     in_flight: usize,
     /// How long the quickest answers take as a rule, in seconds.
     usual: Option<f64>,
+    /// Beside how many others calls began at most that were answered in time, and when that was seen. Who is quick because he was
+    /// first in a line began beside few.
+    held: (f64, Instant),
     window: Window,
     /// When answers were last late.
     late: Instant,
@@ -82,7 +88,8 @@ struct Began {
 #[derive(Debug)]
 struct Window {
     since: Instant,
-    times: Vec<f32>,
+    /// How long each answer took, in seconds, and beside how many others its call began.
+    answers: Vec<(f32, u32)>,
     /// The last of them, and the longest.
     last: Instant,
     longest: Duration,
@@ -91,14 +98,15 @@ struct Window {
 
 impl Window {
     fn new(now: Instant, in_flight: usize) -> Self {
-        Self { since: now, times: Vec::new(), last: now, longest: Duration::ZERO, most_in_flight: in_flight }
+        Self { since: now, answers: Vec::new(), last: now, longest: Duration::ZERO, most_in_flight: in_flight }
     }
 
-    /// How long the quickest answers took.
-    fn quickest(&mut self) -> f64 {
-        let at = self.times.len() / QUICKEST;
-        let (_, quickest, _) = self.times.select_nth_unstable_by(at, f32::total_cmp);
-        f64::from(*quickest)
+    /// How long the quickest answers took, and beside how many other calls all of those began.
+    fn quickest(&mut self) -> (f64, f64) {
+        let at = self.answers.len() / QUICKEST;
+        let (quicker, (time, beside), _) = self.answers.select_nth_unstable_by(at, |(a, _), (b, _)| a.total_cmp(b));
+        let beside = quicker.iter().map(|(_, beside)| *beside).fold(*beside, u32::min);
+        (f64::from(*time), f64::from(beside))
     }
 }
 
@@ -108,6 +116,8 @@ pub(crate) struct Admitted {
     limiter: Arc<Limiter>,
     caller: NodeId,
     since: Instant,
+    /// Calls that were under way when it began.
+    beside: u32,
     /// How long it waits says something of the service.
     is_telling: bool,
 }
@@ -126,7 +136,10 @@ impl Limiter {
         let now = Instant::now();
         let (limit, waiting, in_flight, usual, window, shed) = (None, HashMap::new(), 0, None, Window::new(now, 0), 0);
         let (late, began) = (now, None);
-        Self { settings, state: Mutex::new(State { limit, waiting, in_flight, usual, window, late, began, shed }) }
+        Self {
+            settings,
+            state: Mutex::new(State { limit, waiting, in_flight, usual, held: (0.0, now), window, late, began, shed }),
+        }
     }
 
     /// Lets a call in, or not.
@@ -137,17 +150,19 @@ impl Limiter {
             state.shed += 1;
             return None;
         }
+        let beside = state.in_flight as u32;
         *state.waiting.entry(caller).or_default() += 1;
         state.in_flight += 1;
         state.window.most_in_flight = state.window.most_in_flight.max(state.in_flight);
         drop(state);
-        Some(Admitted { limiter: self.clone(), caller, since: now, is_telling: true })
+        Some(Admitted { limiter: self.clone(), caller, since: now, beside, is_telling: true })
     }
 
     /// As it stands.
     pub(crate) fn figures(&self) -> Figures {
         let state = self.lock();
-        let limit = state.limit.map_or(self.settings.most, |limit| (limit as usize).min(self.settings.most));
+        let limit = state.limit.filter(|_| !state.is_lifted(Instant::now()));
+        let limit = limit.map_or(self.settings.most, |limit| (limit as usize).min(self.settings.most));
         Figures { limit, shed: state.shed }
     }
 
@@ -164,7 +179,7 @@ impl State {
         if self.in_flight >= most || own >= of_one {
             return false;
         }
-        if self.limit.is_some() && now.saturating_duration_since(self.late) > LIFTED {
+        if self.is_lifted(now) {
             (self.limit, self.began) = (None, None);
         }
         let Some(limit) = self.limit else { return true };
@@ -176,30 +191,52 @@ impl State {
         (own as f64) < share.floor()
     }
 
+    /// Whether nothing has spoken for the limit for long.
+    fn is_lifted(&self, now: Instant) -> bool {
+        self.limit.is_some() && now.saturating_duration_since(self.late) > LIFTED
+    }
+
+    /// How many calls at a time were answered in time, as far as that is remembered.
+    fn held_at(&self, now: Instant) -> f64 {
+        let (held, at) = self.held;
+        held * 0.5f64.powf(now.saturating_duration_since(at).as_secs_f64() / REMEMBERED.as_secs_f64())
+    }
+
     /// An answer came after so long.
-    fn answered(&mut self, time: Duration, late: Duration, now: Instant) {
+    fn answered(&mut self, time: Duration, beside: u32, late: Duration, now: Instant) {
         if now.saturating_duration_since(self.window.last) > 2 * WINDOW.max(self.window.longest) {
             // What came before such a pause has nothing to do with it.
             self.window = Window::new(now, self.in_flight);
         }
         (self.window.last, self.window.longest) = (now, self.window.longest.max(time));
-        if self.window.times.len() < KEPT {
-            self.window.times.push(time.as_secs_f32());
+        if self.window.answers.len() < KEPT {
+            self.window.answers.push((time.as_secs_f32(), beside));
         }
-        let is_over = now.saturating_duration_since(self.window.since) >= WINDOW && self.window.times.len() >= ENOUGH;
+        let is_over = now.saturating_duration_since(self.window.since) >= WINDOW && self.window.answers.len() >= ENOUGH;
         if is_over {
-            let quickest = self.window.quickest();
+            let (quickest, beside) = self.window.quickest();
             let most_in_flight = self.window.most_in_flight as f64;
             let is_shrinking = (self.in_flight as f64) < most_in_flight * SHRINKS;
             self.window = Window::new(now, self.in_flight);
-            self.judge(quickest, most_in_flight, is_shrinking, late.as_secs_f64(), now);
+            self.judge((quickest, beside), most_in_flight, is_shrinking, late.as_secs_f64(), now);
         }
     }
 
-    fn judge(&mut self, quickest: f64, most_in_flight: f64, is_shrinking: bool, late: f64, now: Instant) {
+    fn judge(
+        &mut self,
+        (quickest, beside): (f64, f64),
+        most_in_flight: f64,
+        is_shrinking: bool,
+        late: f64,
+        now: Instant,
+    ) {
         let usual = *self.usual.get_or_insert(quickest);
         let in_time = late.max(usual * LATE);
         if quickest > in_time {
+            if most_in_flight <= self.held_at(now) * FEW_MORE {
+                // Some calls take so long by themselves, and there were few others this time.
+                return;
+            }
             if self.is_no_queue(quickest, most_in_flight, now) {
                 // It is another kind of calls that takes so long by itself.
                 (self.usual, self.limit, self.began) = (Some(quickest), None, None);
@@ -217,6 +254,7 @@ impl State {
             return;
         }
         self.began = None;
+        self.held = (self.held_at(now).max(beside), now);
         self.usual = Some(quickest.min(usual * DRIFT));
         if let Some(limit) = &mut self.limit
             && most_in_flight > *limit * 0.8
@@ -228,18 +266,19 @@ impl State {
 }
 
 impl State {
-    /// Whether answers are as late as they were although only a fraction of the calls is left, and was for as long as they take: then
-    /// they do not stand in line for each other.
+    /// Whether answers are as late as they were although only a part of the calls is left, and was for as long as they take: then
+    /// they do not stand in line for each other. In a line they would take as much less as there are less.
     fn is_no_queue(&mut self, quickest: f64, most_in_flight: f64, now: Instant) -> bool {
         let began = self.began.get_or_insert(Began { in_flight: most_in_flight, quickest, few_since: None });
         began.in_flight = began.in_flight.max(most_in_flight);
-        if most_in_flight > began.in_flight * FEW {
+        let left = most_in_flight / began.in_flight.max(1.0);
+        if left > FEW && self.limit.is_none_or(|limit| limit > LEAST) {
             began.few_since = None;
             return false;
         }
         let since = *began.few_since.get_or_insert(now);
         let settled = WINDOW + Duration::from_secs_f64((2.0 * quickest).min(3600.0));
-        now.saturating_duration_since(since) > settled && quickest > began.quickest * AS_LATE
+        now.saturating_duration_since(since) > settled && quickest > began.quickest * f64::midpoint(1.0, left)
     }
 }
 
@@ -255,7 +294,7 @@ impl Admitted {
         self.is_telling = false;
         if let Some(late) = self.limiter.settings.late {
             let time = now.saturating_duration_since(asked.map_or(self.since, |asked| asked.max(self.since)));
-            self.limiter.lock().answered(time, late, now);
+            self.limiter.lock().answered(time, self.beside, late, now);
         }
     }
 }
@@ -268,7 +307,7 @@ impl Drop for Admitted {
             let now = Instant::now();
             let waited = now.saturating_duration_since(self.since);
             if waited > late {
-                state.answered(waited, late, now);
+                state.answered(waited, self.beside, late, now);
             }
         }
         state.in_flight -= 1;
@@ -451,6 +490,68 @@ mod tests {
             burst[0].hands = 0;
             line.run(&mut burst, Duration::from_secs(8));
             assert_eq!((burst[0].answered, burst[0].refused), (100, 0));
+        }
+    }
+
+    /// The same where they are so rare that most of what is judged together has none of them, and a few have many.
+    #[test]
+    fn a_few_quick_calls_among_slow_ones_are_no_overload() {
+        let limiter = Arc::new(Limiter::new(settings()));
+        let mut now = Instant::now();
+        let mut waiting: VecDeque<Admitted> = VecDeque::new();
+        let (mut asked, mut refused) = (0u32, 0u32);
+        for step in 0..120_000u32 {
+            now += Duration::from_millis(5);
+            while waiting.front().is_some_and(|poll| now - poll.since >= Duration::from_secs(10)) {
+                waiting.pop_front().unwrap().answered(None, now);
+            }
+            if waiting.len() < 500 && step % 4 == 0 {
+                asked += 1;
+                match limiter.admit(id(1), now) {
+                    Some(poll) => waiting.push_back(poll),
+                    None => refused += 1,
+                }
+            }
+            // Now and then a handful of quick ones.
+            if step % 2000 < 10 {
+                let mut admitted = limiter.admit(id(2), now).unwrap();
+                admitted.since = now - Duration::from_millis(2);
+                admitted.answered(None, now);
+            }
+        }
+        assert!(refused < asked / 20, "{refused} of {asked}");
+        assert_eq!(limiter.figures().limit, 5000);
+    }
+
+    /// Where no more than a few are under way, they cannot be made a fraction of what they were.
+    #[test]
+    fn few_slow_calls_are_let_in_again() {
+        for (callers, hands) in [(1u8, 9usize), (1, 20), (40, 2)] {
+            let limiter = Arc::new(Limiter::new(settings()));
+            let mut now = Instant::now();
+            for _ in 0..500 {
+                now += Duration::from_millis(5);
+                let mut admitted = limiter.admit(id(1), now).unwrap();
+                admitted.since = now - Duration::from_millis(2);
+                admitted.answered(None, now);
+            }
+            let mut under_way: VecDeque<Admitted> = VecDeque::new();
+            let mut refused_at_last = 0;
+            for step in 0..60_000u32 {
+                now += Duration::from_millis(2);
+                while under_way.front().is_some_and(|call| now - call.since >= Duration::from_millis(700)) {
+                    under_way.pop_front().unwrap().answered(None, now);
+                }
+                for n in 1..=callers {
+                    if under_way.iter().filter(|call| call.caller == id(n)).count() < hands {
+                        match limiter.admit(id(n), now) {
+                            Some(call) => under_way.push_back(call),
+                            None => refused_at_last += u32::from(step > 50_000),
+                        }
+                    }
+                }
+            }
+            assert_eq!(refused_at_last, 0, "{callers} callers with {hands}: limit {}", limiter.figures().limit);
         }
     }
 

@@ -40,6 +40,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
 /// A failed request to the local service, and whether the service may have acted on it.
+#[derive(Clone)]
 pub(crate) struct LocalError {
     pub(crate) sent: Sent,
     pub(crate) problem: Problem,

@@ -71,6 +71,8 @@ pub(crate) struct Sources<R> {
     pub(crate) interval: Duration,
     pub(crate) resource: Resource,
     pub(crate) since: SystemTime,
+    /// Another process speaks for the node: this one's figures are sent a last time, and its spans as long as it goes on.
+    pub(crate) superseded: CancellationToken,
 }
 
 impl Export {
@@ -80,12 +82,19 @@ impl Export {
         R: Fn() -> F + Send + 'static,
         F: Future<Output = Vec<Reading>> + Send + 'static,
     {
-        let Sources { spans, counts, readings, interval, resource, since } = sources;
+        let Sources { spans, counts, readings, interval, resource, since, superseded } = sources;
         let Collectors { traces, metrics, ending } = collectors;
+        let end = ending.clone();
         let mut tasks = JoinSet::new();
         tasks.spawn(export_spans(traces, spans, counts, resource.clone(), ending.clone()));
-        tasks.spawn(export_metrics(metrics, readings, interval, resource, since, ending.clone()));
-        Self { tasks, ending }
+        let until = async move {
+            tokio::select! {
+                () = ending.cancelled() => {}
+                () = superseded.cancelled() => {}
+            }
+        };
+        tasks.spawn(export_metrics(metrics, readings, interval, resource, since, until));
+        Self { tasks, ending: end }
     }
 
     /// Sends what there is once more, if the collector takes it soon, and ends.
@@ -142,16 +151,17 @@ async fn export_metrics<R, F>(
     interval: Duration,
     resource: Resource,
     since: SystemTime,
-    ending: CancellationToken,
+    until: impl Future<Output = ()>,
 ) where
     R: Fn() -> F,
     F: Future<Output = Vec<Reading>>,
 {
+    let mut until = std::pin::pin!(until);
     let mut is_last = false;
     while !is_last {
         tokio::select! {
             () = tokio::time::sleep(interval) => {}
-            () = ending.cancelled() => is_last = true,
+            () = &mut until => is_last = true,
         }
         let request = message::metrics(&resource, &readings().await, since);
         let _ = collector.send(request.encode_to_vec().into()).await;

@@ -46,7 +46,7 @@ pub(super) struct Succession {
     /// This one has the place, and every packet is for it that the one before does not expect.
     pub(super) in_charge: CancellationToken,
     /// Another process has it.
-    superseded: CancellationToken,
+    pub(super) superseded: CancellationToken,
     /// That this process decides nothing yet, as an issuer.
     deciding: Mutex<Option<Resting>>,
     /// Ports for packets that still take what the next one should have.

@@ -3,8 +3,8 @@
 use std::{future::Future, io::ErrorKind, net::SocketAddr, time::Duration};
 
 use http::{Method, Request};
-use starling_chaos::{Client, NodeSpec, Process, free_port, wait_for};
-use starling_tests::{is_known, listening, program, run, sample};
+use starling_chaos::{Client, Cluster, NodeSpec, Process, free_port, wait_for};
+use starling_tests::{binary, is_known, listening, program, run, sample};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -108,6 +108,46 @@ async fn half_of_a_tunnel_may_be_over_for_long() {
             1 => Ok(()),
             other => Err(other.to_string()),
         }
+    })
+    .await
+    .unwrap();
+}
+
+/// What is left of it keeps to the limits of both: a service that closes, and a client that does not notice, hold nothing for ever.
+#[tokio::test]
+async fn half_of_a_tunnel_that_is_silent_ends() {
+    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    let addr = server(move |mut stream| {
+        let tell = tell.clone();
+        async move {
+            stream.shutdown().await?;
+            let mut all = Vec::new();
+            let ended = stream.read_to_end(&mut all).await;
+            let _ = tell.send((all.len(), ended.is_ok())).await;
+            Ok(())
+        }
+    })
+    .await;
+    let (port, mut cluster) = (free_port(), Cluster::start(binary()).await.unwrap());
+    cluster.add(&NodeSpec::named("far").serving(format!("db={addr},protocol=tcp"))).await.unwrap();
+    let file = cluster.dir().join("near.toml");
+    let upstream =
+        format!("[[upstream]]\nservice = \"db\"\nlisten = \"{port}\"\nprotocol = \"tcp\"\nidle_timeout = \"2s\"\n");
+    std::fs::write(&file, upstream).unwrap();
+    cluster.add(&NodeSpec::named("near").flag("--config").flag(file.to_string_lossy())).await.unwrap();
+    is_known(&cluster, "near", "db", 1).await;
+    let mut stream = TcpStream::connect(port).await.unwrap();
+    assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0, "it has closed");
+    // As long as something goes, it goes on.
+    for _ in 0..8 {
+        stream.write_all(b"x").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let told = tokio::time::timeout(LIMIT, told.recv()).await.unwrap();
+    assert_eq!(told, Some((8, false)), "it was told all, and that this was cut");
+    wait_for("the client is told", LIMIT, || {
+        let written = stream.try_write(b"x");
+        async move { if written.is_err() { Ok(()) } else { Err("it is not".into()) } }
     })
     .await
     .unwrap();

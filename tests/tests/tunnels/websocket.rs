@@ -204,8 +204,9 @@ async fn other_upgrades_and_services_that_refuse_them() {
                 let length = stream.read(&mut head).await.unwrap();
                 let head = String::from_utf8_lossy(&head[..length]).into_owned();
                 let to = if head.contains("/lies") { "other" } else { "shouting" };
-                let answer =
-                    format!("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: {to}\r\n\r\nAT ONCE ");
+                let answer = format!(
+                    "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: {to}\r\ncontent-length: 0\r\n\r\nAT ONCE "
+                );
                 stream.write_all(answer.as_bytes()).await.unwrap();
                 let (mut read, mut write) = stream.split();
                 let mut byte = [0];
@@ -252,6 +253,38 @@ async fn other_upgrades_and_services_that_refuse_them() {
     }
     let (head, _) = ask("changes", "/lies", "shouting").await;
     assert!(head.starts_with("http/1.1 502 ") && head.contains("http_upgrade_failed"), "{head}");
+}
+
+/// What went through a tunnel of HTTP nobody would see: neither whose it is, nor where it goes.
+#[tokio::test]
+async fn no_tunnel_is_opened_for_http_within_http() {
+    let Some(stage) = stage().await else { return };
+    let tls = tokio_rustls::TlsConnector::from(Arc::new(raw_h3::tls_config(None, b"h2").unwrap()));
+    let public = TcpStream::connect(stage.public).await.unwrap();
+    let public = tls.connect(HOST.try_into().unwrap(), public).await.unwrap();
+    let (send, connection) = h2::client::handshake(public).await.unwrap();
+    tokio::spawn(connection);
+    let mut send = send.ready().await.unwrap();
+    wait_for("the server takes extended CONNECT", LIMIT, || {
+        let takes = send.is_extended_connect_protocol_enabled();
+        async move { if takes { Ok(()) } else { Err("no setting".into()) } }
+    })
+    .await
+    .unwrap();
+    let endpoint = endpoint(None, b"h3").unwrap();
+    for protocol in ["h2c", "H2C", "h2", "http/1.1", "TLS/1.2"] {
+        let request = Request::builder().method(Method::CONNECT).uri(format!("https://{HOST}/chat"));
+        let request = request.extension(h2::ext::Protocol::from(protocol)).body(()).unwrap();
+        let (answer, _upload) = send.send_request(request, false).unwrap();
+        assert_eq!(answer.await.unwrap().status(), StatusCode::NOT_IMPLEMENTED, "{protocol} over h2");
+        let client = RawClient::dial(&endpoint, stage.public, HOST).await.unwrap();
+        let (scheme, path) = ((":scheme", "https"), (":path", "/chat"));
+        let connect = head(&[(":method", "CONNECT"), (":protocol", protocol), scheme, (":authority", HOST), path]);
+        let (mut send, mut receive) = client.open(&connect).await.unwrap();
+        send.finish().unwrap();
+        let seen = tokio::time::timeout(LIMIT, receive.read_to_end(4096)).await.unwrap().unwrap();
+        assert_eq!(heads(&seen).unwrap()[0].0, 501, "{protocol} over h3");
+    }
 }
 
 /// Who stays open beyond a drain's deadline is told that its node goes away, at both ends: first the caller's node, then the

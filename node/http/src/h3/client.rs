@@ -25,6 +25,7 @@ use crate::{
     Body, Head, Shelf,
     interim::MAX_TAKEN,
     normal::Origin,
+    shelf::Wanted,
     tunnel::{self, FlowSlot, Protocol},
 };
 
@@ -189,7 +190,7 @@ impl Client {
     }
 
     fn body(&self, receiver: Receiver, patience: Duration) -> Body {
-        Body::from(receiver).shelved_for(&self.0.shelf, patience)
+        Body::from(receiver).shelved_for(&self.0.shelf, patience, Wanted::Now)
     }
 }
 

@@ -29,6 +29,7 @@ use super::{
 use crate::{
     Body, BodyError, Drain, Interim, Problem, ProxyError, Shelf,
     patience::{HOLD, Patience},
+    shelf::Wanted,
     tunnel::{self, FlowSlot, Protocol},
 };
 
@@ -53,7 +54,7 @@ where
         connection: Connection::start(connection.clone(), Role::Server, limits.order),
         handler,
         requests: TaskTracker::new(),
-        patience: Arc::default(),
+        patience: limits.of_one.then(Arc::default),
         shelf: limits.shelf,
         drain: drain.clone(),
     };
@@ -93,6 +94,9 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// In which order its answers are sent.
     pub order: Order,
+    /// Whether all that comes by it is of one client, who has to wait if it opens requests only to give them up. What many others give
+    /// up is not for them all to wait for.
+    pub of_one: bool,
 }
 
 /// Resolves when there has been no request for so long. Begins anew with each that comes.
@@ -110,7 +114,7 @@ struct Server<H> {
     connection: Arc<Connection>,
     handler: H,
     requests: TaskTracker,
-    patience: Arc<Patience>,
+    patience: Option<Arc<Patience>>,
     shelf: Shelf,
     drain: Drain,
 }
@@ -182,7 +186,7 @@ where
 struct Exchange {
     sender: Sender,
     receiver: Receiver,
-    patience: Arc<Patience>,
+    patience: Option<Arc<Patience>>,
     shelf: Shelf,
     drain: Drain,
 }
@@ -205,7 +209,9 @@ impl Exchange {
                 return send_problem(sender, Problem::proxy(status, ProxyError::HttpRequestError, detail), None).await;
             }
             Ok(Err(broken)) => {
-                patience.cancelled(begun);
+                if let Some(patience) = &patience {
+                    patience.cancelled(begun);
+                }
                 return sender.reset(broken.reset_code());
             }
             Err(_) => {
@@ -225,12 +231,13 @@ impl Exchange {
             (None, Body::empty())
         } else {
             let (upload, body) = Upload::divide(receiver);
-            (Some(upload), tunnel::sent(Body::from(body).shelved_for(&shelf, stall), protocol.as_ref(), &drain))
+            let body = Body::from(body).shelved_for(&shelf, stall, Wanted::with(&method));
+            (Some(upload), tunnel::sent(body, protocol.as_ref(), &drain))
         };
         let mut is_open = false;
         let outcome = {
             let mut unwanted = pin!(unwanted(sender.stopped(), upload.as_ref()));
-            match ask(&mut sender, head, body, upload.as_ref(), &patience, handler, unwanted.as_mut()).await {
+            match ask(&mut sender, head, body, upload.as_ref(), patience.as_deref(), handler, unwanted.as_mut()).await {
                 Ok(response) => match tunnel::answered(response, &method, protocol.as_ref(), &drain) {
                     Ok((response, opened)) => {
                         is_open = opened;
@@ -239,7 +246,9 @@ impl Exchange {
                     Err(problem) => Err(Unanswered::Problem(Box::new(problem))),
                 },
                 Err(Unanswered::Unwanted(code)) => {
-                    patience.cancelled(begun);
+                    if let Some(patience) = &patience {
+                        patience.cancelled(begun);
+                    }
                     Err(Unanswered::Unwanted(code))
                 }
                 Err(problem) => Err(problem),
@@ -280,7 +289,7 @@ async fn ask<H, F, B>(
     mut head: request::Parts,
     body: Body,
     upload: Option<&Upload>,
-    patience: &Patience,
+    patience: Option<&Patience>,
     handler: H,
     mut unwanted: Pin<&mut impl Future<Output = Code>>,
 ) -> Result<Response<B>, Unanswered>
@@ -293,7 +302,7 @@ where
     head.extensions.insert(interim.clone());
     let mut answered = pin!(async move {
         let body = body.settle(&head.method, &head.headers).await?;
-        if patience.is_worn_out() {
+        if patience.is_some_and(Patience::is_worn_out) {
             tokio::time::sleep(HOLD).await;
         }
         if upload.is_some_and(|upload| upload.broken_so_far().is_some()) {

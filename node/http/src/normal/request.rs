@@ -61,6 +61,10 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
     if tunnel == Some(Tunnel::Bytes) && !is_authority_form() {
         return Err(bad("CONNECT takes HOST:PORT"));
     }
+    if parts.extensions.get::<Protocol>().is_some_and(Protocol::is_http) {
+        let reason = "no tunnel is opened for HTTP within HTTP";
+        return Err(Malformed { status: StatusCode::NOT_IMPLEMENTED, reason });
+    }
     let authority = take_authority(parts)?;
     let target = match (parts.uri.path_and_query(), &parts.method) {
         (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),

@@ -7,6 +7,7 @@ use super::{
     Malformed, Origin,
     fields::{Found, check_coding, collapse_content_length, content_length, remove_hop_by_hop, remove_own_fields},
 };
+use crate::tunnel::is_open;
 
 /// Leaves of an interim response's fields what may go on.
 pub(crate) fn clean_interim(fields: &mut HeaderMap, origin: Origin) {
@@ -44,6 +45,11 @@ pub fn normalise_response(
     collapse_content_length(&mut parts.headers);
     if found.own {
         remove_own_fields(&mut parts.headers, origin, &[headers::LOAD, headers::SENT, headers::NOT_SWITCHED]);
+    }
+    if is_open(method, parts) {
+        // What comes out of a tunnel has no length, whatever is told (RFC 9110 §9.3.6).
+        parts.headers.remove(header::CONTENT_LENGTH);
+        return Ok(None);
     }
     let bodiless =
         *method == Method::HEAD || parts.status == StatusCode::NO_CONTENT || parts.status == StatusCode::NOT_MODIFIED;

@@ -25,6 +25,7 @@ use super::{HEAD_TIMEOUT, Limits, MAX_HEAD_BYTES};
 use crate::{
     Body, BodyError, Drain, Interim,
     patience::{HOLD, Patience},
+    shelf::Wanted,
     stall::Stall,
     tunnel::{self, Protocol},
 };
@@ -93,7 +94,8 @@ where
                         let upload = body.upload.clone();
                         let protocol = head.extensions.get::<Protocol>();
                         let stall = tunnel::patience_with(&head.method, protocol);
-                        let request = Request::from_parts(head, Body::from(body).shelved_for(&shelf, stall));
+                        let wanted = Wanted::with(&head.method);
+                        let request = Request::from_parts(head, Body::from(body).shelved_for(&shelf, stall, wanted));
                         answer(request, &upload, respond, &patience, &drain, handler).await;
                         drop(place);
                     });

@@ -42,8 +42,7 @@ impl Switch {
         } else {
             fields.get(header::UPGRADE)?.to_str().ok()?.split(',').next()?.trim()
         };
-        let is_http = |name: &str| name == "h2" || name == "h2c" || name.starts_with("http/");
-        let protocol = Protocol::read(named).filter(|protocol| !is_http(&protocol.0))?;
+        let protocol = Protocol::read(named).filter(|protocol| !protocol.is_http())?;
         let key = match protocol.is_websocket() {
             // Without it, it is none (RFC 6455 §4.2.1), and the service is the one to say so.
             true => Some(request.headers_mut().remove(header::SEC_WEBSOCKET_KEY)?),

@@ -12,5 +12,10 @@ fn shelf() -> starling_http::Shelf {
 }
 
 fn limits() -> starling_http::h3::server::Limits {
-    starling_http::h3::server::Limits { shelf: shelf(), idle: None, order: starling_http::h3::Order::InLine }
+    starling_http::h3::server::Limits {
+        shelf: shelf(),
+        idle: None,
+        order: starling_http::h3::Order::InLine,
+        of_one: true,
+    }
 }

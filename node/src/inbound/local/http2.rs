@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, MutexGuard, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{Request, Response, Version};
@@ -44,8 +44,9 @@ const IDLE: Duration = Duration::from_secs(60);
 pub(super) struct Pool {
     shelf: Shelf,
     connections: Arc<Mutex<Vec<Arc<Connection>>>>,
-    /// Held across a dial on purpose: whoever comes meanwhile perhaps wants this very connection.
-    dialling: tokio::sync::Mutex<()>,
+    /// Held across a dial on purpose: whoever comes meanwhile wants this very connection, or shares in it that there is none. With when
+    /// a dial last failed, and why.
+    dialling: tokio::sync::Mutex<Option<(Instant, LocalError)>>,
 }
 
 struct Connection {
@@ -92,7 +93,7 @@ impl Pool {
         *request.version_mut() = Version::HTTP_2;
         let (response, place) = self.sent(dialler, request).await?;
         let place = super::Place::Http2 { _place: place };
-        Ok(response.map(|body| Guarded::new(Body::from(body).shelved(&self.shelf), place)))
+        Ok(response.map(|body| Guarded::new(Body::of_http2_server(body).shelved(&self.shelf), place)))
     }
 
     /// Sends a request; once more, over another connection, if it comes back untouched because the service has just said that it
@@ -162,11 +163,19 @@ impl Pool {
         if let Some(place) = self.enter().or_else(|| dialler.borrow(elsewhere)) {
             return Ok(place);
         }
-        let _turn = self.dialling.lock().await;
-        match self.enter() {
-            Some(place) => Ok(place),
-            None => self.dial(dialler).await,
+        let asked = Instant::now();
+        let mut last = self.dialling.lock().await;
+        if let Some(place) = self.enter() {
+            return Ok(place);
         }
+        if let Some((at, error)) = &*last
+            && *at >= asked
+        {
+            return Err(error.clone());
+        }
+        let dialled = self.dial(dialler).await;
+        *last = dialled.as_ref().err().map(|error| (Instant::now(), error.clone()));
+        dialled
     }
 
     /// A place on a connection that is there.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header, request};
 use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError,
     accept::{self, Place, Sources},
@@ -185,7 +185,8 @@ impl Gateway {
         arrival: &Arrival,
     ) -> Response<Guarded<Answered<Logged>>> {
         let page = Page::of(request.headers());
-        let grpc = page.is_some() || is_grpc(request.headers());
+        // To whoever asks for a tunnel, 200 is consent.
+        let grpc = (page.is_some() || is_grpc(request.headers())) && *request.method() != Method::CONNECT;
         let method = request.method().clone();
         let (mut parts, body) = request.into_parts();
         let mut observed = self.observer.outgoing(&method, &mut parts.headers, trace::Origin::Public);
@@ -314,7 +315,11 @@ impl Gateway {
         let page = Page::of(&parts.headers).filter(|_| route.grpc_web);
         let body = body.with_length(checked.length);
         let body = match page {
-            Some(page) => page.enter(&mut parts.headers, body),
+            Some(page) => {
+                // Its answer has no trailers, whatever it comes by.
+                parts.version = Version::HTTP_2;
+                page.enter(&mut parts.headers, body)
+            }
             None => body,
         };
         let dress = Dress { path: &path, route, caller: &caller, arrival, authority: checked.authority.as_str() };

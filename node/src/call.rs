@@ -23,7 +23,7 @@ use starling_http::{
     Body, Due, Guarded, ProxyError, Source, grpc_timeout, is_grpc, names,
     normal::{self, Tunnel, number},
 };
-use starling_protocol::{Name, NodeId, headers};
+use starling_protocol::{Name, NodeId, Protocol, headers};
 use tokio::sync::watch;
 
 use self::{
@@ -203,9 +203,13 @@ impl MeshClient {
 
     /// Whether a service is spoken to by HTTP, as far as it is known.
     pub(crate) fn takes_http(&self, service: &Name) -> bool {
+        self.is_spoken_to(service, |protocol| Kind::of_service(protocol) == Some(Kind::Http))
+    }
+
+    fn is_spoken_to(&self, service: &Name, so: impl Fn(&Protocol) -> bool) -> bool {
         let snapshot = self.snapshot();
         let instances = snapshot.instances(service).unwrap_or_default();
-        instances.iter().any(|instance| Kind::of_service(&instance.protocol) == Some(Kind::Http))
+        instances.iter().any(|instance| so(&instance.protocol))
     }
 
     /// Forgets peers that are not in the mesh any more. To be done on the worker's own thread.
@@ -228,7 +232,12 @@ impl MeshClient {
         let tunnel = normal::tunnel(&parts);
         let until = limits.total.map(|total| Instant::now() + total);
         // What goes into a tunnel is no upload that must come first.
-        let due = Due::new(limits.head, until, source.as_ref().filter(|_| tunnel.is_none())).or_idle(limits.idle);
+        // Only gRPC's callers may wait for ever, and gRPC needs HTTP/2, whatever a content type says.
+        let head = limits.head.or_else(|| {
+            let may_wait = self.is_spoken_to(&service, |protocol| *protocol == Protocol::H2c);
+            (!may_wait).then_some(DEFAULT_HEAD)
+        });
+        let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none())).or_idle(limits.idle);
         // Its packets do not move its stream; who opened it, ends it.
         let idle = limits.idle.filter(|_| tunnel != Some(Tunnel::Udp));
         let terms =

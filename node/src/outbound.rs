@@ -103,7 +103,8 @@ impl Door {
     }
 
     async fn answer(&self, request: Request<Body>, drain: Drain) -> Response<Guarded<Answered<Carried>>> {
-        let grpc = is_grpc(request.headers());
+        // To whoever asks for a tunnel, 200 is consent.
+        let grpc = is_grpc(request.headers()) && *request.method() != Method::CONNECT;
         let (mut parts, body) = request.into_parts();
         let mut observed = self.observer.outgoing(&parts.method, &mut parts.headers, trace::Origin::Ours);
         let request = Request::from_parts(parts, observed.counting(body));

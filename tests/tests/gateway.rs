@@ -283,3 +283,95 @@ async fn a_client_of_http_1_0_without_a_host_is_answered() {
     assert!(answer.contains(" 404 ") || answer.contains(" 421 "), "{answer}");
     let _ = public.cluster.members("edge").await.unwrap();
 }
+
+/// All that comes until the end, however it ends.
+async fn said(stream: &mut (impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin), head: &str) -> String {
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut said = Vec::new();
+    let _ = tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut said)).await.expect("it ends");
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+/// Who ends a line at LF alone sees other fields than who does not; and a target that is a name is none.
+#[tokio::test]
+async fn heads_that_two_could_read_differently_are_refused() {
+    let public = start("").await;
+    let door = public.cluster.node("edge").outbound;
+    for (head, status) in [
+        ("GET /web HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", "HTTP/1.1 200 "),
+        ("\r\nGET /web HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", "HTTP/1.1 200 "),
+        ("GET /web HTTP/1.1\nHost: {}\n\n", "HTTP/1.1 400 "),
+        ("GET /web HTTP/1.1\r\nHost: {}\r\nX: a\nContent-Length: 40\r\n\r\n", "HTTP/1.1 400 "),
+        // The head does not end with that: refused at once, or when nothing else has come for long.
+        ("GET /web HTTP/1.1\r\nHost: {}\r\n\n", ""),
+        ("GET /web HTTP/1.1\r\nHost: {}\r\n\nGET / HTTP/1.1\r\n\r\n", "HTTP/1.1 400 "),
+        ("GET web HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", "HTTP/1.1 400 "),
+    ] {
+        let is_right = |answer: &str| match status {
+            "" => answer.is_empty() || answer.starts_with("HTTP/1.1 400 "),
+            status => answer.starts_with(status),
+        };
+        let mut stream = public.client.connect_tls(public.addr, HOST, b"http/1.1").await.unwrap();
+        let answer = said(&mut stream, &head.replace("{}", HOST)).await;
+        assert!(is_right(&answer), "{head:?}: {answer}");
+        let mut stream = tokio::net::TcpStream::connect(door).await.unwrap();
+        let answer = said(&mut stream, &head.replace("{}", "web.mesh.internal")).await;
+        assert!(is_right(&answer), "{head:?}: {answer}");
+    }
+    // In a body it is a byte like others.
+    let mut stream = public.client.connect_tls(public.addr, HOST, b"http/1.1").await.unwrap();
+    let post = format!("POST /web HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 4\r\nConnection: close\r\n\r\na\nb\n");
+    assert!(said(&mut stream, &post).await.starts_with("HTTP/1.1 200 "));
+}
+
+/// Consent to change protocols is the service's alone to give, however its refusal would be put.
+#[tokio::test]
+async fn a_refused_upgrade_is_no_consent_to_grpc_either() {
+    let public = start("").await;
+    for kind in ["application/grpc", "application/grpc-web", "text/plain"] {
+        for (path, status) in [("/down", "502"), ("/nowhere", "404")] {
+            let mut stream = public.client.connect_tls(public.addr, HOST, b"http/1.1").await.unwrap();
+            let head = format!(
+                "GET {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\
+                 Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nContent-Type: {kind}\r\n\r\n"
+            );
+            let answer = said(&mut stream, &head).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{kind} {path}: {answer}");
+        }
+    }
+}
+
+/// Where the end of the answer is that of the connection, half of it must not look whole.
+#[tokio::test]
+async fn half_an_answer_to_http_1_0_ends_with_a_reset() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut head = vec![0; 4096];
+                let length = stream.read(&mut head).await.unwrap_or_default();
+                let is_whole = String::from_utf8_lossy(&head[..length]).contains("/whole");
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n").await;
+                // Until that has arrived.
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                if is_whole {
+                    let _ = stream.write_all(b"0\r\n\r\n").await;
+                }
+            });
+        }
+    });
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("a").serving(format!("web={addr}"))).await.unwrap();
+    starling_tests::is_known(&cluster, "seed", "web", 1).await;
+    for (path, is_whole) in [("/whole", true), ("/half", false)] {
+        let mut stream = tokio::net::TcpStream::connect(cluster.node("seed").outbound).await.unwrap();
+        let head = format!("GET {path} HTTP/1.0\r\nHost: web.mesh.internal\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut said = Vec::new();
+        let ended = stream.read_to_end(&mut said).await;
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.contains(" 200 ") && said.ends_with("hello"), "{path}: {said}");
+        assert_eq!(ended.is_ok(), is_whole, "{path}: {ended:?}");
+    }
+}

@@ -460,3 +460,21 @@ async fn half_an_answer_over_http2_is_not_a_whole_one() {
         assert!(cut.is_err(), "{at:?}: {cut:?}");
     }
 }
+
+/// That a request looks like gRPC is no reason to wait for ever for a service that cannot speak it.
+#[tokio::test]
+async fn a_content_type_lifts_no_limit() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut kept = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            kept.push(stream);
+        }
+    });
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    cluster.add(&NodeSpec::named("a").serving(format!("web={addr}"))).await.unwrap();
+    is_known(&cluster, "seed", "web", 1).await;
+    let answer = Client::plain().send(Door::PlainHttp2, cluster.node("seed").outbound, grpc(&[])).await.unwrap();
+    assert_eq!(answer.header("grpc-status"), "4", "{:?}", answer.headers);
+}

@@ -122,6 +122,31 @@ mod tests {
     }
 
     #[test]
+    fn a_request_has_a_path() {
+        for uri in [http::Uri::from_parts(http::uri::Parts::default()).unwrap(), http::Uri::from_static("a")] {
+            let (mut parts, ()) = Request::new(()).into_parts();
+            parts.uri = uri;
+            parts.headers.insert("host", "a".parse().unwrap());
+            assert!(normalise_request(&mut parts, Origin::Outside).is_err(), "{:?}", parts.uri);
+        }
+    }
+
+    #[test]
+    fn trailers_are_carried_for_who_says_so_as_http_has_it() {
+        for (connection, te, left) in [
+            ("TE", "trailers", true),
+            ("keep-alive", "Trailers", true),
+            ("te", "deflate;q=0.5, trailers", true),
+            ("te", "deflate", false),
+        ] {
+            let mut parts = request(Version::HTTP_11, "/", &[("host", "a"), ("connection", connection), ("te", te)]);
+            normalise_request(&mut parts, Origin::Outside).unwrap();
+            let kept = parts.headers.get("te").map(|te| te.as_bytes());
+            assert_eq!(kept, left.then_some(&b"trailers"[..]), "{connection}: {te}");
+        }
+    }
+
+    #[test]
     fn connection_fields_go_or_are_refused() {
         let fields = [("host", "a"), ("connection", "x-hop, close"), ("x-hop", "1"), ("x-end", "2"), ("te", "gzip")];
         let mut parts = request(Version::HTTP_11, "/", &fields);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use http::{HeaderValue, Method, Response, StatusCode, request};
+use http::{HeaderValue, Method, Response, StatusCode, Version, request};
 use starling_gossip::Instance;
 use starling_http::{
     Body, Due, Guard, Guarded, Head, Interim, Late, ProxyError, Source, grpc_timeout,
@@ -133,14 +133,17 @@ impl MeshClient {
         if head.headers.remove(&names::NOT_SWITCHED).is_some() {
             head.extensions.insert(NotSwitched);
         }
-        head.version = http::Version::HTTP_11;
+        head.version = Version::HTTP_11;
         // gRPC's "Trailers-Only": the status stands in the head, and clients want the stream to end with it. Over h3 the end
         // may come in a later packet, so it is not waited for but known.
         let is_trailers_only =
             is_grpc(&head.headers) && length.unwrap_or(0) == 0 && head.headers.contains_key("grpc-status");
         let body = match is_trailers_only {
             true => Body::empty(),
-            false if is_grpc(&head.headers) => body.with_length(length).with_pace(idle, until, source).ending_as_grpc(),
+            // Over HTTP/1.1 trailers get lost, and it would look whole.
+            false if is_grpc(&head.headers) && parts.version >= Version::HTTP_2 => {
+                body.with_length(length).with_pace(idle, until, source).ending_as_grpc()
+            }
             false => body.with_length(length).with_pace(idle, until, source),
         };
         if let Some(span) = span {

@@ -44,10 +44,16 @@ pub(super) fn put_request(out: &mut Vec<u8>, head: &Head<'_>, is_chunked: bool) 
         out.extend_from_slice(part.as_bytes());
     }
     put_fields(out, fields.iter().filter(|(name, _)| **name != header::HOST));
-    if let Some(Protocol(name)) = protocol {
-        for part in ["connection: upgrade\r\nupgrade: ", name, "\r\n"] {
-            out.extend_from_slice(part.as_bytes());
+    let te = if fields.contains_key(header::TE) { "te" } else { "" };
+    match protocol {
+        Some(Protocol(name)) => {
+            let and = if te.is_empty() { "" } else { ", " };
+            for part in ["connection: upgrade", and, te, "\r\nupgrade: ", name, "\r\n"] {
+                out.extend_from_slice(part.as_bytes());
+            }
         }
+        None if !te.is_empty() => out.extend_from_slice(b"connection: te\r\n"),
+        None => {}
     }
     if is_chunked {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");

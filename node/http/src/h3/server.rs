@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header, request};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header, request};
 use tokio_util::task::TaskTracker;
 
 use super::{
@@ -27,7 +27,7 @@ use super::{
     upload::Upload,
 };
 use crate::{
-    Body, BodyError, Drain, Interim, Problem, ProxyError, Shelf,
+    Body, BodyError, Drain, Interim, Problem, ProxyError, Shelf, names,
     patience::{HOLD, Patience},
     shelf::Wanted,
     tunnel::{self, FlowSlot, Protocol},
@@ -206,7 +206,8 @@ impl Exchange {
                 let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
                 let detail = "the header fields are too large";
                 // Without content, because the method is not known: it may be HEAD.
-                return send_problem(sender, Problem::proxy(status, ProxyError::HttpRequestError, detail), None).await;
+                let problem = Problem::proxy(status, ProxyError::HttpRequestError, detail);
+                return send_problem(sender, problem, None, patience.is_none()).await;
             }
             Ok(Err(broken)) => {
                 if let Some(patience) = &patience {
@@ -222,7 +223,6 @@ impl Exchange {
         let method = head.method.clone();
         let protocol = head.extensions.get::<Protocol>().cloned();
         let stall = tunnel::patience_with(&method, protocol.as_ref());
-        sender.have_patience(stall);
         if protocol.as_ref().is_some_and(Protocol::is_udp) {
             head.extensions.insert(FlowSlot::new(Flow::of(sender.connection(), sender.stream_id())));
         }
@@ -241,6 +241,9 @@ impl Exchange {
                 Ok(response) => match tunnel::answered(response, &method, protocol.as_ref(), &drain) {
                     Ok((response, opened)) => {
                         is_open = opened;
+                        if is_open {
+                            sender.have_patience(stall);
+                        }
                         reply(&mut sender, &method, response, upload.as_ref(), unwanted).await
                     }
                     Err(problem) => Err(Unanswered::Problem(Box::new(problem))),
@@ -269,7 +272,7 @@ impl Exchange {
                 if let Some(upload) = &upload {
                     upload.release();
                 }
-                send_problem(sender, *problem, Some(&method)).await;
+                send_problem(sender, *problem, Some(&method), patience.is_none()).await;
             }
         }
     }
@@ -420,16 +423,26 @@ async fn unwanted(stopped: impl Future<Output = Option<Code>>, upload: Option<&U
     Code::H3_REQUEST_CANCELLED
 }
 
-/// Answers in place of the handler; with content only to a method that is known, and not HEAD. Boxed, to keep the room for it
-/// out of every request's task.
+/// Answers in place of the handler; with content only to a method that is known, and not HEAD. To a node it says so. Boxed, to keep
+/// the room for it out of every request's task.
 fn send_problem(
     mut sender: Sender,
     problem: Problem,
     method: Option<&Method>,
+    to_node: bool,
 ) -> Pin<Box<impl Future<Output = ()> + use<>>> {
     let has_content = method.is_some_and(|method| *method != Method::HEAD);
+    let is_known = method.is_some();
     Box::pin(async move {
-        let (head, body) = problem.into_response("starling", false).into_parts();
+        let (mut head, body) = problem.into_response("starling", false).into_parts();
+        if !is_known {
+            // Only an answer to HEAD may tell a length that it does not have (RFC 9114 §4.1.2).
+            head.headers.remove(header::CONTENT_LENGTH);
+            head.headers.remove(header::CONTENT_TYPE);
+        }
+        if to_node {
+            head.headers.insert(names::SENT.clone(), HeaderValue::from_static("maybe"));
+        }
         let stopped = sender.stopped();
         let sent = sender.response(head.status, &head.headers).is_ok()
             && pump(&mut sender, has_content.then_some(body), stopped).await.is_ok();

@@ -78,6 +78,10 @@ fn is_own(name: &str) -> bool {
 }
 
 pub(super) fn remove_hop_by_hop(fields: &mut HeaderMap) {
+    // `TE: trailers` is a hop's own word; each hop of ours carries trailers, and gRPC servers insist on reading it. `Connection` has to
+    // name it (RFC 9110 §10.1.4), and other codings may stand beside it.
+    let codings = fields.get_all(header::TE).into_iter().filter_map(|te| te.to_str().ok()).flat_map(|te| te.split(','));
+    let trailers = codings.into_iter().any(|coding| coding.trim().eq_ignore_ascii_case("trailers"));
     let named: Vec<HeaderName> = fields
         .get_all(header::CONNECTION)
         .iter()
@@ -93,8 +97,6 @@ pub(super) fn remove_hop_by_hop(fields: &mut HeaderMap) {
     for name in named {
         fields.remove(name);
     }
-    // `TE: trailers` is a hop's own word; each hop of ours carries trailers, and gRPC servers insist on reading it.
-    let trailers = fields.get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
     for name in HOP_BY_HOP {
         fields.remove(name);
     }

@@ -65,6 +65,10 @@ pub fn normalise_request(parts: &mut request::Parts, origin: Origin) -> Result<C
         let reason = "no tunnel is opened for HTTP within HTTP";
         return Err(Malformed { status: StatusCode::NOT_IMPLEMENTED, reason });
     }
+    // `GET HOST` over HTTP/1.1, and no `:path` over HTTP/2, which would be read as `/`.
+    if tunnel != Some(Tunnel::Bytes) && parts.uri.path().is_empty() {
+        return Err(Malformed::bad_target());
+    }
     let authority = take_authority(parts)?;
     let target = match (parts.uri.path_and_query(), &parts.method) {
         (Some(target), method) if target.path() == "*" && *method == Method::OPTIONS => target.clone(),

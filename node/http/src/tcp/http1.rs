@@ -34,6 +34,7 @@ where
     B: http_body::Body<Data = Bytes, Error = BodyError> + From<Body> + Unpin + Send + 'static,
 {
     let control = limits.control.clone();
+    let socket = control.clone();
     let progress = Progress::new();
     let stream = Watched::new(stream, progress.clone(), limits.idle);
     let tunnel: Arc<Mutex<Option<Carrying>>> = Arc::default();
@@ -115,6 +116,10 @@ where
         };
         if let Some(Err(error)) = &served {
             tracing::debug!(%error, "connection");
+            if error.is_user() {
+                // An answer broke off: where its end is that of the connection, it must not look whole (RFC 9112 §8).
+                socket.sever();
+            }
         }
         served.is_none()
     };

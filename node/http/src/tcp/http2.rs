@@ -26,6 +26,7 @@ use crate::{
     Body, BodyError, Drain, Interim,
     patience::{HOLD, Patience},
     shelf::Wanted,
+    stall::STALL,
     stall::Stall,
     tunnel::{self, Protocol},
 };
@@ -254,9 +255,9 @@ async fn answer<H, F, B>(
     let sent = match answered {
         Ok((response, opened)) => {
             is_open = opened;
-            send(&mut respond, &method, response, stall).await
+            send(&mut respond, &method, response, if is_open { stall } else { STALL }).await
         }
-        Err(problem) => send(&mut respond, &method, problem.into_response("starling", false), stall).await,
+        Err(problem) => send(&mut respond, &method, problem.into_response("starling", false), STALL).await,
     };
     match sent {
         Ok(stream) => {

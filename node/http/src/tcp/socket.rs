@@ -116,8 +116,9 @@ impl Socket {
                 Poll::Ready(written)
             }
             Poll::Pending => self.stall.poll_stalled(cx).map(|()| {
-                // Nothing of what waits there will arrive.
+                // Nothing of what waits there will arrive, and what did is not all.
                 self.read_all = true;
+                self.control.sever();
                 Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing"))
             }),
         }

@@ -63,11 +63,47 @@ pub(super) struct Watched<S> {
     progress: Progress,
     idle: Duration,
     timer: Option<Pin<Box<Sleep>>>,
+    lines: Lines,
+}
+
+/// The lines of a request's head, as they come. They end with CRLF: who ends one at LF alone sees other fields than who does not, such
+/// as a proxy in front (RFC 9112 §2.2, §11.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lines {
+    /// Nothing but empty lines so far.
+    Before,
+    /// In a head, behind that byte, and so many CRLF in a row.
+    In { last: u8, empty: u8 },
+    /// Behind it: what comes is a body, or the next head.
+    Behind,
+}
+
+impl Lines {
+    /// Makes an LF that ends no line what no head may have, so that its reader refuses it.
+    fn mark(&mut self, bytes: &mut [u8]) {
+        for byte in bytes {
+            *self = match *self {
+                Self::Behind => return,
+                Self::Before if matches!(byte, b'\r' | b'\n') => Self::Before,
+                Self::In { last: b'\r', empty } if *byte == b'\n' => match empty {
+                    0 => Self::In { last: b'\n', empty: 1 },
+                    _ => Self::Behind,
+                },
+                Self::In { empty, .. } if *byte == b'\r' => Self::In { last: b'\r', empty },
+                Self::Before | Self::In { .. } => {
+                    if *byte == b'\n' {
+                        *byte = 0;
+                    }
+                    Self::In { last: *byte, empty: 0 }
+                }
+            };
+        }
+    }
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(stream: S, progress: Progress, idle: Duration) -> Self {
-        Self { stream, progress, idle, timer: None }
+        Self { stream, progress, idle, timer: None, lines: Lines::Before }
     }
 
     /// Ready when what is waited for should have come.
@@ -91,6 +127,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let before = buf.filled().len();
         match Pin::new(&mut self.stream).poll_read(cx, buf) {
             Poll::Ready(read) => {
+                let phase = *self.progress.lock();
+                if matches!(phase, Phase::Idle(_)) && self.lines == Lines::Behind {
+                    self.lines = Lines::Before;
+                }
+                if phase != Phase::Busy {
+                    self.lines.mark(&mut buf.filled_mut()[before..]);
+                }
                 let mut phase = self.progress.lock();
                 if let Phase::Idle(_) = *phase
                     // Empty lines before a request are none.
@@ -140,5 +183,42 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is left of a head, however it is cut.
+    fn marked(text: &str) -> String {
+        let mut whole = text.as_bytes().to_vec();
+        let mut lines = Lines::Before;
+        lines.mark(&mut whole);
+        let mut pieces = text.as_bytes().to_vec();
+        let mut lines = Lines::Before;
+        for piece in pieces.chunks_mut(1) {
+            lines.mark(piece);
+        }
+        assert_eq!(whole, pieces);
+        String::from_utf8(whole).unwrap()
+    }
+
+    #[test]
+    fn a_line_ends_with_both_or_is_refused() {
+        for good in [
+            "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\r\n\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+            "POST / HTTP/1.1\r\nHost: a\r\n\r\nbody\nwith\nlines",
+        ] {
+            assert_eq!(marked(good), good);
+        }
+        for (bad, left) in [
+            ("GET / HTTP/1.1\nHost: a\n\n", "GET / HTTP/1.1\0Host: a\0\0"),
+            ("GET / HTTP/1.1\r\nA: b\nHost: a\r\n\r\nx\n", "GET / HTTP/1.1\r\nA: b\0Host: a\r\n\r\nx\n"),
+            ("GET / HTTP/1.1\r\nHost: a\r\n\n", "GET / HTTP/1.1\r\nHost: a\r\n\0"),
+        ] {
+            assert_eq!(marked(bad), left);
+        }
     }
 }

@@ -233,8 +233,9 @@ impl State {
         let usual = *self.usual.get_or_insert(quickest);
         let in_time = late.max(usual * LATE);
         if quickest > in_time {
-            if most_in_flight <= self.held_at(now) * FEW_MORE {
-                // Some calls take so long by themselves, and there were few others this time.
+            if self.limit.is_none() && most_in_flight <= self.held_at(now) * FEW_MORE {
+                // Some calls take so long by themselves, and there were few others this time. Where there is a limit, it is what keeps
+                // the calls so few.
                 return;
             }
             if self.is_no_queue(quickest, most_in_flight, now) {
@@ -424,6 +425,23 @@ mod tests {
         assert!(callers[0].answered >= 990, "the service is kept busy: {}", callers[0].answered);
         assert!(callers[0].longest < LATE_MS * 6, "{:?}", callers[0].longest);
         assert!(callers[0].refused > 0);
+    }
+
+    /// As long as it is too much, the limit stays, also where it is a large one: nobody is let in by the thousand now and then.
+    #[test]
+    fn what_is_too_much_for_long_is_refused_for_as_long() {
+        let mut line = Line::new(Duration::from_millis(1));
+        // It was busy before, and not too much so.
+        let mut before = [caller(1, 90)];
+        line.run(&mut before, Duration::from_secs(20));
+        before[0].hands = 0;
+        line.run(&mut before, Duration::from_secs(1));
+        let mut callers = [caller(1, 2000)];
+        line.run(&mut callers, Duration::from_secs(30));
+        (callers[0].longest, callers[0].answered) = (Duration::ZERO, 0);
+        line.run(&mut callers, Duration::from_secs(150));
+        assert!(callers[0].longest < LATE_MS * 6, "{:?}", callers[0].longest);
+        assert!(callers[0].answered >= 148_000, "{}", callers[0].answered);
     }
 
     #[test]

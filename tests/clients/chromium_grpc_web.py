@@ -11,13 +11,12 @@ Prints {"protocols", "text": {...}, "binary": {...}}.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from chromium_h3 import BROWSER_FLAGS, Browser, BrowserError, spki_hash
+from chromium_h3 import BROWSER_FLAGS, Browser, evaluate, spki_hash, tell
 
 PAGE = """
 (async (url) => {
@@ -86,38 +85,18 @@ def run(args: argparse.Namespace) -> dict:
     with Browser("chromium", flags, time.monotonic() + args.timeout) as browser:
         browser.open_tab()
         browser.load(f"https://page.{url.netloc}/")
-        evaluated = browser.call(
-            "Runtime.evaluate",
-            expression=PAGE.replace("(URL)", f"({json.dumps(args.url)})").replace("SOURCE", source),
-            awaitPromise=True,
-            returnByValue=True,
-        )
-        if "exceptionDetails" in evaluated:
-            raise BrowserError(json.dumps(evaluated["exceptionDetails"]["exception"]))
+        told = evaluate(browser, PAGE.replace("(URL)", f"({json.dumps(args.url)})").replace("SOURCE", source))
         # The page may not know what the answers of another origin came by.
         received = (event["params"] for event in browser.events if event["method"] == "Network.responseReceived")
-        answers = [told["response"] for told in received if told["response"]["url"].startswith(args.url)]
-        return {"protocols": sorted({answer["protocol"] for answer in answers}), **evaluated["result"]["value"]}
+        answers = [answer["response"] for answer in received if answer["response"]["url"].startswith(args.url)]
+        return {"protocols": sorted({answer["protocol"] for answer in answers}), **told}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="gRPC-Web in Chromium")
-    parser.add_argument("url", metavar="URL")
     parser.add_argument("--package", type=Path, required=True, metavar="DIR", help="the npm package grpc-web")
-    parser.add_argument("--cert", type=Path, required=True, metavar="PEM")
-    parser.add_argument("--connect", metavar="IP:PORT", help="instead of the URL's host and port")
     parser.add_argument("--quic", action="store_true", help="speak HTTP/3 from the start")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="for everything")
-    args = parser.parse_args()
-    if shutil.which("chromium") is None:
-        parser.error("no chromium on this machine")
-    try:
-        told = run(args)
-    except (BrowserError, BrokenPipeError) as error:
-        print(json.dumps({"error": str(error)}))
-        return 1
-    print(json.dumps(told))
-    return 0
+    return tell(parser, run)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -237,6 +238,32 @@ def browser_flags(args: argparse.Namespace) -> list[str]:
     forced_port = UNUSED_PORT if args.via_alt_svc else url.port or 443
     flags.append(f"--origin-to-force-quic-on={host}:{forced_port}")
     return flags
+
+
+def evaluate(browser: Browser, expression: str) -> dict:
+    """What a promise of the page comes to."""
+    told = browser.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+    if "exceptionDetails" in told:
+        raise BrowserError(told["exceptionDetails"]["exception"]["description"])
+    return told["result"]["value"]
+
+
+def tell(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict]) -> int:
+    """The whole of a script that prints what a page did, with the options that all of them have."""
+    parser.add_argument("url", metavar="URL")
+    parser.add_argument("--cert", type=Path, required=True, metavar="PEM")
+    parser.add_argument("--connect", metavar="IP:PORT", help="instead of the URL's host and port")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="for everything")
+    args = parser.parse_args()
+    if shutil.which("chromium") is None:
+        parser.error("no chromium on this machine")
+    try:
+        told = run(args)
+    except (BrowserError, BrokenPipeError) as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    print(json.dumps(told))
+    return 0
 
 
 def load_via_alt_svc(browser: Browser, url: str) -> dict:

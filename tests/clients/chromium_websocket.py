@@ -11,13 +11,11 @@ open. Prints {"page", "opened", "texts", "bytes", "codes"}.
 
 import argparse
 import json
-import shutil
 import sys
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from chromium_h3 import BROWSER_FLAGS, Browser, BrowserError, spki_hash
+from chromium_h3 import BROWSER_FLAGS, Browser, evaluate, spki_hash, tell
 
 PAGE = """
 (async (url, count) => {
@@ -61,34 +59,14 @@ def run(args: argparse.Namespace) -> dict:
     with Browser("chromium", flags, time.monotonic() + args.timeout) as browser:
         browser.open_tab()
         page = browser.load(f"https://{url.netloc}/")
-        evaluated = browser.call(
-            "Runtime.evaluate",
-            expression=PAGE % (json.dumps(args.url), args.connections),
-            awaitPromise=True,
-            returnByValue=True,
-        )
-        if "exceptionDetails" in evaluated:
-            raise BrowserError(evaluated["exceptionDetails"]["exception"]["description"])
-        return {"page": page["protocol"], **evaluated["result"]["value"]}
+        told = evaluate(browser, PAGE % (json.dumps(args.url), args.connections))
+        return {"page": page["protocol"], **told}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="WebSockets in Chromium")
-    parser.add_argument("url", metavar="URL")
-    parser.add_argument("--cert", type=Path, required=True, metavar="PEM")
-    parser.add_argument("--connect", metavar="IP:PORT", help="instead of the URL's host and port")
     parser.add_argument("--connections", type=int, default=200, metavar="N")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="for everything")
-    args = parser.parse_args()
-    if shutil.which("chromium") is None:
-        parser.error("no chromium on this machine")
-    try:
-        told = run(args)
-    except (BrowserError, BrokenPipeError) as error:
-        print(json.dumps({"error": str(error)}))
-        return 1
-    print(json.dumps(told))
-    return 0
+    return tell(parser, run)
 
 
 if __name__ == "__main__":

@@ -119,19 +119,27 @@ async fn websockets_talk_over_http2() {
     talk_over_http2(tls, &format!("https://{HOST}/chat")).await;
 }
 
-async fn talk_over_http2(
+/// A client of a server that takes extended CONNECT.
+async fn http2(
     stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-    uri: &str,
-) {
+) -> h2::client::SendRequest<bytes::Bytes> {
     let (send, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);
-    let mut send = send.ready().await.unwrap();
+    let send = send.ready().await.unwrap();
     wait_for("the server takes extended CONNECT", LIMIT, || {
         let takes = send.is_extended_connect_protocol_enabled();
         async move { if takes { Ok(()) } else { Err("no setting".into()) } }
     })
     .await
     .unwrap();
+    send
+}
+
+async fn talk_over_http2(
+    stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    uri: &str,
+) {
+    let mut send = http2(stream).await;
     let request = Request::builder().method(Method::CONNECT).uri(uri).header("sec-websocket-version", "13");
     let request = request
         .header("sec-websocket-protocol", "echo")
@@ -262,15 +270,7 @@ async fn no_tunnel_is_opened_for_http_within_http() {
     let tls = tokio_rustls::TlsConnector::from(Arc::new(raw_h3::tls_config(None, b"h2").unwrap()));
     let public = TcpStream::connect(stage.public).await.unwrap();
     let public = tls.connect(HOST.try_into().unwrap(), public).await.unwrap();
-    let (send, connection) = h2::client::handshake(public).await.unwrap();
-    tokio::spawn(connection);
-    let mut send = send.ready().await.unwrap();
-    wait_for("the server takes extended CONNECT", LIMIT, || {
-        let takes = send.is_extended_connect_protocol_enabled();
-        async move { if takes { Ok(()) } else { Err("no setting".into()) } }
-    })
-    .await
-    .unwrap();
+    let mut send = http2(public).await;
     let endpoint = endpoint(None, b"h3").unwrap();
     for protocol in ["h2c", "H2C", "h2", "http/1.1", "TLS/1.2"] {
         let request = Request::builder().method(Method::CONNECT).uri(format!("https://{HOST}/chat"));

@@ -180,7 +180,8 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
         .and_then(|data| data.server_name);
     let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
-    let limits = h3::server::Limits { shelf, idle: Some(IDLE), order: h3::Order::Mixed, of_one: true };
+    let limits =
+        h3::server::Limits { shelf, idle: Some(IDLE), order: h3::Order::Mixed, peer: h3::server::Peer::Client };
     h3::server::serve(connection, limits, drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }

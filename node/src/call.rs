@@ -96,8 +96,9 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// Until the end of the answer.
     pub total: Option<Duration>,
-    /// It is the caller who waits no longer for the head, where the operator, or what is usual, would let it.
-    pub impatient: bool,
+    /// How long an operator would wait for the head, or is usual: an instance that takes half as long is at fault, whoever waits
+    /// no longer.
+    pub patience: Duration,
 }
 
 /// Limits as an operator sets them, for an upstream, a service or a route: what is left out is as usual.
@@ -120,7 +121,7 @@ impl LimitSettings {
             false => (None, Some(DEFAULT_HEAD)),
         };
         Limits {
-            impatient: named.is_some_and(|named| named < self.timeout.unwrap_or(DEFAULT_HEAD)),
+            patience: self.timeout.unwrap_or(DEFAULT_HEAD),
             head: [self.timeout, named].into_iter().flatten().min().or(usual),
             idle: Some(self.idle_timeout.unwrap_or(DEFAULT_IDLE)),
             total: [self.total_timeout, named].into_iter().flatten().min(),
@@ -231,17 +232,17 @@ impl MeshClient {
         let source = (!bodiless).then(|| Source::new(body));
         let tunnel = normal::tunnel(&parts);
         let until = limits.total.map(|total| Instant::now() + total);
-        // What goes into a tunnel is no upload that must come first.
         // Only gRPC's callers may wait for ever, and gRPC needs HTTP/2, whatever a content type says.
         let head = limits.head.or_else(|| {
             let may_wait = self.is_spoken_to(&service, |protocol| *protocol == Protocol::H2c);
             (!may_wait).then_some(DEFAULT_HEAD)
         });
+        // What goes into a tunnel is no upload that must come first.
         let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none())).or_idle(limits.idle);
         // Its packets do not move its stream; who opened it, ends it.
         let idle = limits.idle.filter(|_| tunnel != Some(Tunnel::Udp));
         let terms =
-            Terms { service: &service, source: source.as_ref(), due: &due, idle, until, impatient: limits.impatient };
+            Terms { service: &service, source: source.as_ref(), due: &due, idle, until, patience: limits.patience };
         let (kind, version, zone) = (Kind::of_request(tunnel), version.as_deref(), self.node.zone.as_str());
         let wish = Wish { kind, version, zone, ..Wish::default() };
         // What an operator says of methods, he says of calls.
@@ -249,6 +250,7 @@ impl MeshClient {
         let (mut tried, mut dead): (Vec<NodeId>, Vec<NodeId>) = Default::default();
         // Those of `dead` who had no work with it at all.
         let mut unreached = 0;
+        let mut unreachable = false;
         let mut broken = 0;
         let mut failed = None;
         loop {
@@ -266,7 +268,7 @@ impl MeshClient {
             if tried.is_empty() {
                 called.budget.earn(retry.budget);
             }
-            if failed.as_ref().is_some_and(|error| error.fault == Fault::Mesh) {
+            if std::mem::take(&mut unreachable) {
                 called.passed_over();
             }
             let attempt = (tried.len() - unreached) as u32 + 1;
@@ -321,6 +323,7 @@ impl MeshClient {
                 // Nobody had any work with it, so that it costs no retry, only time.
                 Err(error) if error.fault == Fault::Mesh && !due.is_over() && unreached < MAX_UNREACHED => {
                     unreached += 1;
+                    unreachable = true;
                     dead.push(node);
                     failed = Some(error);
                     continue;

@@ -118,7 +118,8 @@ impl Inbound {
         let connected = self.0.peers.connect(peer.id);
         let windows = self.0.windows.of_connection(connected.nth);
         endpoint::welcome_to_calls(&connection, windows);
-        let limits = server::Limits { shelf: windows.shelf(), idle: None, order: windows.order(), of_one: false };
+        let limits =
+            server::Limits { shelf: windows.shelf(), idle: None, order: windows.order(), peer: server::Peer::Node };
         let (here, quic, begun) = (connected.peer(), connection.clone(), drain.begun());
         let floor = self.0.windows.of_connection(usize::MAX);
         let mut serving = pin!(server::serve(connection, limits, drain, move |request| {
@@ -283,7 +284,8 @@ impl Plan<'_> {
         let body = source.as_ref().map_or_else(Body::empty, Source::attempt);
         let until = local.limits().total_timeout.map(|total| Instant::now() + total);
         // What goes into a tunnel is no upload that must come first.
-        let due = Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none()));
+        let due =
+            Due::new(head, until, source.as_ref().filter(|_| tunnel.is_none())).or_idle(local.limits().idle_timeout);
         let request = Request::from_parts(parts, body);
         let mut admitted = admitted;
         if source.is_some() {

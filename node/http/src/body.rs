@@ -368,12 +368,16 @@ impl http_body::Body for Body {
                     Ok(Frame::data(data))
                 }
                 Err(frame) => match frame.into_trailers() {
-                    Ok(trailers) => Ok(Frame::trailers(clean(trailers))),
+                    Ok(trailers) => {
+                        // Nothing comes behind them, also not that it is late.
+                        self.pace = None;
+                        Ok(Frame::trailers(clean(trailers)))
+                    }
                     Err(frame) => Ok(frame),
                 },
             }),
             Some(Err(error)) => {
-                self.length = None;
+                (self.length, self.pace) = (None, None);
                 if self.grpc {
                     (self.kind, self.broke_off) = (Kind::Empty, true);
                     return Poll::Ready(Some(Ok(Frame::trailers(unavailable(&error)))));
@@ -498,5 +502,27 @@ impl From<hyper::body::Incoming> for Body {
 impl std::fmt::Debug for Body {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Body").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    async fn next(body: &mut Body) -> Option<Result<Frame<Bytes>, BodyError>> {
+        poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await
+    }
+
+    #[tokio::test]
+    async fn what_is_late_is_told_once_though_there_is_more() {
+        let late = || Body::full("more").with_pace(None, Some(Instant::now()), None);
+        let mut body = late();
+        assert!(matches!(next(&mut body).await, Some(Err(BodyError::Late))));
+        let mut body = late().ending_as_grpc();
+        let trailers = next(&mut body).await.unwrap().unwrap().into_trailers().unwrap();
+        assert_eq!(trailers["grpc-status"], "4");
+        assert!(body.broke_off() && next(&mut body).await.is_none());
     }
 }

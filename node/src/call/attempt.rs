@@ -32,8 +32,8 @@ pub(super) struct Terms<'a> {
     pub(super) due: &'a Due,
     pub(super) idle: Option<Duration>,
     pub(super) until: Option<Instant>,
-    /// It is the caller who waits no longer than this; others would.
-    pub(super) impatient: bool,
+    /// How long others would wait for the head.
+    pub(super) patience: Duration,
 }
 
 impl MeshClient {
@@ -64,7 +64,7 @@ impl MeshClient {
         terms: Terms<'_>,
         span: &mut Option<Box<OpenSpan>>,
     ) -> Result<Attempted, CallError> {
-        let Terms { service, source, due, idle, until, impatient } = terms;
+        let Terms { service, source, due, idle, until, patience } = terms;
         let instance = &candidate.instance;
         let unreached = |why: String| {
             let detail = format!("node {} of {service} cannot be reached: {why}", instance.node_name);
@@ -90,6 +90,8 @@ impl MeshClient {
         let outcome = exchange(&connection, instance, parts, terms).await;
         let since = source.filter(|source| source.has_ended()).map_or(begun, |source| source.moved().max(begun));
         let latency = since.elapsed();
+        // Who has waited for less says only how long it took at least: he had no time, or an attempt before this one had it.
+        let is_fault = latency >= patience / 2;
         let client::Answer { mut head, body, upload } = match outcome {
             Ok(answer) => answer,
             Err(_) if source.is_some_and(Source::is_broken) => {
@@ -101,8 +103,7 @@ impl MeshClient {
             Err(error) => {
                 // That a connection went, or is going, says nothing about the service behind it.
                 match error.fault {
-                    // Then it is known how long the instance took at least, and no more.
-                    Fault::Service if impatient && error.status == StatusCode::GATEWAY_TIMEOUT => {}
+                    Fault::Service if error.status == StatusCode::GATEWAY_TIMEOUT && !is_fault => {}
                     Fault::Service => pending.answered(latency, true),
                     _ => pending.excuse(),
                 }
@@ -114,7 +115,7 @@ impl MeshClient {
         match (head.headers.get(&names::SENT), head.status) {
             // It has too much to do, and does that well.
             (Some(sent), StatusCode::SERVICE_UNAVAILABLE) if sent == "no" => pending.refused(),
-            (Some(_), StatusCode::GATEWAY_TIMEOUT) if impatient => {}
+            (Some(_), StatusCode::GATEWAY_TIMEOUT) if !is_fault => {}
             _ => pending.answered(latency, failed),
         }
         let length = normal::normalise_response(&mut head, &parts.method, Origin::Mesh).map_err(|m| {
@@ -188,10 +189,11 @@ impl Guard for Carried {
         // Who says no more through a tunnel may still listen; what goes there ends by itself.
         if let Some((upload, rest)) = self.upload.take_if(|_| self.rest.is_some()).zip(self.rest.take()) {
             let connection = self.connection.take();
+            let due = Due::new(None, rest.until, Some(&rest.source)).or_idle(rest.idle);
             tokio::spawn(async move {
                 tokio::select! {
                     _ = upload => {}
-                    () = rest.is_over() => {}
+                    _ = due.passed() => {}
                 }
                 drop(connection);
             });
@@ -204,21 +206,6 @@ struct Rest {
     source: Source,
     idle: Option<Duration>,
     until: Option<Instant>,
-}
-
-impl Rest {
-    /// Resolves when it has been silent, or has gone on, for as long as it may.
-    async fn is_over(&self) {
-        let alone_since = Instant::now();
-        loop {
-            let silent = self.idle.map(|idle| self.source.moved().max(alone_since) + idle);
-            match [silent, self.until].into_iter().flatten().min() {
-                None => std::future::pending().await,
-                Some(over) if over <= Instant::now() => return,
-                Some(over) => tokio::time::sleep_until(over.into()).await,
-            }
-        }
-    }
 }
 
 impl Drop for Carried {

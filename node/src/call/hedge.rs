@@ -66,16 +66,13 @@ impl MeshClient {
             outcome = &mut second => (outcome, other_node),
         };
         let other = Some(other_node);
-        // A copy that fails at once must not take the place of an answer that is on its way.
-        let is_failure =
-            |outcome: &Result<Attempted, _>| outcome.as_ref().is_ok_and(|a| a.response.status().is_server_error());
-        if worth(&earlier) == BEST && (node == first_node || !is_failure(&earlier)) {
+        let worth = |outcome: &_, node| worth(outcome, node == first_node);
+        if worth(&earlier, node) == BEST {
             return Hedged { outcome: earlier, node, other };
         }
         let (later, later_node) =
             if node == first_node { (second.await, other_node) } else { (first.await, first_node) };
-        let is_better = worth(&later) > worth(&earlier) || worth(&later) == BEST && is_failure(&earlier);
-        match is_better {
+        match worth(&later, later_node) > worth(&earlier, node) {
             true => Hedged { outcome: later, node: later_node, other },
             false => Hedged { outcome: earlier, node, other },
         }
@@ -92,13 +89,15 @@ pub(super) struct Hedged {
 }
 
 /// Worth of what a service has answered itself.
-const BEST: u8 = 3;
+const BEST: u8 = 4;
 
-/// What an outcome is worth to the caller beside another one.
-fn worth(outcome: &Result<Attempted, CallError>) -> u8 {
+/// What an outcome is worth to the caller beside another one. A copy that fails at once must not take the place of an answer that is on
+/// its way.
+fn worth(outcome: &Result<Attempted, CallError>, is_first: bool) -> u8 {
     match outcome {
-        Ok(answer) if answer.unanswered.is_none() => BEST,
-        Ok(_) => 2,
+        Ok(answer) if answer.unanswered.is_some() => 2,
+        Ok(answer) if !is_first && answer.response.status().is_server_error() => 3,
+        Ok(_) => BEST,
         Err(error) if error.fault != Fault::Mesh => 1,
         Err(_) => 0,
     }

@@ -44,16 +44,18 @@ pub(super) fn put_request(out: &mut Vec<u8>, head: &Head<'_>, is_chunked: bool) 
         out.extend_from_slice(part.as_bytes());
     }
     put_fields(out, fields.iter().filter(|(name, _)| **name != header::HOST));
-    let te = if fields.contains_key(header::TE) { "te" } else { "" };
-    match protocol {
-        Some(Protocol(name)) => {
-            let and = if te.is_empty() { "" } else { ", " };
-            for part in ["connection: upgrade", and, te, "\r\nupgrade: ", name, "\r\n"] {
-                out.extend_from_slice(part.as_bytes());
-            }
+    // Whoever says TE has to name it in Connection, too (RFC 9110 §10.1.4).
+    let options: &[u8] = match (protocol.is_some(), fields.contains_key(header::TE)) {
+        (true, true) => b"connection: upgrade, te\r\n",
+        (true, false) => b"connection: upgrade\r\n",
+        (false, true) => b"connection: te\r\n",
+        (false, false) => b"",
+    };
+    out.extend_from_slice(options);
+    if let Some(Protocol(name)) = protocol {
+        for part in ["upgrade: ", name, "\r\n"] {
+            out.extend_from_slice(part.as_bytes());
         }
-        None if !te.is_empty() => out.extend_from_slice(b"connection: te\r\n"),
-        None => {}
     }
     if is_chunked {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");

@@ -54,7 +54,7 @@ where
         connection: Connection::start(connection.clone(), Role::Server, limits.order),
         handler,
         requests: TaskTracker::new(),
-        patience: limits.of_one.then(Arc::default),
+        patience: (limits.peer == Peer::Client).then(Arc::default),
         shelf: limits.shelf,
         drain: drain.clone(),
     };
@@ -94,9 +94,17 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// In which order its answers are sent.
     pub order: Order,
-    /// Whether all that comes by it is of one client, who has to wait if it opens requests only to give them up. What many others give
-    /// up is not for them all to wait for.
-    pub of_one: bool,
+    /// Who is at its other end.
+    pub peer: Peer,
+}
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// A client, that has to wait if it opens requests only to give them up.
+    Client,
+    /// A node, with the calls of many: what some give up is not for all to wait for. It is told which answers are not the service's.
+    Node,
 }
 
 /// Resolves when there has been no request for so long. Begins anew with each that comes.
@@ -114,6 +122,7 @@ struct Server<H> {
     connection: Arc<Connection>,
     handler: H,
     requests: TaskTracker,
+    /// With a client; `None` with a node.
     patience: Option<Arc<Patience>>,
     shelf: Shelf,
     drain: Drain,

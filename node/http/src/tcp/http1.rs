@@ -33,9 +33,8 @@ where
     F: Future<Output = Response<B>> + Send + 'static,
     B: http_body::Body<Data = Bytes, Error = BodyError> + From<Body> + Unpin + Send + 'static,
 {
-    let control = limits.control.clone();
-    let socket = control.clone();
-    let progress = Progress::new();
+    let (control, progress) = (limits.control.clone(), Progress::new());
+    let (socket, answering) = (control.clone(), progress.clone());
     let stream = Watched::new(stream, progress.clone(), limits.idle);
     let tunnel: Arc<Mutex<Option<Carrying>>> = Arc::default();
     let (opened, of) = (tunnel.clone(), drain.clone());
@@ -114,12 +113,17 @@ where
             }
             () = drain.closing() => None,
         };
-        if let Some(Err(error)) = &served {
-            tracing::debug!(%error, "connection");
-            if error.is_user() {
-                // An answer broke off: where its end is that of the connection, it must not look whole (RFC 9112 §8).
-                socket.sever();
+        let breaks_off = match &served {
+            Some(Ok(())) => false,
+            Some(Err(error)) => {
+                tracing::debug!(%error, "connection");
+                error.is_user()
             }
+            None => answering.is_busy(),
+        };
+        if breaks_off {
+            // Where the end of an answer is that of the connection, half of it must not look whole (RFC 9112 §8).
+            socket.sever();
         }
         served.is_none()
     };

@@ -26,8 +26,7 @@ use crate::{
     Body, BodyError, Drain, Interim,
     patience::{HOLD, Patience},
     shelf::Wanted,
-    stall::STALL,
-    stall::Stall,
+    stall::{STALL, Stall},
     tunnel::{self, Protocol},
 };
 

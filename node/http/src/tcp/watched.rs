@@ -42,6 +42,11 @@ impl Progress {
         Busy(self.clone())
     }
 
+    /// Whether a request is answered.
+    pub(super) fn is_busy(&self) -> bool {
+        *self.lock() == Phase::Busy
+    }
+
     fn lock(&self) -> MutexGuard<'_, Phase> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -127,14 +132,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let before = buf.filled().len();
         match Pin::new(&mut self.stream).poll_read(cx, buf) {
             Poll::Ready(read) => {
-                let phase = *self.progress.lock();
-                if matches!(phase, Phase::Idle(_)) && self.lines == Lines::Behind {
-                    self.lines = Lines::Before;
+                let Self { progress, lines, .. } = &mut *self;
+                let mut phase = progress.lock();
+                if matches!(*phase, Phase::Idle(_)) && *lines == Lines::Behind {
+                    *lines = Lines::Before;
                 }
-                if phase != Phase::Busy {
-                    self.lines.mark(&mut buf.filled_mut()[before..]);
+                if *phase != Phase::Busy {
+                    lines.mark(&mut buf.filled_mut()[before..]);
                 }
-                let mut phase = self.progress.lock();
                 if let Phase::Idle(_) = *phase
                     // Empty lines before a request are none.
                     && buf.filled()[before..].iter().any(|byte| !matches!(byte, b'\r' | b'\n'))

@@ -16,6 +16,6 @@ fn limits() -> starling_http::h3::server::Limits {
         shelf: shelf(),
         idle: None,
         order: starling_http::h3::Order::InLine,
-        of_one: true,
+        peer: starling_http::h3::server::Peer::Client,
     }
 }

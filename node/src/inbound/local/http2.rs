@@ -145,7 +145,9 @@ impl Pool {
         let (mut response, place) = self.sent(dialler, Request::from_parts(parts, Body::empty())).await?;
         let place: TunnelPlace = Arc::new((place, admitted));
         if !response.status().is_success() {
-            return Ok(response.map(|body| Guarded::new(Body::from(body), super::Place::Tunnel { _place: place })));
+            return Ok(
+                response.map(|body| Guarded::new(Body::of_http2_server(body), super::Place::Tunnel { _place: place }))
+            );
         }
         let upgraded = hyper::upgrade::on(&mut response).await;
         let upgraded = upgraded.map_err(|error| not_switched(&error.to_string(), Sent::Maybe))?;

@@ -134,16 +134,38 @@ async fn loop_of_deaths(cluster: &mut starling_chaos::Cluster, load: &Load) -> s
         let old = cluster.start_beside("orders-1", &["--take-over"]).unwrap();
         tokio::time::sleep(Duration::from_millis(20 * step)).await;
         let mut new = cluster.replace("orders-1", old).unwrap();
+        let pid = new.pid().unwrap();
         new.kill().await.unwrap();
         so_many_more(load, 20).await;
-        let pid = cluster.node("orders-1").process.pid().unwrap();
-        if new.log().contains(&format!("\"predecessor\":{pid}")) {
+        if has_given_its_place(&cluster.node("orders-1").process, pid).await {
             return cluster.replace("orders-1", new).unwrap();
         }
         let still = || async { status_of(cluster).await };
         wait_for("the old one is in charge", LIMIT, still).await.unwrap();
     }
     unreachable!()
+}
+
+/// Whether that process got the node's place before it died: only the one that gives it knows, for the other one may have died
+/// with its last word still under way.
+async fn has_given_its_place(process: &starling_chaos::Process, asking: u32) -> bool {
+    let said = |what: &str| {
+        process.log().lines().filter(|line| line.contains(what)).any(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            line["pid"] == asking
+        })
+    };
+    if !said("asks for this one's place") {
+        return false;
+    }
+    wait_for("what came of it is known", LIMIT, || async {
+        (said("another process has taken over") || said("could not take over"))
+            .then_some(())
+            .ok_or("not yet".to_string())
+    })
+    .await
+    .unwrap();
+    said("another process has taken over")
 }
 
 async fn status_of(cluster: &starling_chaos::Cluster) -> Result<(), String> {

@@ -10,7 +10,7 @@ use base64::{DecodeError, Engine, engine::general_purpose::STANDARD};
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, header};
 use http_body::Frame;
-use starling_http::{Body, BodyError};
+use starling_http::{Body, BodyError, Recoded};
 
 const GRPC: &str = "application/grpc";
 const WEB: &str = "application/grpc-web";
@@ -50,7 +50,7 @@ impl Page {
             return body;
         }
         fields.remove(header::CONTENT_LENGTH);
-        Body::of(FromText { body, rest: BytesMut::new() })
+        Body::recoded(FromText { body, rest: BytesMut::new() })
     }
 
     /// Turns the answer of gRPC into one for the page. One that is not of gRPC stays as it is.
@@ -69,7 +69,7 @@ impl Page {
         }
         fields.remove(header::CONTENT_LENGTH);
         let status = Some(status).filter(|status| !status.is_empty());
-        Body::of(ForPage { body, text: self.reads_text, status, ended: false })
+        Body::recoded(ForPage { body, text: self.reads_text, status, ended: false })
     }
 }
 
@@ -123,6 +123,12 @@ impl http_body::Body for FromText {
     }
 }
 
+impl Recoded for FromText {
+    fn source(&self) -> &Body {
+        &self.body
+    }
+}
+
 /// Bytes of base64 in whole fours.
 fn decoded(mut text: &[u8]) -> Result<Vec<u8>, DecodeError> {
     let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
@@ -163,6 +169,12 @@ impl http_body::Body for ForPage {
     }
 }
 
+impl Recoded for ForPage {
+    fn source(&self) -> &Body {
+        &self.body
+    }
+}
+
 impl ForPage {
     /// Text is padded at once: what is here must not wait for more.
     fn coded(&self, data: Bytes) -> Bytes {
@@ -186,7 +198,7 @@ fn last_frame(trailers: &HeaderMap) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use http_body_util::{BodyExt, StreamBody};
+    use http_body_util::BodyExt;
 
     use super::*;
 
@@ -209,6 +221,26 @@ mod tests {
         }
     }
 
+    /// Pieces, each in a frame of its own, and what they are made of.
+    struct Pieces(&'static [&'static str], Body);
+
+    impl http_body::Body for Pieces {
+        type Data = Bytes;
+        type Error = BodyError;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+            let Some((first, others)) = self.0.split_first() else { return Poll::Ready(None) };
+            self.0 = others;
+            Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(first.as_bytes())))))
+        }
+    }
+
+    impl Recoded for Pieces {
+        fn source(&self) -> &Body {
+            &self.1
+        }
+    }
+
     #[tokio::test]
     async fn text_is_read_however_it_was_cut_and_padded() {
         for (pieces, expected) in [
@@ -220,10 +252,8 @@ mod tests {
             (&["AA=A"], Err("not base64")),
             (&["AA\n="], Err("not base64")),
         ] {
-            let frames = pieces.iter().map(|piece| Ok(Frame::data(Bytes::from_static(piece.as_bytes()))));
-            let frames: Vec<Result<_, BodyError>> = frames.collect();
             let page = Page { sends_text: true, reads_text: true };
-            let body = Body::of(StreamBody::new(futures_util::stream::iter(frames)));
+            let body = Body::recoded(Pieces(pieces, Body::empty()));
             let read = page.enter(&mut fields(WEB_TEXT, None), body).collect().await;
             match (read, expected) {
                 (Ok(read), Ok(expected)) => assert_eq!(read.to_bytes(), expected, "{pieces:?}"),

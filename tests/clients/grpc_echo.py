@@ -11,7 +11,8 @@ Messages are plain bytes, without protobuf. Methods of /echo.Echo: Unary returns
 and the trailer `x-trailer: served`; ServerStream takes a decimal count n and streams `msg-0`
 to `msg-<n-1>`; ClientStream returns how many messages and bytes came; Bidi echoes each
 message as it comes; Fail ends with RESOURCE_EXHAUSTED and the details "no more"; Left returns
-how many seconds its caller still waits, as the server is told; Hang never ends by itself.
+how many seconds its caller still waits, as the server is told; Hang never ends by itself, nor
+does Stall, which streams `begun` before.
 """
 
 import argparse
@@ -70,12 +71,21 @@ def left(request: bytes, context: grpc.ServicerContext) -> bytes:
     return str(context.time_remaining()).encode()
 
 
-def hang(request: bytes, context: grpc.ServicerContext) -> bytes:
+def wait_for_end(context: grpc.ServicerContext) -> None:
     ended = threading.Event()
     context.add_callback(ended.set)
     ended.wait(60)
+
+
+def hang(request: bytes, context: grpc.ServicerContext) -> bytes:
+    wait_for_end(context)
     print("ended Hang", file=sys.stderr, flush=True)
     return b""
+
+
+def stall(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    yield b"begun"
+    wait_for_end(context)
 
 
 def bidi(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -93,6 +103,7 @@ HANDLERS = {
     "ClientStream": grpc.stream_unary_rpc_method_handler(client_stream),
     "Left": grpc.unary_unary_rpc_method_handler(left),
     "Hang": grpc.unary_unary_rpc_method_handler(hang),
+    "Stall": grpc.unary_stream_rpc_method_handler(stall),
     "Bidi": grpc.stream_stream_rpc_method_handler(bidi),
     "Fail": grpc.unary_unary_rpc_method_handler(fail),
 }

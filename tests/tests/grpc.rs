@@ -8,6 +8,9 @@ use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_tests::{binary, client_script, grpc_web_package, is_known, listening, program, python, run};
 
+/// For whatever is waited for.
+const LIMIT: Duration = Duration::from_secs(60);
+
 #[tokio::test]
 async fn grpc_works_in_all_kinds_with_deadlines_and_cancellation() {
     let Some(python) = python() else { return };
@@ -29,7 +32,7 @@ async fn grpc_works_in_all_kinds_with_deadlines_and_cancellation() {
         assert_eq!(results[call]["ok"], true, "{results}");
     }
     // What was given up, by its deadline and by its caller, has ended at the service, too.
-    wait_for("the service is told", Duration::from_secs(30), || async {
+    wait_for("the service is told", LIMIT, || async {
         match server.log().matches("ended Hang").count() {
             2 => Ok(()),
             ended => Err(format!("{ended} of 2")),
@@ -70,7 +73,7 @@ struct Pages {
     cluster: Cluster,
     addr: SocketAddr,
     cert: PathBuf,
-    _service: Process,
+    service: Process,
 }
 
 async fn pages() -> Option<Pages> {
@@ -112,7 +115,7 @@ grpc_web = true
     );
     cluster.add_edge("edge", &sections).await.unwrap();
     is_known(&cluster, "edge", "grpc", 1).await;
-    Some(Pages { cluster, addr, cert, _service: process })
+    Some(Pages { cluster, addr, cert, service: process })
 }
 
 /// A message of gRPC: not compressed, its length, itself.
@@ -195,6 +198,46 @@ async fn pages_call_by_grpc_web_over_every_protocol() {
         let answer = pages.ask(door, "/plain/echo.Echo/Unary", "application/grpc-web", message(b"x")).await;
         assert!(!answer.text().contains("grpc-status:0"), "{door:?}: {}", answer.text());
     }
+}
+
+/// The page is told in the last frame, and the log says so, too: the body has come to its end as HTTP sees it.
+#[tokio::test]
+async fn a_stream_of_a_page_that_broke_off_is_cut() {
+    let (Some(mut pages), Some(curl)) = (pages().await, program("curl")) else { return };
+    let dir = pages.cluster.dir().to_path_buf();
+    let request = dir.join("request");
+    std::fs::write(&request, STANDARD.encode(message(b"x"))).unwrap();
+    let mut clients: Vec<_> = ["--http1.1", "--http2"]
+        .into_iter()
+        .map(|protocol| {
+            let (port, ip) = (pages.addr.port(), pages.addr.ip());
+            let (url, to) = (format!("https://{HOST}:{port}/echo.Echo/Stall"), format!("{HOST}:{port}:{ip}"));
+            let (cert, sent) = (pages.cert.display().to_string(), format!("@{}", request.display()));
+            let kind = "content-type: application/grpc-web-text";
+            let args =
+                ["-sSN", protocol, "--resolve", &to, "--cacert", &cert, "-H", kind, "--data-binary", &sent, &url];
+            Process::start(&curl, args, &dir.join(format!("curl{protocol}.log"))).unwrap()
+        })
+        .collect();
+    let begun = STANDARD.encode(message(b"begun"));
+    for client in &clients {
+        wait_for("the stream has begun", LIMIT, || async {
+            client.output().contains(&begun).then_some(()).ok_or_else(|| client.output() + &client.log())
+        })
+        .await
+        .unwrap();
+    }
+    pages.service.kill().await.unwrap();
+    for client in &mut clients {
+        assert!(client.wait(LIMIT).await.unwrap().success(), "{}", client.log());
+        let last = STANDARD.decode(&client.output()[begun.len()..]).unwrap();
+        let (told, trailers) = messages(&last);
+        assert!(told.is_empty() && trailers.unwrap().contains("grpc-status:14\r\n"), "{last:?}");
+    }
+    let cut = || pages.cluster.node("edge").process.output().matches("\"status\":200,\"cut\":true").count();
+    wait_for("both are logged", LIMIT, || async { (cut() == 2).then_some(()).ok_or_else(|| cut().to_string()) })
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

@@ -48,6 +48,12 @@ pub enum BodyError {
     },
 }
 
+/// A body that is made of another on its way, as one that is coded anew.
+pub trait Recoded: http_body::Body<Data = Bytes, Error = BodyError> + Send {
+    /// What it is made of.
+    fn source(&self) -> &Body;
+}
+
 /// A body, streamed: data, then perhaps trailers. Reads no faster than it is asked.
 pub struct Body {
     kind: Kind,
@@ -91,7 +97,7 @@ pub(crate) enum Kind {
     Leaving(Box<Leaving<Body>>),
     Replay(Replay),
     Shelved(Arc<Standing>),
-    Other(Pin<Box<dyn http_body::Body<Data = Bytes, Error = BodyError> + Send>>),
+    Recoded(Pin<Box<dyn Recoded>>),
     /// It was ended before it was read.
     Ended(&'static str),
 }
@@ -125,7 +131,7 @@ impl Kind {
             Self::Leaving(leaving) => Pin::new(leaving).poll_frame(cx),
             Self::Replay(replay) => replay.poll_frame(cx),
             Self::Shelved(standing) => standing.with(|kind| kind.poll_frame(cx), Poll::is_pending),
-            Self::Other(body) => body.as_mut().poll_frame(cx),
+            Self::Recoded(body) => body.as_mut().poll_frame(cx),
             Self::Ended(why) => Poll::Ready(Some(Err(BodyError::Broken((*why).into())))),
         }
     }
@@ -141,7 +147,7 @@ impl Kind {
             Self::Upload(upload) => upload.is_end_stream(),
             Self::Replay(replay) => replay.is_end_stream(),
             Self::Shelved(standing) => standing.peek(Self::is_end_stream),
-            Self::Other(body) => body.is_end_stream(),
+            Self::Recoded(body) => body.is_end_stream(),
             Self::Tunnel(_) | Self::Awaited(_) | Self::Capsules(_) | Self::Leaving(_) | Self::Ended(_) => false,
         }
     }
@@ -164,7 +170,7 @@ impl Kind {
             Self::Http1(receiver) => receiver.size_hint(),
             Self::Replay(replay) => replay.size_hint(),
             Self::Shelved(standing) => standing.peek(Self::size_hint),
-            Self::Other(body) => body.size_hint(),
+            Self::Recoded(body) => body.size_hint(),
             _ => SizeHint::default(),
         }
     }
@@ -206,9 +212,9 @@ impl Body {
         Self::from(Kind::Full(bytes.into()))
     }
 
-    /// A body made of another, such as one that is coded anew on its way.
-    pub fn of(body: impl http_body::Body<Data = Bytes, Error = BodyError> + Send + 'static) -> Self {
-        Self::from(Kind::Other(Box::pin(body)))
+    /// A body made of another.
+    pub fn recoded(body: impl Recoded + 'static) -> Self {
+        Self::from(Kind::Recoded(Box::pin(body)))
     }
 
     /// The body of an answer that a server gives over HTTP/2.
@@ -234,9 +240,12 @@ impl Body {
         self
     }
 
-    /// Whether its trailers say that it broke off.
+    /// Whether its trailers say that it broke off, or those of the one of which it is made.
     pub(crate) fn broke_off(&self) -> bool {
-        self.broke_off
+        match &self.kind {
+            Kind::Recoded(body) => body.source().broke_off(),
+            _ => self.broke_off,
+        }
     }
 
     /// Counts its bytes as they are read.

@@ -97,7 +97,7 @@ impl<G: Guard> http_body::Body for Guarded<G> {
                 }
             }
             Some(Err(_)) => self.guard = None,
-            Some(Ok(_)) if self.body.broke_off() => self.guard = None,
+            Some(Ok(_)) | None if self.body.broke_off() => self.guard = None,
             // Nothing comes behind trailers, and not everybody asks.
             Some(Ok(_)) | None => {
                 if let Some(mut guard) = self.guard.take() {

@@ -24,7 +24,7 @@ pub mod shared_port;
 pub mod tcp;
 pub mod tunnel;
 
-pub use body::{Body, BodyError};
+pub use body::{Body, BodyError, Recoded};
 pub use deadline::{Due, Late};
 pub use drain::Drain;
 pub use guarded::{Guard, Guarded};

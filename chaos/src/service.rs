@@ -57,7 +57,7 @@ const CHUNK_BYTES: usize = 16 << 10;
 const DRIP_PAUSE: Duration = Duration::from_millis(250);
 const SLOW: Duration = Duration::from_millis(200);
 /// One in so many calls fails when stumbling.
-const STUMBLE_ONE_IN: u64 = 100;
+const STUMBLE_ONE_IN: u64 = 25;
 
 /// What the service does with calls, as it is told by a word a line on stdin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

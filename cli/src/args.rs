@@ -51,6 +51,8 @@ pub(crate) enum Command {
     Leave(ClientArgs),
     /// Names of nodes, and the keys that they belong to, as an issuer has them
     Names(NamesArgs),
+    /// Certificates of an edge
+    Certificates(CertificatesArgs),
     /// API keys of an edge
     Keys {
         #[command(subcommand)]
@@ -398,6 +400,29 @@ pub(crate) struct NamesArgs {
 pub(crate) enum NamesCommand {
     /// Free the name of a node that is gone for good, so that another key can have it
     Free(FreeNameArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct CertificatesArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<CertificatesCommand>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CertificatesCommand {
+    /// Have the authority issue one now, whatever the last tries came to
+    Renew(RenewArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RenewArgs {
+    /// A host of the certificate
+    pub(crate) host: String,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }
 
 #[derive(Debug, Args)]

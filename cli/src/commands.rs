@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub(crate) mod certificates;
 pub(crate) mod chaos;
 pub(crate) mod check;
 pub(crate) mod demo;

@@ -53,6 +53,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Upgrade(args) => commands::upgrade::run(&args).await,
         Command::Drain(args) => commands::drain::run(&args, "/v1/drain").await,
         Command::Leave(args) => commands::drain::run(&args, "/v1/leave").await,
+        Command::Certificates(args) => commands::certificates::run(&args).await,
         Command::Keys { command } => commands::keys::run(&command).await,
         Command::Check(args) => commands::check::run(&args),
         Command::Chaos { command } => commands::chaos::run(command).await,

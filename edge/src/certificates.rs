@@ -1,39 +1,127 @@
 //! Public certificates: chosen by server name, replaced while connections live.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
+use instant_acme::CertificateIdentifier;
+use rcgen::{CertificateParams, DnType, KeyPair};
 use rustls::{
     crypto::CryptoProvider,
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+use rustls_pki_types::PrivatePkcs8KeyDer;
 use starling_node::unix_now;
 
-use crate::{config::Certificate, key_pair};
+use crate::{
+    acme::{Challenges, Id, Pair, Store},
+    config::{Certificate, Files, Source},
+    key_pair,
+};
 
 /// The certificates in use. A reload changes new handshakes only.
 pub(crate) struct Certificates {
     provider: Arc<CryptoProvider>,
+    /// Those that authorities issued.
+    store: Store,
+    challenges: Challenges,
     current: ArcSwap<Vec<Loaded>>,
+    /// One at a time replaces what is in use.
+    replacing: Mutex<()>,
 }
 
+#[derive(Clone)]
 struct Loaded {
     hosts: Vec<String>,
     key: Arc<CertifiedKey>,
+    /// If an authority issues it.
+    id: Option<Id>,
+    /// What it issued; until then the edge stands in with a certificate of its own.
+    issued: Option<Pair>,
+}
+
+impl Loaded {
+    fn stands_in(&self) -> bool {
+        self.id.is_some() && self.issued.is_none()
+    }
+}
+
+/// A certificate that an authority issued.
+pub(crate) struct IssuedCertificate {
+    /// Seconds since 1970.
+    pub(crate) from: u64,
+    /// Seconds since 1970.
+    pub(crate) until: u64,
+    pub(crate) identifier: CertificateIdentifier<'static>,
+}
+
+/// A certificate as it is shown to an operator.
+pub(crate) struct Shown {
+    pub(crate) hosts: Vec<String>,
+    pub(crate) id: Option<Id>,
+    pub(crate) stands_in: bool,
+    /// Seconds since 1970; `None` of one that stands in.
+    pub(crate) until: Option<u64>,
 }
 
 impl Certificates {
     /// Loads all files, or says which one is wrong.
-    pub(crate) fn load(config: &[Certificate], provider: Arc<CryptoProvider>) -> Result<Self, String> {
-        let current = ArcSwap::from_pointee(load(config, &provider)?);
-        Ok(Self { provider, current })
+    pub(crate) fn load(
+        config: &[Certificate],
+        store: Store,
+        challenges: Challenges,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Self, String> {
+        let current = ArcSwap::from_pointee(load(config, &[], &store, &provider)?);
+        Ok(Self { provider, store, challenges, current, replacing: Mutex::default() })
     }
 
-    /// Loads again; on an error the old ones stay.
+    /// Loads again; on an error the old ones stay. One that was issued stays, too.
     pub(crate) fn reload(&self, config: &[Certificate]) -> Result<(), String> {
-        self.current.store(Arc::new(load(config, &self.provider)?));
+        let _one = self.replacing();
+        let loaded = load(config, &self.current.load(), &self.store, &self.provider)?;
+        self.current.store(Arc::new(loaded));
         Ok(())
+    }
+
+    /// Shows what an authority has issued from now on.
+    pub(crate) fn put(&self, id: &Id, pair: Pair) {
+        let _one = self.replacing();
+        let mut current = Vec::clone(&self.current.load());
+        for loaded in current.iter_mut().filter(|loaded| loaded.id.as_ref() == Some(id)) {
+            (loaded.key, loaded.issued) = (pair.key.clone(), Some(pair.clone()));
+        }
+        self.current.store(Arc::new(current));
+    }
+
+    /// What an authority issued, if it has.
+    pub(crate) fn issued(&self, id: &Id) -> Option<IssuedCertificate> {
+        let current = self.current.load();
+        let issued = current.iter().find(|loaded| loaded.id.as_ref() == Some(id))?.issued.as_ref()?;
+        let leaf = issued.key.cert.first()?;
+        let (from, until) = key_pair::validity(leaf)?;
+        Some(IssuedCertificate { from, until, identifier: CertificateIdentifier::try_from(leaf).ok()?.into_owned() })
+    }
+
+    /// Key and chain of what an authority issued, in PEM, if it ends later than that, in seconds since 1970.
+    pub(crate) fn pem_newer_than(&self, id: &Id, until: u64) -> Option<Bytes> {
+        let current = self.current.load();
+        let issued = current.iter().find(|loaded| loaded.id.as_ref() == Some(id))?.issued.as_ref()?;
+        let (_, ends) = key_pair::validity(issued.key.cert.first()?)?;
+        (ends > until).then(|| issued.pem.clone())
+    }
+
+    /// All of them, in the order of the file.
+    pub(crate) fn shown(&self) -> Vec<Shown> {
+        let leaf = |loaded: &'_ Loaded| loaded.key.cert.first().filter(|_| !loaded.stands_in()).cloned();
+        let shown = |loaded: &Loaded| Shown {
+            hosts: loaded.hosts.clone(),
+            id: loaded.id.clone(),
+            stands_in: loaded.stands_in(),
+            until: leaf(loaded).and_then(|leaf| key_pair::validity(&leaf)).map(|(_, until)| until),
+        };
+        self.current.load().iter().map(shown).collect()
     }
 
     /// Whether a connection whose client asked for `sni` may carry requests for `host` (RFC 9110 §7.4): the same name, or
@@ -45,6 +133,10 @@ impl Certificates {
         let current = self.current.load();
         find(&current, sni).is_some_and(|loaded| loaded.hosts.iter().any(|pattern| matches(pattern, host)))
     }
+
+    fn replacing(&self) -> MutexGuard<'_, ()> {
+        self.replacing.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
 impl std::fmt::Debug for Certificates {
@@ -55,6 +147,9 @@ impl std::fmt::Debug for Certificates {
 
 impl ResolvesServerCert for Certificates {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        if let Some(challenge) = self.challenges.certificate(&hello) {
+            return challenge;
+        }
         let current = self.current.load();
         let named = hello.server_name().and_then(|name| find(&current, name));
         // Without a name, or with one that nobody configured, the first: the client then judges the mismatch.
@@ -75,17 +170,60 @@ pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     }
 }
 
-fn load(config: &[Certificate], provider: &CryptoProvider) -> Result<Vec<Loaded>, String> {
+fn load(
+    config: &[Certificate],
+    former: &[Loaded],
+    store: &Store,
+    provider: &CryptoProvider,
+) -> Result<Vec<Loaded>, String> {
     let load = |certificate: &Certificate| {
-        let pair = key_pair::read(certificate, provider).map_err(|problems| {
-            let problems: Vec<String> =
-                problems.into_iter().map(|(_, why)| format!("certificate file {why}")).collect();
-            problems.join("; ")
-        })?;
-        for why in key_pair::doubts(&pair.cert, &certificate.hosts, unix_now()) {
-            tracing::warn!(cert = %certificate.cert.display(), why, "clients will not like a certificate");
+        let hosts = certificate.hosts.clone();
+        match &certificate.source {
+            Source::Files(files) => {
+                let key = Arc::new(load_files(files, &hosts, provider)?);
+                Ok(Loaded { hosts, key, id: None, issued: None })
+            }
+            Source::Acme(acme) => {
+                let id = Id::of(&hosts, acme);
+                if let Some(former) = former.iter().find(|former| former.id.as_ref() == Some(&id)) {
+                    return Ok(Loaded { hosts, ..former.clone() });
+                }
+                let issued = store.pair(&id, provider);
+                let key = match &issued {
+                    Some(pair) => pair.key.clone(),
+                    None => {
+                        let why = "no certificate was issued yet: the edge shows one of its own, which clients refuse";
+                        tracing::warn!(hosts = hosts.join(", "), "{why}");
+                        Arc::new(stand_in(&hosts, provider)?)
+                    }
+                };
+                Ok(Loaded { hosts, key, id: Some(id), issued })
+            }
         }
-        Ok(Loaded { hosts: certificate.hosts.clone(), key: Arc::new(pair) })
     };
     config.iter().map(load).collect()
+}
+
+fn load_files(files: &Files, hosts: &[String], provider: &CryptoProvider) -> Result<CertifiedKey, String> {
+    let pair = key_pair::read(files, provider).map_err(|problems| {
+        let problems: Vec<String> = problems.into_iter().map(|(_, why)| format!("certificate file {why}")).collect();
+        problems.join("; ")
+    })?;
+    for why in key_pair::doubts(&pair.cert, hosts, unix_now()) {
+        tracing::warn!(cert = %files.cert.display(), why, "clients will not like a certificate");
+    }
+    Ok(pair)
+}
+
+/// A certificate that nobody vouches for: handshakes succeed with it for whoever looks away.
+fn stand_in(hosts: &[String], provider: &CryptoProvider) -> Result<CertifiedKey, String> {
+    let made = || -> Result<CertifiedKey, Box<dyn std::error::Error>> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(hosts)?;
+        params.distinguished_name.push(DnType::CommonName, "Starling, until a certificate is issued");
+        let certificate = params.self_signed(&key)?.der().clone();
+        let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+        Ok(CertifiedKey::from_der(vec![certificate], key, provider)?)
+    };
+    made().map_err(|e| format!("a certificate for {} cannot be made: {e}", hosts.join(", ")))
 }

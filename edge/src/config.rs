@@ -1,5 +1,6 @@
 //! The edge's part of its file, parsed into values that cannot be wrong by themselves; `check` has what is wrong across them.
 
+mod certificate;
 mod check;
 
 use std::{
@@ -20,6 +21,7 @@ use starling_node::{
 };
 use starling_protocol::Name;
 
+pub(crate) use self::certificate::{Acme, Certificate, ChallengeKind, Files, Source};
 use self::check::check;
 use crate::cors::Cors;
 
@@ -99,45 +101,6 @@ pub struct Edge {
 
 fn yes() -> bool {
     true
-}
-
-/// `[[certificate]]`: a chain, its key and the server names it is shown for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Certificate {
-    /// Host names in lower case, exact or `*.example.com`; at least one.
-    pub hosts: Vec<String>,
-    /// PEM file of the chain, leaf first.
-    pub cert: PathBuf,
-    /// PEM file of the private key.
-    pub key: PathBuf,
-}
-
-impl<'de> Deserialize<'de> for Certificate {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Raw {
-            hosts: Vec<Host>,
-            cert: Option<PathBuf>,
-            key: Option<PathBuf>,
-            acme: Option<de::IgnoredAny>,
-        }
-        let raw = Raw::deserialize(d)?;
-        if raw.acme.is_some() {
-            return Err(de::Error::custom("acme is not in this version yet; give cert and key files"));
-        }
-        if raw.hosts.is_empty() {
-            return Err(de::Error::custom("hosts is empty: name at least one host, such as \"api.example.com\""));
-        }
-        if raw.hosts.contains(&Host::Any) {
-            return Err(de::Error::custom("\"*\" is not a host of a certificate: use names such as \"*.example.com\""));
-        }
-        Ok(Self {
-            hosts: raw.hosts.iter().map(Host::to_string).collect(),
-            cert: raw.cert.ok_or_else(|| de::Error::missing_field("cert"))?,
-            key: raw.key.ok_or_else(|| de::Error::missing_field("key"))?,
-        })
-    }
 }
 
 /// `[[route]]`: which requests go to which service, and who may send them.
@@ -742,7 +705,20 @@ mod tests {
             (jwt("jwks = \"a.json\"\nalgorithms = [\"none\"]"), "is no signature"),
             (jwt("jwks = \"a.json\"\nalgorithms = [\"RS256\", \"HS256\"]"), "needs the issuer's secret"),
             (jwt("jwks = \"a.json\""), "missing field `algorithms`"),
-            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nacme = {{}}"), "give cert and key files"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]"), "give cert and key files, or acme"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nkey = \"a\"\nacme = {{}}"), "acme and files at once"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"*.a.b\"]\nacme = {{}}"), "which *.a.b is not"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"10.0.0.1\"]\nacme = {{}}"), "which 10.0.0.1 is not"),
+            (
+                format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nacme = {{ directory = \"http://a\" }}"),
+                "is no directory",
+            ),
+            (
+                format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nacme = {{ directory = \"zero\" }}"),
+                "letsencrypt-staging",
+            ),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nacme = {{ email = \"me\" }}"), "is no address for mail"),
+            (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\nacme = {{ challenge = \"dns-01\" }}"), "tls-alpn-01"),
             (format!("{EDGE}[[certificate]]\nhosts = [\"a\"]\ncert = \"a\""), "missing field `key`"),
             (format!("{EDGE}[[certificate]]\nhosts = []\ncert = \"a\"\nkey = \"b\""), "hosts is empty"),
         ] {

@@ -6,12 +6,16 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 use starling_http::{accept::Sources, shared_port::UdpGroup};
-use starling_node::{ExtraRoutes, Node, Place, StartError, StateDir, config::Config};
-use starling_protocol::{NodeKind, admin};
+use starling_node::{ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, rfc3339, unix_now};
+use starling_protocol::{
+    NodeKind,
+    admin::{self, CertificateState},
+};
 
 use crate::{
     access_log::AccessLog,
-    certificates::Certificates,
+    acme::{Acme, Challenges, Store},
+    certificates::{Certificates, Shown},
     config::{AuthMethod, EdgeSections, Rate, Route, read_config},
     gateway::{Gateway, Policy, Standing},
     key_file::{KeyError, KeyFile},
@@ -58,8 +62,11 @@ impl Edge {
         let keys_path = config.node.state.clone().ok_or(StartError::NoState)?.join(KeyFile::NAME);
         let seen = Seen::now(&path, &keys_path);
         // Everything that can be wrong with files or ports is found out before a join token is spent.
+        let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?).map_err(StartError::from)?;
+        let (store, challenges) = (Store::new(state.clone()), Challenges::default());
         let certificates =
-            Arc::new(Certificates::load(&sections.certificate, provider.clone()).map_err(EdgeError::Config)?);
+            Certificates::load(&sections.certificate, store.clone(), challenges.clone(), provider.clone());
+        let certificates = Arc::new(certificates.map_err(EdgeError::Config)?);
         let policy = Policy::new(&sections, None).map_err(EdgeError::Config)?;
         let listen = sections.edge.listen;
         let workers = config.node.workers;
@@ -80,8 +87,12 @@ impl Edge {
         let quic = listener::quic_config(provider, certificates.clone()).map_err(EdgeError::Config)?;
 
         let node = Node::start(config, NodeKind::Edge, place).await?;
-        let state = StateDir::open(config.node.state.clone().ok_or(StartError::NoState)?).map_err(StartError::from)?;
         let keys = Arc::new(KeyFile::open(state.clone())?);
+        let issuing = sections.certificate.clone();
+        let acme =
+            Acme::new(store, challenges.clone(), node.fleet(), certificates.clone(), redirect.is_some(), issuing);
+        let acme = Arc::new(acme);
+        node.while_in_charge(acme.clone().run());
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
         let shared = Arc::new(Standing {
             policy: ArcSwap::from_pointee(policy),
@@ -98,9 +109,9 @@ impl Edge {
                 FAILURES_AT_ONCE,
             ),
         });
-        node.set_admin_routes(Arc::new(Routes(shared.clone())));
+        node.set_admin_routes(Arc::new(Routes { standing: shared.clone(), acme: acme.clone() }));
 
-        let reload = Reload { path, shared: shared.clone() };
+        let reload = Reload { path, shared: shared.clone(), acme };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
         watch::spawn(node.reloader(), path, keys_path, seen);
@@ -131,7 +142,7 @@ impl Edge {
         if let (Some(redirect), Some(worker)) = (redirect, node.workers().first()) {
             worker.runtime().spawn(async move {
                 match tokio::net::TcpListener::from_std(redirect) {
-                    Ok(redirect) => listener::serve_redirect(redirect, alt_svc_port, drain).await,
+                    Ok(redirect) => listener::serve_redirect(redirect, challenges, alt_svc_port, drain).await,
                     Err(error) => tracing::error!(%error, "the redirect port"),
                 }
             });
@@ -155,6 +166,7 @@ impl Drop for Edge {
 struct Reload {
     path: PathBuf,
     shared: Arc<Standing>,
+    acme: Arc<Acme>,
 }
 
 impl Reload {
@@ -172,14 +184,39 @@ impl Reload {
         let policy = Policy::new(&sections, Some(&self.shared.policy.load()))?;
         self.shared.certificates.reload(&sections.certificate)?;
         self.shared.policy.store(Arc::new(policy));
+        self.acme.want(&sections.certificate);
         Ok(())
     }
 }
 
 /// An edge's part of the admin API.
-struct Routes(Arc<Standing>);
+struct Routes {
+    standing: Arc<Standing>,
+    acme: Arc<Acme>,
+}
 
 impl ExtraRoutes for Routes {
+    fn readings(&self) -> Vec<Levels> {
+        let (now, certificates) = (unix_now(), self.standing.certificates.shown());
+        let of = |shown: &Shown| vec![("hosts", shown.hosts.join(","))];
+        let left = |shown: &Shown| Some((of(shown), shown.until? as i64 - now as i64));
+        let failures = |shown: &Shown| Some((of(shown), self.acme.shown(shown.id.as_ref()?)?.failures.into()));
+        vec![
+            Levels {
+                name: "starling.public_cert_expiry",
+                help: "Seconds until a certificate ends that clients are shown",
+                unit: Unit::Seconds,
+                points: certificates.iter().filter_map(left).collect(),
+            },
+            Levels {
+                name: "starling.public_cert_failures",
+                help: "Tries to have a certificate issued that failed, one after the other",
+                unit: Unit::Things,
+                points: certificates.iter().filter_map(failures).collect(),
+            },
+        ]
+    }
+
     fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)> {
         let json = |status, value: serde_json::Result<serde_json::Value>| (status, value.unwrap_or_default());
         let refuse = |status, error: String| json(status, serde_json::to_value(admin::Error { error }));
@@ -187,12 +224,23 @@ impl ExtraRoutes for Routes {
             KeyError::Invalid(why) => refuse(StatusCode::UNPROCESSABLE_ENTITY, why),
             KeyError::State(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         };
-        let keys = &self.0.keys;
+        let keys = &self.standing.keys;
         Some(match (method.as_str(), path) {
             ("GET", "/v1/routes") => {
-                let routes: Vec<admin::Route> = self.0.policy.load().shown().map(shown).collect();
+                let routes: Vec<admin::Route> = self.standing.policy.load().shown().map(shown).collect();
                 json(StatusCode::OK, serde_json::to_value(routes))
             }
+            ("GET", "/v1/certificates") => json(StatusCode::OK, serde_json::to_value(self.certificates())),
+            ("POST", "/v1/certificates/renew") => match serde_json::from_slice(body) {
+                Ok(admin::RenewCertificate { host }) if self.acme.hurry(&host.to_ascii_lowercase()) => {
+                    json(StatusCode::ACCEPTED, Ok(serde_json::json!({"renewing": true})))
+                }
+                Ok(_) => {
+                    let why = "no certificate that this edge has issued is for that host; see `starling certificates`";
+                    refuse(StatusCode::NOT_FOUND, why.into())
+                }
+                Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
+            },
             ("GET", "/v1/keys") => json(StatusCode::OK, serde_json::to_value(keys.list())),
             ("POST", "/v1/keys") => match serde_json::from_slice(body) {
                 Ok(new) => match keys.create(new) {
@@ -208,6 +256,24 @@ impl ExtraRoutes for Routes {
             },
             _ => return None,
         })
+    }
+}
+
+impl Routes {
+    fn certificates(&self) -> Vec<admin::Certificate> {
+        let now = unix_now();
+        let shown = self.standing.certificates.shown().into_iter();
+        let certificate = |shown: Shown| admin::Certificate {
+            state: match shown.until {
+                _ if shown.stands_in => CertificateState::StandIn,
+                Some(until) if until <= now => CertificateState::Ended,
+                _ => CertificateState::Valid,
+            },
+            until: shown.until.map(rfc3339),
+            issuance: shown.id.and_then(|id| self.acme.shown(&id)),
+            hosts: shown.hosts,
+        };
+        shown.map(certificate).collect()
     }
 }
 

@@ -3,9 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
-use starling_node::{StateDir, StateError, unix_now};
+use starling_node::{StateDir, StateError, rfc3339, unix_now};
 use starling_protocol::admin::{Key, NewKey};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::api_key::{Consumer, KeyStore, ParseError, StoredKey};
 
@@ -90,12 +89,11 @@ fn read(state: &StateDir) -> Result<KeyStore, KeyError> {
 }
 
 fn shown(stored: &StoredKey) -> Key {
-    let created = i64::try_from(stored.created).ok().and_then(|t| OffsetDateTime::from_unix_timestamp(t).ok());
     Key {
         id: stored.id.to_string(),
         consumer: stored.consumer.to_string(),
         plan: stored.plan.clone(),
-        created: created.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_default(),
+        created: rfc3339(stored.created),
         key: None,
     }
 }

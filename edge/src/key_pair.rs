@@ -9,7 +9,7 @@ use rustls_pki_types::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::{certificates::matches, config::Certificate};
+use crate::{certificates::matches, config::Files};
 
 /// Which of the two files a problem is about: its key in the configuration.
 pub(crate) type Part = &'static str;
@@ -20,7 +20,7 @@ const KEY: Part = "key";
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// Reads both files, or says of each what is wrong with it and what to do.
-pub(crate) fn read(files: &Certificate, provider: &CryptoProvider) -> Result<CertifiedKey, Vec<(Part, String)>> {
+pub(crate) fn read(files: &Files, provider: &CryptoProvider) -> Result<CertifiedKey, Vec<(Part, String)>> {
     let chain = read_chain(&files.cert).map_err(|why| (CERT, format!("{}: {why}", files.cert.display())));
     let key = read_key(&files.key).map_err(|why| (KEY, format!("{}: {why}", files.key.display())));
     match (chain, key) {
@@ -30,6 +30,24 @@ pub(crate) fn read(files: &Certificate, provider: &CryptoProvider) -> Result<Cer
         }),
         (chain, key) => Err([chain.err(), key.err()].into_iter().flatten().collect()),
     }
+}
+
+/// A chain and its key, from one text.
+pub(crate) fn of_pem(pem: &[u8], provider: &CryptoProvider) -> Result<CertifiedKey, String> {
+    let key = PrivateKeyDer::from_pem_slice(pem).map_err(|e| format!("its key: {e}"))?;
+    let chain =
+        CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|e| format!("its chain: {e}"))?;
+    if chain.is_empty() {
+        return Err("it has no certificate".into());
+    }
+    CertifiedKey::from_der(chain, key, provider).map_err(|e| format!("its key does not go with it: {e}"))
+}
+
+/// From when until when a certificate is valid, in seconds since 1970; `None` if it is no X.509.
+pub(crate) fn validity(certificate: &CertificateDer<'_>) -> Option<(u64, u64)> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    let validity = certificate.validity();
+    Some((u64::try_from(validity.not_before.timestamp()).ok()?, u64::try_from(validity.not_after.timestamp()).ok()?))
 }
 
 fn read_chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -175,11 +193,7 @@ mod tests {
     fn files_that_cannot_be_used_say_why() {
         let dir = tempfile::tempdir().unwrap();
         let (pem, key) = certificate(&["a.example"], |_| {});
-        let files = Certificate {
-            hosts: vec!["a.example".into()],
-            cert: dir.path().join("a.pem"),
-            key: dir.path().join("a.key"),
-        };
+        let files = Files { cert: dir.path().join("a.pem"), key: dir.path().join("a.key") };
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let said = |cert: &[u8], key: &[u8]| {
             std::fs::write(&files.cert, cert).unwrap();

@@ -5,6 +5,7 @@
 //! holds no mesh socket: it hands each call to the node's mesh client.
 
 mod access_log;
+mod acme;
 mod api_key;
 mod certificates;
 mod config;

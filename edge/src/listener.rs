@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use quinn::crypto::rustls::QuicServerConfig;
 use rustls::crypto::CryptoProvider;
 use starling_http::{
@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
+    acme::{self, Challenges},
     certificates::Certificates,
     gateway::{Arrival, Gateway, PublicProtocol},
 };
@@ -84,7 +85,7 @@ pub(crate) fn tcp_tls(
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
         .with_no_client_auth()
         .with_cert_resolver(certificates);
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec(), acme::ALPN.to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
@@ -139,6 +140,8 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
     let session = stream.get_ref().1;
     let (protocol, speaks) = match session.alpn_protocol() {
         Some(b"h2") => (PublicProtocol::Http2, Speaks::Http2),
+        // The handshake was all (RFC 8737 §4).
+        Some(acme::ALPN) => return,
         _ => (PublicProtocol::Http1, Speaks::Http1),
     };
     let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
@@ -189,20 +192,33 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
     .await;
 }
 
-/// Answers plain HTTP with the way to HTTPS.
-pub(crate) async fn serve_redirect(listener: TcpListener, public_port: u16, drain: Drain) {
+/// Answers plain HTTP with the way to HTTPS; and authorities with what they look for.
+pub(crate) async fn serve_redirect(listener: TcpListener, challenges: Challenges, public_port: u16, drain: Drain) {
     let of = drain.clone();
     accept::tcp(listener, places(), drain, move |stream, _| {
-        let answer = move |request| async move { redirect(request, public_port) };
+        let challenges = challenges.clone();
+        let answer = move |request| {
+            let challenges = challenges.clone();
+            async move { redirect(request, &challenges, public_port) }
+        };
         let limits = limits(shelf(1), stream.control());
         tcp::serve(stream, Speaks::Http1, limits, of.clone(), answer)
     })
     .await;
 }
 
-fn redirect(request: Request<Body>, public_port: u16) -> Response<Body> {
+fn redirect(request: Request<Body>, challenges: &Challenges, public_port: u16) -> Response<Body> {
     let (mut parts, _) = request.into_parts();
     let checked = starling_http::normal::normalise_request(&mut parts, starling_http::normal::Origin::Outside);
+    if checked.is_ok()
+        && parts.method == Method::GET
+        && let Some(text) = challenges.text(parts.uri.path())
+    {
+        let mut response = Response::new(Body::full(text));
+        let kind = HeaderValue::from_static("application/octet-stream");
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        return response;
+    }
     let location = checked.map_err(Problem::from).and_then(|checked| {
         let host = checked.host();
         let port = if public_port == 443 { String::new() } else { format!(":{public_port}") };

@@ -14,7 +14,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
-use crate::config::read_config;
+use crate::config::{Files, Source, read_config};
 
 /// Editors and orchestrators write in several steps; files are read once these are over.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -69,7 +69,12 @@ fn named(config: &Path, keys: &Path) -> BTreeSet<PathBuf> {
     let mut files = BTreeSet::from([config.to_path_buf(), keys.to_path_buf()]);
     let text = std::fs::read_to_string(config).unwrap_or_default();
     if let (Some((_, sections)), _) = read_config(&text) {
-        files.extend(sections.certificate.into_iter().flat_map(|c| [c.cert, c.key]));
+        for certificate in sections.certificate {
+            match certificate.source {
+                Source::Files(Files { cert, key }) => files.extend([cert, key]),
+                Source::Acme(acme) => files.extend(acme.ca),
+            }
+        }
         files.extend(sections.jwt.map(|jwt| jwt.jwks));
     }
     files

@@ -24,7 +24,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::caller::{Caller, UNKNOWN};
-pub(crate) use self::view::{members, name_of, rfc3339, services, sights, status_of};
+pub use self::view::rfc3339;
+pub(crate) use self::view::{members, name_of, services, sights, status_of};
+use crate::observe::readings::Levels;
 
 /// Longest request body, in bytes.
 const MAX_BODY_BYTES: usize = 512 << 10;
@@ -50,8 +52,11 @@ pub(crate) trait Subject: Send + Sync + 'static {
     fn extra(&self) -> Option<Arc<dyn ExtraRoutes>>;
 }
 
-/// Routes that an edge adds.
+/// What an edge adds to the admin API.
 pub trait ExtraRoutes: Send + Sync {
+    /// Figures of its own.
+    fn readings(&self) -> Vec<Levels>;
+
     /// Answers a request, or `None` if the path is not its own.
     fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)>;
 }

@@ -17,8 +17,9 @@ mod state;
 mod takeover;
 
 pub mod config;
+pub mod web;
 
-pub use admin::ExtraRoutes;
+pub use admin::{ExtraRoutes, rfc3339};
 pub use call::{
     Call, CallError, Carried, Fault, HedgeAfter, HedgeSettings, LimitSettings, Limits, MadeByNode, MeshClient,
     RepeatSettings, RetrySettings, Sent,
@@ -29,9 +30,13 @@ pub use identity::{
     join::JoinError,
     unix_now,
 };
-pub use mesh::documents::Documents;
+pub use mesh::{
+    documents::Documents,
+    fleet::{Colleague, Fleet},
+};
 pub use observe::{
     observer::{Answered, Observed, Observer},
+    readings::{Levels, Unit},
     trace,
 };
 pub use run::{EXIT_WITH, Node, StartError, TAKEOVER_ENVIRONMENT, Worker};

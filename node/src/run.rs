@@ -40,7 +40,7 @@ use crate::{
         renewal, unix_now,
     },
     inbound::{Inbound, condition::Condition, health},
-    mesh::{links::Links, reachability},
+    mesh::{fleet::Fleet, links::Links, reachability},
     observe::{
         caller_name,
         otlp::{self, Collectors, Export, ExportCounts},
@@ -360,6 +360,12 @@ impl Node {
         &self.running.documents
     }
 
+    /// The edges of the mesh.
+    pub fn fleet(&self) -> Fleet {
+        let running = &self.running;
+        Fleet::new(running.links.clone(), running.gossip.clone(), running.identity.id())
+    }
+
     /// Name of the node.
     pub fn name(&self) -> &Name {
         self.running.identity.name()
@@ -401,6 +407,15 @@ impl Node {
     pub fn reloader(&self) -> impl Fn() -> Result<(), String> + Send + Sync + use<> {
         let running = self.running.clone();
         move || running.reload()
+    }
+
+    /// Does something for as long as this process has the node's place: from when it takes charge until another process has.
+    pub fn while_in_charge(&self, duty: impl Future<Output = ()> + Send + 'static) {
+        let in_charge = self.running.succession.in_charge.clone();
+        self.running.duties().spawn(async move {
+            in_charge.cancelled().await;
+            duty.await;
+        });
     }
 
     /// Resolves when the admin API was asked to drain. Cancel safe.

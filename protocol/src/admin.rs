@@ -390,6 +390,51 @@ pub struct Route {
     pub versions: Vec<String>,
 }
 
+/// A certificate that an edge shows to clients.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// Host names, exact or `*.example.com`.
+    pub hosts: Vec<String>,
+    /// Whether somebody vouches for it.
+    pub state: CertificateState,
+    /// When it ends (RFC 3339); `None` of a stand-in.
+    pub until: Option<String>,
+    /// How it is renewed; `None` if it comes from files, which somebody else renews.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issuance: Option<Issuance>,
+}
+
+/// Whether somebody vouches for a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CertificateState {
+    /// It is valid as far as its dates go.
+    Valid,
+    /// It has ended.
+    Ended,
+    /// The edge made it itself, until an authority has issued one: clients refuse it.
+    StandIn,
+}
+
+/// How the edge has a certificate issued and renewed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Issuance {
+    /// Tries that failed, one after the other.
+    pub failures: u32,
+    /// Why the last one failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// When the next try is (RFC 3339).
+    pub next: String,
+}
+
+/// Body of `POST /v1/certificates/renew` on an edge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewCertificate {
+    /// One of its host names.
+    pub host: String,
+}
+
 /// Body of `POST /v1/keys` on an edge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewKey {

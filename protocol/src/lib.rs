@@ -5,6 +5,7 @@
 
 mod close;
 mod document;
+mod fleet;
 mod frame;
 mod gossip;
 mod join;
@@ -23,6 +24,7 @@ pub use close::CloseCode;
 pub use document::{
     DocumentEdition, DocumentHash, DocumentState, MAX_DOCUMENT_BYTES, MAX_DOCUMENTS, MeshDocument, SignedDocument,
 };
+pub use fleet::{ChallengeShown, FindCertificate, FoundCertificate, ShowChallenge};
 pub use frame::{FrameHeader, Framed, MAX_FRAME_HEADER_BYTES, Unsupported, frame, frame_header, frame_of};
 pub use gossip::{
     Delta, DialBack, DialledBack, DocumentSight, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, MemberHealth,

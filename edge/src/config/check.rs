@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use starling_node::unix_now;
+use starling_node::{unix_now, web::Web};
 
-use super::{AuthMethod, EdgeSections, Plan, Route, VersionSource};
+use super::{AuthMethod, ChallengeKind, EdgeSections, Plan, Route, Source, VersionSource};
 use crate::{cors::Cors, jwt, key_pair, route};
 
 /// Checks what no section can know alone, and reads the files that they name.
@@ -33,12 +33,28 @@ impl Problems {
 
 fn check_certificates(edge: &EdgeSections, problems: &mut Problems) {
     if edge.certificate.is_empty() {
-        problems.add("certificate", "there is no certificate; add [[certificate]] with hosts, cert and key");
+        problems.add(
+            "certificate",
+            "there is no certificate; add [[certificate]] with hosts, and cert and key or acme = {}",
+        );
     }
     for (i, certificate) in edge.certificate.iter().enumerate() {
-        let found = key_pair::read(certificate, &starling_node::crypto_provider());
-        for (part, why) in found.err().unwrap_or_default() {
-            problems.add(format!("certificate[{i}].{part}"), why);
+        match &certificate.source {
+            Source::Files(files) => {
+                let found = key_pair::read(files, &starling_node::crypto_provider());
+                for (part, why) in found.err().unwrap_or_default() {
+                    problems.add(format!("certificate[{i}].{part}"), why);
+                }
+            }
+            Source::Acme(acme) => {
+                if let Err(why) = Web::trusting(acme.ca.as_deref()) {
+                    problems.add(format!("certificate[{i}].acme"), why.to_string());
+                }
+                if acme.challenge == Some(ChallengeKind::Http) && edge.edge.redirect.is_none() {
+                    let why = "http-01 is asked at the redirect port; set edge.redirect = \"0.0.0.0:80\"";
+                    problems.add(format!("certificate[{i}].acme.challenge"), why);
+                }
+            }
         }
     }
 }
@@ -47,9 +63,10 @@ fn check_certificates(edge: &EdgeSections, problems: &mut Problems) {
 pub(super) fn doubts(edge: &EdgeSections) -> Vec<(String, String)> {
     let mut doubts = Vec::new();
     for (i, certificate) in edge.certificate.iter().enumerate() {
-        let Ok(pair) = key_pair::read(certificate, &starling_node::crypto_provider()) else { continue };
+        let Source::Files(files) = &certificate.source else { continue };
+        let Ok(pair) = key_pair::read(files, &starling_node::crypto_provider()) else { continue };
         let found = key_pair::doubts(&pair.cert, &certificate.hosts, unix_now());
-        let file = certificate.cert.display();
+        let file = files.cert.display();
         doubts.extend(found.into_iter().map(|why| (format!("certificate[{i}].cert"), format!("{file}: {why}"))));
     }
     doubts

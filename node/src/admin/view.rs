@@ -6,8 +6,8 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{call::Calls, inbound::limiter::Figures};
 
-/// Unix seconds as RFC 3339.
-pub(crate) fn rfc3339(unix: u64) -> String {
+/// Seconds since 1970 as RFC 3339 writes them.
+pub fn rfc3339(unix: u64) -> String {
     let at = i64::try_from(unix).ok().and_then(|t| OffsetDateTime::from_unix_timestamp(t).ok());
     at.and_then(|at| at.format(&Rfc3339).ok()).unwrap_or_default()
 }

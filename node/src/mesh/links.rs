@@ -8,7 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -25,6 +25,7 @@ use self::{
     flow::Flow,
     table::{Link, Step, Table},
 };
+use super::fleet::Colleague;
 use crate::{
     Documents,
     identity::{
@@ -90,6 +91,8 @@ struct LinksState {
     counters: LinkCounters,
     /// Whether another process speaks for this node.
     rests: AtomicBool,
+    /// Who answers other edges, if this is one.
+    colleague: OnceLock<Arc<dyn Colleague>>,
 }
 
 /// How many connections of a peer are served, and what it may still say over them.
@@ -139,6 +142,7 @@ impl Links {
             served: Mutex::default(),
             counters: LinkCounters::default(),
             rests: AtomicBool::new(false),
+            colleague: OnceLock::new(),
         }))
     }
 
@@ -206,7 +210,7 @@ impl Links {
         if self.0.rests.load(Relaxed) {
             return connection.close((CloseCode::Leaving as u32).into(), b"another process takes over");
         }
-        if let Some(turn) = self.take_turn(peer.id, &connection) {
+        if let Some(turn) = self.take_turn(&peer, &connection) {
             self.adopt(&connection, peer.id, peer.id);
             self.serve(connection, turn, peer.expires).await;
         }
@@ -285,7 +289,7 @@ impl Links {
         if self.0.rests.load(Relaxed) {
             return connection.close((CloseCode::Leaving as u32).into(), b"another process takes over");
         }
-        if let Some(turn) = self.take_turn(peer.id, &connection) {
+        if let Some(turn) = self.take_turn(peer, &connection) {
             self.adopt(&connection, peer.id, self.0.identity.id());
             let (links, until) = (self.clone(), tls::useful_until(peer, &self.0.identity));
             tokio::spawn(async move { links.serve(connection, turn, until).await });
@@ -321,8 +325,8 @@ impl Links {
                 },
                 stream = connection.accept_bi() => match stream {
                     Ok((send, receive)) if lock(&turn.flow).stream(Instant::now()) => {
-                        let (links, flow) = (self.clone(), turn.flow.clone());
-                        tokio::spawn(async move { links.answer(peer, send, receive, flow).await });
+                        let (links, flow, is_edge) = (self.clone(), turn.flow.clone(), turn.is_edge);
+                        tokio::spawn(async move { links.answer((peer, is_edge), send, receive, flow).await });
                     }
                     // Dropping them resets the one and stops the other.
                     Ok(_) => self.flooded(peer, &turn),
@@ -334,18 +338,18 @@ impl Links {
     }
 
     /// Counts the connections of a peer that are served, so that it cannot say more by opening more; closes one too many.
-    fn take_turn(&self, peer: NodeId, connection: &quinn::Connection) -> Option<Turn> {
+    fn take_turn(&self, peer: &Peer, connection: &quinn::Connection) -> Option<Turn> {
         let mut served = lock(&self.0.served);
         // Whoever dials again goes on where it was.
         served.retain(|_, peer| peer.count > 0 || peer.at.elapsed() < FLOW_KEPT);
-        let of_peer = served.entry(peer).or_insert_with(Served::new);
+        let of_peer = served.entry(peer.id).or_insert_with(Served::new);
         if of_peer.count >= MAX_CONNECTIONS_OF_PEER {
             self.0.counters.flood.fetch_add(1, Relaxed);
             connection.close((CloseCode::Duplicate as u32).into(), b"too many connections");
             return None;
         }
         of_peer.count += 1;
-        Some(Turn { links: self.clone(), peer, flow: of_peer.flow.clone() })
+        Some(Turn { links: self.clone(), peer: peer.id, is_edge: peer.edge, flow: of_peer.flow.clone() })
     }
 
     /// What a peer may still say.
@@ -418,6 +422,8 @@ impl Links {
 struct Turn {
     links: Links,
     peer: NodeId,
+    /// Whether it may be an edge.
+    is_edge: bool,
     /// What the peer may still say, over all its connections.
     flow: Arc<Mutex<Flow>>,
 }

@@ -30,12 +30,35 @@ pub(crate) struct Reading {
     pub(crate) points: Vec<Point>,
 }
 
+/// What a figure counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Unit {
+pub enum Unit {
     /// A number of things.
     Things,
+    /// Seconds.
     Seconds,
+    /// Bytes.
     Bytes,
+}
+
+/// A figure that goes up and down, of several things, which an edge adds to what its node tells.
+#[derive(Debug)]
+pub struct Levels {
+    /// As OpenTelemetry names such figures.
+    pub name: &'static str,
+    /// What it is.
+    pub help: &'static str,
+    /// What it counts.
+    pub unit: Unit,
+    /// By labels.
+    pub points: Vec<(Vec<(&'static str, String)>, i64)>,
+}
+
+impl From<Levels> for Reading {
+    fn from(Levels { name, help, unit, points }: Levels) -> Self {
+        let points = points.into_iter().map(|(labels, level)| Point { labels, value: Figure::Level(level) });
+        Self { name, help, unit, points: points.collect() }
+    }
 }
 
 #[derive(Debug)]

@@ -44,7 +44,7 @@ impl Running {
                 .map(|d| (admin::name_of(&snapshot, &d.id), d.refused))
                 .collect(),
         };
-        self.books.read(&OfNode {
+        let mut readings = self.books.read(&OfNode {
             snapshot: &snapshot,
             calls: &self.calls,
             repeats: self.inbound.repeats(),
@@ -52,7 +52,10 @@ impl Running {
             gossip: &figures,
             cert_left,
             reloaded: self.reloaded.load(Relaxed),
-        })
+        });
+        let edge = self.extra().routes.clone();
+        readings.extend(edge.into_iter().flat_map(|edge| edge.readings()).map(Reading::from));
+        readings
     }
 
     fn phase(&self) -> &'static str {

@@ -13,7 +13,7 @@ use starling_protocol::{
     Ping, Pong, Summary, Unsupported, View, WireError, frame,
 };
 
-use super::{EXCHANGE_TIMEOUT, Links, flow::Flow};
+use super::{super::fleet::Colleague, EXCHANGE_TIMEOUT, Links, flow::Flow};
 use tokio::sync::SemaphorePermit;
 
 use crate::{
@@ -123,6 +123,28 @@ impl Links {
         Some(DialledBack { why: Some(why) })
     }
 
+    /// Asks a member that is an edge by its certificate.
+    pub(crate) async fn ask_edge<Q: Framed, A: Framed>(&self, edge: Ident, question: &Q) -> Result<A, String> {
+        let asked = async {
+            let connection = self.connection_to(edge).await?;
+            if !Peer::of(&connection, &self.0.identity).map_err(|e| e.to_string())?.edge {
+                return Err("it is no edge".into());
+            }
+            let asked = async {
+                let (mut send, mut receive) = connection.open_bi().await?;
+                frames::write_frame(&mut send, question).await?;
+                frames::read_frame(&mut receive, MAX_PUSH_BYTES).await?.read()
+            };
+            asked.await.map_err(|e: StreamFault| e.to_string())
+        };
+        tokio::time::timeout(EXCHANGE_TIMEOUT, asked).await.unwrap_or_else(|_| Err("no answer in time".into()))
+    }
+
+    /// Says who answers other edges; the first who says so stays.
+    pub(crate) fn answer_edges_with(&self, colleague: Arc<dyn Colleague>) {
+        let _ = self.0.colleague.set(colleague);
+    }
+
     /// The connection to a member that is there, or a new one.
     async fn connection_to(&self, member: Ident) -> Result<quinn::Connection, String> {
         let known = self.table().up(&member.id, Instant::now());
@@ -141,15 +163,15 @@ impl Links {
         Ok((connection, peer))
     }
 
-    /// Answers a stream that a peer opened; `flow` is what it may still say.
+    /// Answers a stream that a peer opened, who may be an edge; `flow` is what it may still say.
     pub(super) async fn answer(
         &self,
-        peer: NodeId,
+        (peer, is_edge): (NodeId, bool),
         send: quinn::SendStream,
         receive: quinn::RecvStream,
         flow: Arc<Mutex<Flow>>,
     ) {
-        match tokio::time::timeout(EXCHANGE_TIMEOUT, self.respond(peer, send, receive, &flow)).await {
+        match tokio::time::timeout(EXCHANGE_TIMEOUT, self.respond((peer, is_edge), send, receive, &flow)).await {
             Ok(Ok(())) => {}
             Ok(Err(
                 error @ (StreamFault::Frame(_)
@@ -168,7 +190,7 @@ impl Links {
 
     async fn respond(
         &self,
-        peer: NodeId,
+        (peer, is_edge): (NodeId, bool),
         mut send: quinn::SendStream,
         mut receive: quinn::RecvStream,
         flow: &Mutex<Flow>,
@@ -208,8 +230,14 @@ impl Links {
                     frames::write_frame(&mut send, &dialled).await?;
                 }
             }
-            // Of a later version, which can do without.
-            kind => frames::write_frame(&mut send, &Unsupported { kind }).await?,
+            kind => {
+                let colleague = self.0.colleague.get().filter(|_| is_edge);
+                match colleague.and_then(|colleague| colleague.answer(kind, &request.body)) {
+                    Some(answer) => frames::write_bytes(&mut send, &answer).await?,
+                    // Of a later version, which can do without.
+                    None => frames::write_frame(&mut send, &Unsupported { kind }).await?,
+                }
+            }
         }
         Ok(())
     }

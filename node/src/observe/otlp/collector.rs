@@ -1,24 +1,15 @@
 //! The collector: where batches are posted, again and again until it takes them or says that it never will.
 
-use std::{
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, Uri, header, uri::Authority};
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
+use hyper::client::conn::http1::SendRequest;
 use rand::RngExt;
-use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
-use crate::identity::crypto_provider;
+use crate::web::{self, RootsError, Web, WebError};
 
 /// How long one try may take, from the dial to the end of the answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,7 +37,8 @@ pub(crate) struct Settings {
 /// The base URL of a collector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Address {
-    tls: bool,
+    /// The URL as it was given.
+    server: Uri,
     authority: Authority,
     /// Without a slash at its end.
     base: String,
@@ -58,11 +50,9 @@ impl std::str::FromStr for Address {
     fn from_str(url: &str) -> Result<Self, Self::Err> {
         const EXPECTED: &str = "not a URL like \"http://127.0.0.1:4318\"";
         let uri: Uri = url.parse().map_err(|_| EXPECTED)?;
-        let tls = match uri.scheme_str() {
-            Some("http") => false,
-            Some("https") => true,
-            _ => return Err(EXPECTED),
-        };
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err(EXPECTED);
+        }
         let authority = uri.authority().filter(|authority| !authority.host().is_empty()).ok_or(EXPECTED)?.clone();
         if authority.as_str().contains('@') {
             return Err("a URL with credentials in it; set them in telemetry.headers");
@@ -74,29 +64,32 @@ impl std::str::FromStr for Address {
         if base.ends_with("/v1/traces") || base.ends_with("/v1/metrics") {
             return Err("leave out /v1/traces and /v1/metrics, which are added to it");
         }
-        Ok(Self { tls, authority, base })
+        Ok(Self { server: uri, authority, base })
+    }
+}
+
+impl Address {
+    fn is_https(&self) -> bool {
+        self.server.scheme_str() == Some("https")
     }
 }
 
 /// Why there can be no export.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CollectorError {
-    /// The file of certificates to trust.
-    #[error("telemetry.ca: {}: {why}", .path.display())]
-    Ca { path: PathBuf, why: String },
-    /// The system's.
-    #[error("this system has no certificates to trust ({0}); name some in telemetry.ca")]
-    NoRoots(String),
+    /// The certificates to trust.
+    #[error("telemetry.ca: {0}")]
+    Ca(#[from] RootsError),
     /// The name in the URL.
-    #[error("telemetry.otlp: {0} is not a name that a certificate can have")]
-    Name(String),
+    #[error("telemetry.otlp: {0}")]
+    Name(#[from] WebError),
 }
 
 /// Takes one kind of thing.
 pub(super) struct Collector {
     what: &'static str,
     address: Address,
-    tls: Option<(TlsConnector, ServerName<'static>)>,
+    web: Web,
     headers: HeaderMap,
     connection: Option<SendRequest<Full<Bytes>>>,
     /// Whether the last try failed: said once in the log, not for each.
@@ -118,11 +111,14 @@ impl Collector {
         ending: CancellationToken,
     ) -> Result<Self, CollectorError> {
         let Settings { address, headers, ca } = settings.clone();
-        let tls = match address.tls {
-            true => Some((connector(ca)?, server_name(&address.authority)?)),
-            false => None,
+        let web = match address.is_https() {
+            true => {
+                web::server_name(&address.authority)?;
+                Web::trusting(ca.as_deref())?
+            }
+            false => Web::plain(),
         };
-        Ok(Self { what, address, tls, headers, connection: None, failing: false, ending })
+        Ok(Self { what, address, web, headers, connection: None, failing: false, ending })
     }
 
     /// Sends a message until it is taken, and gives the answer; `None` if it never was. Meant to end, it tries once.
@@ -164,15 +160,15 @@ impl Collector {
         let kept = self.connection.take().filter(|connection| !connection.is_closed());
         let mut connection = match kept {
             Some(connection) => connection,
-            None => self.dial().await.map_err(failed)?,
+            None => self.web.connect(&self.address.server).await.map_err(|e| failed(e.to_string()))?,
         };
         if connection.ready().await.is_err() {
-            connection = self.dial().await.map_err(failed)?;
+            connection = self.web.connect(&self.address.server).await.map_err(|e| failed(e.to_string()))?;
         }
         let mut request = Request::post(format!("{}/v1/{}", self.address.base, self.what))
             .header(header::HOST, self.address.authority.as_str())
             .header(header::CONTENT_TYPE, "application/x-protobuf")
-            .header(header::USER_AGENT, concat!("starling/", env!("CARGO_PKG_VERSION")))
+            .header(header::USER_AGENT, web::USER_AGENT)
             .body(Full::new(message))
             .map_err(|e| failed(e.to_string()))?;
         request.headers_mut().extend(self.headers.clone());
@@ -189,80 +185,12 @@ impl Collector {
             | StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
             | StatusCode::GATEWAY_TIMEOUT => {
-                let after = head.headers.get(header::RETRY_AFTER).and_then(retry_after);
+                let after = head.headers.get(header::RETRY_AFTER).and_then(web::retry_after);
                 Err(Failure { why: head.status.to_string(), again: Some(after) })
             }
             status => Err(Failure { why: status.to_string(), again: None }),
         }
     }
-
-    async fn dial(&self) -> Result<SendRequest<Full<Bytes>>, String> {
-        let authority = &self.address.authority;
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-        let port = authority.port_u16().unwrap_or(if self.address.tls { 443 } else { 80 });
-        let stream = TcpStream::connect((host, port)).await.map_err(|e| e.to_string())?;
-        let _ = stream.set_nodelay(true);
-        match &self.tls {
-            None => converse(stream).await,
-            Some((connector, name)) => {
-                converse(connector.connect(name.clone(), stream).await.map_err(|e| e.to_string())?).await
-            }
-        }
-    }
-}
-
-async fn converse<S>(stream: S) -> Result<SendRequest<Full<Bytes>>, String>
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
-    let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
-    tokio::spawn(connection);
-    Ok(sender)
-}
-
-/// Seconds, or a date (RFC 9110 §10.2.3).
-fn retry_after(value: &HeaderValue) -> Option<Duration> {
-    let text = value.to_str().ok()?;
-    match text.parse() {
-        Ok(seconds) => Some(Duration::from_secs(seconds)),
-        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok(),
-    }
-}
-
-fn connector(ca: Option<PathBuf>) -> Result<TlsConnector, CollectorError> {
-    let mut roots = RootCertStore::empty();
-    match ca {
-        Some(path) => {
-            let failed = |why: String| CollectorError::Ca { path: path.clone(), why };
-            let pem = std::fs::read(&path).map_err(|e| failed(e.to_string()))?;
-            for certificate in CertificateDer::pem_slice_iter(&pem) {
-                let certificate = certificate.map_err(|e| failed(format!("not PEM: {e}")))?;
-                roots.add(certificate).map_err(|e| failed(e.to_string()))?;
-            }
-            if roots.is_empty() {
-                return Err(failed("there is no certificate in it".into()));
-            }
-        }
-        None => {
-            let found = rustls_native_certs::load_native_certs();
-            roots.add_parsable_certificates(found.certs);
-            if roots.is_empty() {
-                let why = found.errors.first().map_or("none found".into(), ToString::to_string);
-                return Err(CollectorError::NoRoots(why));
-            }
-        }
-    }
-    let config = ClientConfig::builder_with_provider(crypto_provider())
-        .with_safe_default_protocol_versions()
-        .expect("the provider has TLS 1.2 and 1.3")
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
-}
-
-fn server_name(authority: &Authority) -> Result<ServerName<'static>, CollectorError> {
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    ServerName::try_from(host.to_string()).map_err(|_| CollectorError::Name(host.into()))
 }
 
 /// A field to be sent along with everything, as the file has it.
@@ -280,9 +208,9 @@ mod tests {
     #[test]
     fn base_urls() {
         let address: Address = "http://127.0.0.1:4318".parse().unwrap();
-        assert_eq!((address.tls, address.base.as_str()), (false, ""));
+        assert_eq!((address.is_https(), address.base.as_str()), (false, ""));
         let address: Address = "https://otlp.example.com/some/where/".parse().unwrap();
-        assert_eq!((address.tls, address.base.as_str()), (true, "/some/where"));
+        assert_eq!((address.is_https(), address.base.as_str()), (true, "/some/where"));
         for bad in [
             "",
             "127.0.0.1:4318",
@@ -294,14 +222,5 @@ mod tests {
         ] {
             assert!(bad.parse::<Address>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn pauses_that_collectors_ask_for() {
-        let of = |text: &'static str| retry_after(&HeaderValue::from_static(text));
-        assert_eq!(of("7"), Some(Duration::from_secs(7)));
-        assert!(of("Fri, 31 Dec 2100 23:59:59 GMT").is_some_and(|wait| wait > Duration::from_secs(1)));
-        assert_eq!(of("Fri, 31 Dec 1999 23:59:59 GMT"), None);
-        assert_eq!(of("soon"), None);
     }
 }

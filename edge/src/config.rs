@@ -13,7 +13,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::HeaderName;
+use http::{HeaderName, Uri};
 use serde::{Deserialize, Deserializer, de};
 use starling_node::{
     HedgeSettings, LimitSettings, RepeatSettings, RetrySettings,
@@ -496,12 +496,47 @@ pub struct Jwt {
     /// What `aud` must have one of; at least one.
     #[serde(deserialize_with = "some")]
     pub audience: Vec<String>,
-    /// File with the issuer's keys, a JWK Set (RFC 7517 §5).
-    #[serde(deserialize_with = "jwks")]
-    pub jwks: PathBuf,
+    /// Where the issuer's keys are, a JWK Set (RFC 7517 §5).
+    pub jwks: Jwks,
+    /// PEM file of the certificates to trust when they are fetched; the system's if not told.
+    pub ca: Option<PathBuf>,
     /// Algorithms that are taken; at least one.
     #[serde(deserialize_with = "some")]
     pub algorithms: Vec<Algorithm>,
+}
+
+/// Where an issuer's keys are.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Jwks {
+    /// In a file.
+    File(PathBuf),
+    /// At a URL, from where they are fetched again and again.
+    Url(Uri),
+}
+
+impl TryFrom<String> for Jwks {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("it is empty; give a file, or the URL of the issuer's jwks_uri".into());
+        }
+        if !text.contains("://") {
+            return Ok(Self::File(text.into()));
+        }
+        let own = |host: &str| matches!(host, "localhost" | "127.0.0.1" | "[::1]");
+        match text.parse::<Uri>() {
+            Ok(uri) if uri.host().is_some_and(|host| !host.is_empty()) => match uri.scheme_str() {
+                Some("https") => Ok(Self::Url(uri)),
+                Some("http") if uri.host().is_some_and(own) => Ok(Self::Url(uri)),
+                _ => {
+                    Err(format!("{text:?} is fetched without TLS, so that anybody on the way could sign; use https://"))
+                }
+            },
+            _ => Err(format!("{text:?} is no URL; give the issuer's jwks_uri, or a file")),
+        }
+    }
 }
 
 /// A signature algorithm with a public key (RFC 7518 §3.1, RFC 8037 §3.1).
@@ -587,15 +622,6 @@ fn versions<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, VersionI
     let bad = versions.keys().find(|name| !is_label(name) || name.bytes().all(|b| b == b'.'));
     bad.map_or(Ok(()), |name| Err(de::Error::custom(format!("{name:?} is not a version name: {LABEL}"))))?;
     Ok(versions)
-}
-
-fn jwks<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
-    let text = text(d)?;
-    if text.contains("://") {
-        let why = "jwks from a URL arrives in a later version; save the document and give the path of the file";
-        return Err(de::Error::custom(why));
-    }
-    Ok(text.into())
 }
 
 #[cfg(test)]
@@ -700,7 +726,10 @@ mod tests {
             (version("from = [\"path\"]\nversions = { v1 = { sunset = \"2026-02-30\" } }"), "YYYY-MM-DD"),
             (version("from = [\"path\"]\nversions = { v1 = { sunset = \"2026-1-1\" } }"), "YYYY-MM-DD"),
             (version("from = [\"path\"]\nversions = { v1 = { link = \"https://a/>x\" } }"), "is not a link"),
-            (jwt("jwks = \"https://a/b\"\nalgorithms = [\"RS256\"]"), "give the path of the file"),
+            (jwt("jwks = \"http://a/b\"\nalgorithms = [\"RS256\"]"), "without TLS"),
+            (jwt("jwks = \"ftp://a/b\"\nalgorithms = [\"RS256\"]"), "without TLS"),
+            (jwt("jwks = \"https://\"\nalgorithms = [\"RS256\"]"), "is no URL"),
+            (jwt("jwks = \"\"\nalgorithms = [\"RS256\"]"), "it is empty"),
             (jwt("jwks = \"a.json\"\nalgorithms = []"), "must not be empty"),
             (jwt("jwks = \"a.json\"\nalgorithms = [\"none\"]"), "is no signature"),
             (jwt("jwks = \"a.json\"\nalgorithms = [\"RS256\", \"HS256\"]"), "needs the issuer's secret"),

@@ -67,7 +67,7 @@ impl Edge {
         let certificates =
             Certificates::load(&sections.certificate, store.clone(), challenges.clone(), provider.clone());
         let certificates = Arc::new(certificates.map_err(EdgeError::Config)?);
-        let policy = Policy::new(&sections, None).map_err(EdgeError::Config)?;
+        let policy = Policy::new(&sections, None, &state).map_err(EdgeError::Config)?;
         let listen = sections.edge.listen;
         let workers = config.node.workers;
         let ports = place.ports();
@@ -111,7 +111,7 @@ impl Edge {
         });
         node.set_admin_routes(Arc::new(Routes { standing: shared.clone(), acme: acme.clone() }));
 
-        let reload = Reload { path, shared: shared.clone(), acme };
+        let reload = Reload { path, shared: shared.clone(), acme, state };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
         watch::spawn(node.reloader(), path, keys_path, seen);
@@ -167,6 +167,7 @@ struct Reload {
     path: PathBuf,
     shared: Arc<Standing>,
     acme: Arc<Acme>,
+    state: StateDir,
 }
 
 impl Reload {
@@ -181,7 +182,7 @@ impl Reload {
             let lines = problems.iter().map(|p| format!("line {}: {}", p.line, p.problem));
             return Err(lines.collect::<Vec<_>>().join("; "));
         };
-        let policy = Policy::new(&sections, Some(&self.shared.policy.load()))?;
+        let policy = Policy::new(&sections, Some(&self.shared.policy.load()), &self.state)?;
         self.shared.certificates.reload(&sections.certificate)?;
         self.shared.policy.store(Arc::new(policy));
         self.acme.want(&sections.certificate);
@@ -198,6 +199,7 @@ struct Routes {
 impl ExtraRoutes for Routes {
     fn readings(&self) -> Vec<Levels> {
         let (now, certificates) = (unix_now(), self.standing.certificates.shown());
+        let (looks, alone) = (self.standing.policy.load().looks(), |level| (Vec::new(), level));
         let of = |shown: &Shown| vec![("hosts", shown.hosts.join(","))];
         let left = |shown: &Shown| Some((of(shown), shown.until? as i64 - now as i64));
         let failures = |shown: &Shown| Some((of(shown), self.acme.shown(shown.id.as_ref()?)?.failures.into()));
@@ -213,6 +215,18 @@ impl ExtraRoutes for Routes {
                 help: "Tries to have a certificate issued that failed, one after the other",
                 unit: Unit::Things,
                 points: certificates.iter().filter_map(failures).collect(),
+            },
+            Levels {
+                name: "starling.jwks_age",
+                help: "Seconds since the issuer has told its keys",
+                unit: Unit::Seconds,
+                points: looks.iter().filter(|l| l.told_at > 0).map(|l| alone(now as i64 - l.told_at as i64)).collect(),
+            },
+            Levels {
+                name: "starling.jwks_failures",
+                help: "Times that the issuer did not tell its keys, one after the other",
+                unit: Unit::Things,
+                points: looks.iter().map(|looks| alone(looks.failures.into())).collect(),
             },
         ]
     }

@@ -16,7 +16,9 @@ use starling_http::{
     is_grpc,
     normal::{self, Origin, Tunnel},
 };
-use starling_node::{Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, Worker, trace};
+use starling_node::{
+    Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, StateDir, Worker, trace,
+};
 use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -24,10 +26,11 @@ use crate::{
     access_log::{AccessLog, Entry},
     api_key,
     certificates::Certificates,
-    config::{AuthMethod, EdgeSections, ForwardHost, Plan, Preflight, Route},
+    config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Plan, Preflight, Route},
     cors,
     grpc_web::Page,
-    jwt,
+    jwks::Looks,
+    jwt::{self, JwtError},
     key_file::KeyFile,
     rate::Limiter,
     route::{self, Routes},
@@ -67,7 +70,9 @@ pub(crate) struct Policy {
     /// By the route's path, to be shown.
     version_names: HashMap<String, Vec<String>>,
     plans: HashMap<String, Arc<Limit>>,
-    jwt: Option<jwt::Verifier>,
+    jwt: Option<Arc<jwt::Verifier>>,
+    /// What `jwt` was made of.
+    of_jwt: Option<config::Jwt>,
 }
 
 struct Limit {
@@ -77,7 +82,9 @@ struct Limit {
 
 impl Policy {
     /// Compiles the configuration. Plans that did not change keep their counters from `former`.
-    pub(crate) fn new(sections: &EdgeSections, former: Option<&Self>) -> Result<Self, String> {
+    ///
+    /// Needs a runtime, where keys are fetched.
+    pub(crate) fn new(sections: &EdgeSections, former: Option<&Self>, state: &StateDir) -> Result<Self, String> {
         let plans = sections.plan.iter().map(|plan| {
             let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
             let limit = || Arc::new(Limit { plan: plan.clone(), limiter: Limiter::new(plan.rate, plan.burst()) });
@@ -92,7 +99,17 @@ impl Policy {
                 .iter()
                 .map(|v| (v.route.clone(), v.versions.keys().cloned().collect()))
                 .collect(),
-            jwt: sections.jwt.as_ref().map(jwt::Verifier::load).transpose()?,
+            // Keys that are fetched stay: only those of a file may be others now.
+            jwt: match (&sections.jwt, former) {
+                (Some(config), Some(former))
+                    if matches!(config.jwks, Jwks::Url(_)) && former.of_jwt.as_ref() == Some(config) =>
+                {
+                    former.jwt.clone()
+                }
+                (Some(config), _) => Some(Arc::new(jwt::Verifier::load(config, state)?)),
+                (None, _) => None,
+            },
+            of_jwt: sections.jwt.clone(),
         })
     }
 
@@ -117,6 +134,11 @@ impl Policy {
             }
             _ => Err(bad_request(canonical.err().unwrap_or("the path can be read as that of another route"))),
         }
+    }
+
+    /// How the issuer's keys are fetched, if they are.
+    pub(crate) fn looks(&self) -> Option<Looks> {
+        self.jwt.as_ref()?.keys().looks()
     }
 
     /// Routes with the names of their versions, most specific first.
@@ -286,7 +308,7 @@ impl Gateway {
         }
         let caller = match is_preflight && route.preflight == Preflight::Pass {
             true => Caller { consumer: None, plan: None },
-            false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip())?,
+            false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip()).await?,
         };
         entry.consumer.clone_from(&caller.consumer);
         let admitted = limit(&policy, route, &caller, arrival.client.ip())?;
@@ -361,7 +383,7 @@ impl Gateway {
         Err(problem)
     }
 
-    fn authenticate(
+    async fn authenticate(
         &self,
         policy: &Policy,
         route: &Route,
@@ -389,7 +411,7 @@ impl Gateway {
                 AuthMethod::Jwt => match (&policy.jwt, jwt::bearer(fields)) {
                     (_, Err(why)) => reason = why.into(),
                     (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => {
-                        match self.verify(verifier, token, client)? {
+                        match self.verify(verifier, token, client).await? {
                             Ok(claims) => return Ok(Caller { consumer: Some(claims.consumer), plan: None }),
                             Err(error) => {
                                 reason = error.to_string();
@@ -408,13 +430,13 @@ impl Gateway {
 
 impl Gateway {
     /// Verifies a token, unless too many from that address were bad: each costs a signature's check. Those that were good
-    /// before cost none, and stay good.
-    fn verify(
+    /// before cost none, and stay good. Waits for the issuer if it may have a new key.
+    async fn verify(
         &self,
         verifier: &jwt::Verifier,
         token: &str,
         client: IpAddr,
-    ) -> Result<Result<jwt::Claims, jwt::JwtError>, Problem> {
+    ) -> Result<Result<jwt::Claims, JwtError>, Problem> {
         if let Some(claims) = verifier.remembered(token) {
             return Ok(Ok(claims));
         }
@@ -424,7 +446,15 @@ impl Gateway {
             let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
             return Err(problem.retry_after(after));
         }
-        let verified = verifier.verify(token);
+        let verified = match verifier.verify(token) {
+            Err(JwtError::UnknownKey) => verifier.verify_again(token).await,
+            verified => verified,
+        };
+        if verified == Err(JwtError::UnknownKey) && verifier.keys().current().is_empty() {
+            let detail = "the issuer has not told its keys yet";
+            let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "no-keys", detail);
+            return Err(problem.retry_after(Duration::from_secs(5)));
+        }
         if verified.is_err() {
             self.standing.failures.take(&address, now);
         }

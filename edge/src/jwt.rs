@@ -3,26 +3,26 @@
 
 use std::{
     collections::HashMap,
-    fs,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use http::{HeaderMap, HeaderValue, header};
-use jsonwebtoken::{
-    Algorithm, DecodingKey, Validation, decode, decode_header,
-    errors::ErrorKind,
-    jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm, KeyOperations, PublicKeyUse},
-};
+use jsonwebtoken::{Algorithm, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
+use starling_node::StateDir;
 
-use crate::config;
+use crate::{
+    config,
+    jwks::{Key, Keys, LEEWAY_S},
+};
 
 /// Longest token that is looked at, in bytes: what fits into any server's header limits.
 const MAX_TOKEN: usize = 8 * 1024;
 
-/// Longest subject, in bytes: it goes into a header and into the limiter's memory.
+/// What a token may say that it is; it need not say.
 const TYPES: [&str; 2] = ["JWT", "at+jwt"];
+/// Longest subject, in bytes: it goes into a header and into the limiter's memory.
 const MAX_SUBJECT: usize = 256;
 
 /// Tokens that are remembered as good: a check costs far more than a look.
@@ -30,13 +30,9 @@ const MAX_REMEMBERED: usize = 10_000;
 /// Keys that are tried for a token that does not say by which it was signed.
 const MAX_TRIED: usize = 4;
 
-/// How far the issuer's clock may be off, in seconds.
-const LEEWAY_S: u64 = 30;
-
 /// Verifies tokens with the keys of one issuer.
-#[derive(Debug)]
 pub(crate) struct Verifier {
-    keys: Vec<Key>,
+    keys: Arc<Keys>,
     good: Mutex<HashMap<[u8; 32], Good>>,
 }
 
@@ -45,14 +41,8 @@ pub(crate) struct Verifier {
 struct Good {
     claims: Claims,
     until: u64,
-}
-
-#[derive(Debug)]
-struct Key {
-    id: Option<String>,
-    decoding: DecodingKey,
-    /// Carries the algorithms: never empty, and all of the key's own type.
-    validation: Validation,
+    /// The edition of the issuer's keys that it was verified with: one of them may be withdrawn.
+    edition: u64,
 }
 
 /// Who a good token speaks for.
@@ -164,38 +154,18 @@ impl From<Scopes> for Vec<String> {
 }
 
 impl Verifier {
-    /// Reads the issuer's keys. The error says what is wrong with the file and what to do.
-    ///
-    /// Keys that are not for signatures, or for no algorithm of the list, are left out; there must be one left.
-    pub(crate) fn load(config: &config::Jwt) -> Result<Self, String> {
-        let file = config.jwks.display();
-        let document = fs::read(&config.jwks).map_err(|e| {
-            format!("{file} cannot be read ({e}); save the issuer's JWK Set there, or correct the path")
-        })?;
-        let set: JwkSet = serde_json::from_slice(&document)
-            .map_err(|e| format!("{file} is not a JWK Set ({e}); save what the issuer's jwks_uri answers"))?;
-        let mut keys = Vec::new();
-        for jwk in &set.keys {
-            let algorithms = algorithms(jwk, config);
-            let Some(first) = algorithms.first() else { continue };
-            let id = jwk.common.key_id.clone();
-            let decoding = DecodingKey::from_jwk(jwk).map_err(|e| {
-                format!("key {:?} in {file} is broken ({e}); fetch the file again", id.as_deref().unwrap_or_default())
-            })?;
-            let mut validation = Validation::new(*first);
-            validation.algorithms = algorithms;
-            validation.leeway = LEEWAY_S;
-            validation.validate_nbf = true;
-            validation.set_issuer(&[&config.issuer]);
-            validation.set_audience(&config.audience);
-            validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
-            keys.push(Key { id, decoding, validation });
-        }
-        if keys.is_empty() {
-            let list = config.algorithms.iter().map(|a| format!("{:?}", a.get())).collect::<Vec<_>>().join(", ");
-            return Err(format!("{file} has no public key for {list}; fetch it again, or correct jwt.algorithms"));
-        }
-        Ok(Self { keys, good: Mutex::default() })
+    /// With the keys of a file, or with those that are fetched, as [`Keys::load`] has it.
+    pub(crate) fn load(config: &config::Jwt, state: &StateDir) -> Result<Self, String> {
+        Keys::load(config, state).map(Self::with)
+    }
+
+    pub(crate) fn with(keys: Arc<Keys>) -> Self {
+        Self { keys, good: Mutex::default() }
+    }
+
+    /// The keys that it verifies with.
+    pub(crate) fn keys(&self) -> &Arc<Keys> {
+        &self.keys
     }
 
     /// Checks a token as it stands after `Bearer`: signature, issuer, audience, and time with 30 s of leeway.
@@ -214,7 +184,8 @@ impl Verifier {
             return Err(JwtError::Type);
         }
         let mut outcome = Err(JwtError::UnknownKey);
-        for key in self.keys(header.kid.as_deref(), header.alg)? {
+        let (edition, keys) = (self.keys.edition(), self.keys.current());
+        for key in candidates(&keys, header.kid.as_deref(), header.alg)? {
             outcome = decode::<Raw>(token, &key.decoding, &key.validation).map_err(JwtError::from);
             // Of several that may be meant, the one that signed it tells.
             if !matches!(outcome, Err(JwtError::Signature)) {
@@ -229,19 +200,28 @@ impl Verifier {
         let scopes = scope.or(scp).map(Vec::from).unwrap_or_default();
         let claims = Claims { consumer: format!("jwt:{subject}"), subject, scopes };
         if let Some(exp) = exp.as_ref().and_then(serde_json::Value::as_f64) {
-            self.remember(token, &claims, (exp as u64).saturating_add(LEEWAY_S));
+            self.remember(token, &claims, (exp as u64).saturating_add(LEEWAY_S), edition);
         }
         Ok(claims)
+    }
+
+    /// Asks the issuer once more for its keys, because a token is signed with one that is not known, and checks it again.
+    pub(crate) async fn verify_again(&self, token: &str) -> Result<Claims, JwtError> {
+        match self.keys.look_for(key_id(token).as_deref()).await {
+            true => self.verify(token),
+            false => Err(JwtError::UnknownKey),
+        }
     }
 
     /// What a token says that was verified before, and still holds.
     pub(crate) fn remembered(&self, token: &str) -> Option<Claims> {
         let good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
         let known = good.get(&digest(token))?;
-        (starling_node::unix_now() <= known.until).then(|| known.claims.clone())
+        let holds = starling_node::unix_now() <= known.until && known.edition == self.keys.edition();
+        holds.then(|| known.claims.clone())
     }
 
-    fn remember(&self, token: &str, claims: &Claims, until: u64) {
+    fn remember(&self, token: &str, claims: &Claims, until: u64, edition: u64) {
         let mut good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
         if good.len() >= MAX_REMEMBERED {
             let now = starling_node::unix_now();
@@ -250,50 +230,33 @@ impl Verifier {
                 good.clear();
             }
         }
-        good.insert(digest(token), Good { claims: claims.clone(), until });
+        good.insert(digest(token), Good { claims: claims.clone(), until, edition });
     }
+}
 
-    /// The keys that may have signed a token: those of its id, or else those that have none; any, if it names none (RFC 7515
-    /// §4.1.4, RFC 7517 §4.5). Nothing else in a token's header (`jwk`, `jku`, `x5u`) has a say.
-    fn keys(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Vec<&Key>, JwtError> {
-        let of_id = |wanted: Option<&str>| -> Vec<&Key> {
-            self.keys.iter().filter(|key| key.id.as_deref() == wanted).collect()
-        };
-        let candidates = match id {
-            None => self.keys.iter().collect(),
-            Some(id) => Some(of_id(Some(id))).filter(|keys| !keys.is_empty()).unwrap_or_else(|| of_id(None)),
-        };
-        if candidates.is_empty() {
-            return Err(JwtError::UnknownKey);
-        }
-        let fitting = candidates.into_iter().filter(|key| key.validation.algorithms.contains(&algorithm));
-        let fitting: Vec<&Key> = fitting.take(MAX_TRIED).collect();
-        if fitting.is_empty() { Err(JwtError::Algorithm) } else { Ok(fitting) }
+/// The keys that may have signed a token: those of its id, or else those that have none; any, if it names none (RFC 7515
+/// §4.1.4, RFC 7517 §4.5). Nothing else in a token's header (`jwk`, `jku`, `x5u`) has a say.
+fn candidates<'a>(keys: &'a [Key], id: Option<&str>, algorithm: Algorithm) -> Result<Vec<&'a Key>, JwtError> {
+    let of_id = |wanted: Option<&str>| -> Vec<&Key> { keys.iter().filter(|key| key.id.as_deref() == wanted).collect() };
+    let candidates = match id {
+        None => keys.iter().collect(),
+        Some(id) => Some(of_id(Some(id))).filter(|keys| !keys.is_empty()).unwrap_or_else(|| of_id(None)),
+    };
+    if candidates.is_empty() {
+        return Err(JwtError::UnknownKey);
     }
+    let fitting = candidates.into_iter().filter(|key| key.validation.algorithms.contains(&algorithm));
+    let fitting: Vec<&Key> = fitting.take(MAX_TRIED).collect();
+    if fitting.is_empty() { Err(JwtError::Algorithm) } else { Ok(fitting) }
+}
+
+/// By which key a token says that it was signed, if it is one at all.
+fn key_id(token: &str) -> Option<String> {
+    decode_header(token).ok()?.kid
 }
 
 fn digest(token: &str) -> [u8; 32] {
     Sha256::digest(token.as_bytes()).into()
-}
-
-/// The algorithms of the list that a key is made for, by its type and by what it says of itself (RFC 7517 §4.2 to
-/// §4.4).
-fn algorithms(jwk: &Jwk, config: &config::Jwt) -> Vec<Algorithm> {
-    let common = &jwk.common;
-    let verifies = common.public_key_use.as_ref().is_none_or(|purpose| *purpose == PublicKeyUse::Signature)
-        && common.key_operations.as_ref().is_none_or(|operations| operations.contains(&KeyOperations::Verify));
-    let fits = |algorithm: Algorithm| match (&jwk.algorithm, algorithm) {
-        (AlgorithmParameters::RSA(_), _) => algorithm.family() == jsonwebtoken::AlgorithmFamily::Rsa,
-        (AlgorithmParameters::EllipticCurve(key), Algorithm::ES256) => key.curve == EllipticCurve::P256,
-        (AlgorithmParameters::EllipticCurve(key), Algorithm::ES384) => key.curve == EllipticCurve::P384,
-        (AlgorithmParameters::OctetKeyPair(key), Algorithm::EdDSA) => key.curve == EllipticCurve::Ed25519,
-        _ => false,
-    };
-    let allowed = config.algorithms.iter().map(|algorithm| algorithm.get());
-    allowed
-        .filter(|algorithm| verifies && fits(*algorithm))
-        .filter(|algorithm| common.key_algorithm.is_none_or(|own| own == KeyAlgorithm::from(*algorithm)))
-        .collect()
 }
 
 /// The bearer token of a request (RFC 6750 §2.1); `None` if it has no Authorization or one of another scheme.
@@ -317,7 +280,7 @@ pub(crate) fn bearer(headers: &HeaderMap) -> Result<Option<&str>, &'static str> 
 #[cfg(test)]
 mod tests {
     use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-    use jsonwebtoken::{EncodingKey, Header, encode, get_current_timestamp};
+    use jsonwebtoken::{EncodingKey, Header, encode, get_current_timestamp, jwk::Jwk};
     use serde_json::{Value, json};
 
     use super::*;
@@ -353,14 +316,14 @@ mod tests {
 
         fn load(&self, keys: Value, algorithms: &[&str]) -> Result<Verifier, String> {
             let file = self.dir.path().join("jwks.json");
-            fs::write(&file, json!({ "keys": keys }).to_string()).unwrap();
+            std::fs::write(&file, json!({ "keys": keys }).to_string()).unwrap();
             let config = json!({
                 "issuer": "https://id.example.com/",
                 "audience": ["api", "api2"],
                 "jwks": file,
                 "algorithms": algorithms,
             });
-            Verifier::load(&serde_json::from_value(config).unwrap())
+            Keys::of_file(&serde_json::from_value(config).unwrap()).map(|keys| Verifier::with(Arc::new(keys)))
         }
     }
 
@@ -541,7 +504,7 @@ mod tests {
             (json!([edited(&rsa, "n", json!("*"))]), ["RS256"], "is broken"),
             (json!("x"), ["RS256"], "is not a JWK Set"),
         ] {
-            let error = issuer.load(keys.clone(), &algorithms).unwrap_err();
+            let error = issuer.load(keys.clone(), &algorithms).err().unwrap();
             assert!(error.contains(want), "{keys} gave {error}");
         }
     }

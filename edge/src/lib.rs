@@ -13,6 +13,7 @@ mod cors;
 mod edge;
 mod gateway;
 mod grpc_web;
+mod jwks;
 mod jwt;
 mod key_file;
 mod key_pair;

@@ -14,7 +14,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
-use crate::config::{Files, Source, read_config};
+use crate::config::{Files, Jwks, Source, read_config};
 
 /// Editors and orchestrators write in several steps; files are read once these are over.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -75,7 +75,12 @@ fn named(config: &Path, keys: &Path) -> BTreeSet<PathBuf> {
                 Source::Acme(acme) => files.extend(acme.ca),
             }
         }
-        files.extend(sections.jwt.map(|jwt| jwt.jwks));
+        if let Some(jwt) = sections.jwt {
+            files.extend(jwt.ca);
+            if let Jwks::File(file) = jwt.jwks {
+                files.insert(file);
+            }
+        }
     }
     files
 }

@@ -4,8 +4,12 @@ use std::collections::BTreeSet;
 
 use starling_node::{unix_now, web::Web};
 
-use super::{AuthMethod, ChallengeKind, EdgeSections, Plan, Route, Source, VersionSource};
-use crate::{cors::Cors, jwt, key_pair, route};
+use super::{AuthMethod, ChallengeKind, EdgeSections, Jwks, Plan, Route, Source, VersionSource};
+use crate::{
+    cors::Cors,
+    jwks::{self, Keys},
+    key_pair, route,
+};
 
 /// Checks what no section can know alone, and reads the files that they name.
 ///
@@ -17,8 +21,11 @@ pub(super) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
     check_plans(edge, &mut problems);
     check_routes(edge, &mut problems);
     check_versions(edge, &mut problems);
-    if let Some(Err(why)) = edge.jwt.as_ref().map(jwt::Verifier::load) {
-        problems.add("jwt.jwks", why);
+    if let Some(jwt) = &edge.jwt {
+        match &jwt.jwks {
+            Jwks::File(_) => drop(Keys::of_file(jwt).map_err(|why| problems.add("jwt.jwks", why))),
+            Jwks::Url(_) => drop(jwks::web(jwt).map_err(|why| problems.add("jwt.ca", why))),
+        }
     }
     problems.0
 }

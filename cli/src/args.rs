@@ -53,6 +53,11 @@ pub(crate) enum Command {
     Names(NamesArgs),
     /// Certificates of an edge
     Certificates(CertificatesArgs),
+    /// What a caller has used of its quotas, on one edge
+    Quota {
+        #[command(subcommand)]
+        command: QuotaCommand,
+    },
     /// API keys of an edge
     Keys {
         #[command(subcommand)]
@@ -415,6 +420,22 @@ pub(crate) struct CertificatesArgs {
 pub(crate) enum CertificatesCommand {
     /// Have the authority issue one now, whatever the last tries came to
     Renew(RenewArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum QuotaCommand {
+    /// Show it
+    Show(QuotaArgs),
+    /// Let it begin anew
+    Reset(QuotaArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuotaArgs {
+    /// The consumer of an API key, `jwt:` and the subject of a token, or the address of callers without either
+    pub(crate) consumer: String,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }
 
 #[derive(Debug, Args)]

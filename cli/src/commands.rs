@@ -14,6 +14,7 @@ pub(crate) mod members;
 pub(crate) mod names;
 pub(crate) mod node;
 pub(crate) mod ping;
+pub(crate) mod quota;
 pub(crate) mod sample;
 pub(crate) mod services;
 pub(crate) mod status;

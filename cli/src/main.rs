@@ -54,6 +54,7 @@ async fn run(command: Command) -> Result<(), Failure> {
         Command::Drain(args) => commands::drain::run(&args, "/v1/drain").await,
         Command::Leave(args) => commands::drain::run(&args, "/v1/leave").await,
         Command::Certificates(args) => commands::certificates::run(&args).await,
+        Command::Quota { command } => commands::quota::run(&command).await,
         Command::Keys { command } => commands::keys::run(&command).await,
         Command::Check(args) => commands::check::run(&args),
         Command::Chaos { command } => commands::chaos::run(command).await,

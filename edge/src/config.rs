@@ -2,6 +2,7 @@
 
 mod certificate;
 mod check;
+mod plan;
 
 use std::{
     collections::BTreeMap,
@@ -23,13 +24,11 @@ use starling_protocol::Name;
 
 pub(crate) use self::certificate::{Acme, Certificate, ChallengeKind, Files, Source};
 use self::check::check;
+pub(crate) use self::plan::{Plan, Rate};
 use crate::cors::Cors;
 
 /// Longest timeout of a route: more than a day is a slip of the pen.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Largest burst: what a structured field can say without loss is larger, what a plan needs is far smaller.
-const MAX_BURST: u32 = 1_000_000_000;
 
 /// Reads an edge's file, which is a node's and one part more, and every problem in it with its line. What it says is there
 /// only if there is no problem.
@@ -117,8 +116,11 @@ pub struct Route {
     pub service: Name,
     /// Ways to authenticate, any of which will do. Empty is public, and must be written.
     pub auth: Vec<AuthMethod>,
-    /// Name of the plan whose rate holds here; no limit if not told.
+    /// Name of the plan whose limits hold here; none if not told.
     pub plan: Option<String>,
+    /// How much of a plan one call takes; 1 if not told.
+    #[serde(default = "one")]
+    pub cost: NonZeroU32,
     /// Whether the service sees the path without the prefix.
     #[serde(default)]
     pub strip_prefix: bool,
@@ -199,6 +201,10 @@ impl Route {
     pub fn repeats(&self) -> RepeatSettings {
         RepeatSettings { retry: self.retry, hedge: self.hedge }
     }
+}
+
+fn one() -> NonZeroU32 {
+    NonZeroU32::MIN
 }
 
 fn root() -> String {
@@ -411,81 +417,6 @@ impl TryFrom<String> for Link {
     }
 }
 
-/// `[[plan]]`: how fast a caller may call.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// What routes and keys call it.
-    pub name: String,
-    /// Calls in a time, in the long run.
-    pub rate: Rate,
-    /// Calls at once; as many as the rate's number if not told.
-    pub burst: Option<NonZeroU32>,
-    /// Whether it only counts, and lets everything pass.
-    pub shadow: bool,
-}
-
-impl Plan {
-    /// Calls at once.
-    pub fn burst(&self) -> NonZeroU32 {
-        self.burst.unwrap_or(self.rate.count)
-    }
-}
-
-impl<'de> Deserialize<'de> for Plan {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Raw {
-            name: String,
-            rate: Rate,
-            burst: Option<NonZeroU32>,
-            quota: Option<de::IgnoredAny>,
-            #[serde(default)]
-            shadow: bool,
-        }
-        let Raw { name, rate, burst, quota, shadow } = Raw::deserialize(d)?;
-        if quota.is_some() {
-            return Err(de::Error::custom("quota arrives in a later version; use rate and burst"));
-        }
-        if !is_label(&name) {
-            return Err(de::Error::custom(format!("{name:?} is not a plan name: {LABEL}")));
-        }
-        if burst.is_some_and(|burst| burst.get() > MAX_BURST) {
-            return Err(de::Error::custom(format!("burst is too large: at most {MAX_BURST}")));
-        }
-        Ok(Self { name, rate, burst, shadow })
-    }
-}
-
-/// So many in such a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Rate {
-    /// How many.
-    pub count: NonZeroU32,
-    /// In what time: a second, a minute or an hour.
-    pub window: Duration,
-}
-
-impl TryFrom<String> for Rate {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        let rate = text.split_once('/').and_then(|(count, unit)| {
-            let seconds = match unit {
-                "s" => 1,
-                "m" => 60,
-                "h" => 3600,
-                _ => return None,
-            };
-            let count = digits(count).and_then(|n| u32::try_from(n).ok()).filter(|n| *n <= MAX_BURST)?;
-            Some(Self { count: NonZeroU32::new(count)?, window: Duration::from_secs(seconds) })
-        });
-        rate.ok_or_else(|| {
-            format!("{text:?} is not a rate: use a number from 1 and \"/s\", \"/m\" or \"/h\", such as \"50/s\"")
-        })
-    }
-}
-
 /// `[jwt]`: whose tokens are taken.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -677,7 +608,8 @@ mod tests {
         assert_eq!(edge.route[0].timeout, Some(Duration::from_secs(10)));
         assert_eq!(edge.version[0].from[0], VersionSource::Path);
         assert_eq!(edge.version[0].versions["v1"].deprecated.unwrap().unix(), 1_767_225_600);
-        assert_eq!((edge.plan[0].rate.count.get(), edge.plan[0].burst().get()), (50, 100));
+        let rate = edge.plan[0].rate.unwrap();
+        assert_eq!((rate.count.get(), edge.plan[0].burst(rate).get()), (50, 100));
         let keys: Vec<_> = check(&edge).into_iter().map(|(key, _)| key).collect();
         assert_eq!(keys, ["certificate[0].cert", "certificate[0].key", "jwt.jwks"]);
     }
@@ -691,7 +623,8 @@ mod tests {
         let route = &edge.route[0];
         assert_eq!((&route.host, route.path.as_str(), route.timeout), (&Host::Any, "/", None));
         assert!(!route.strip_prefix && !edge.plan[0].shadow);
-        assert_eq!((edge.plan[0].burst().get(), edge.plan[0].rate.window), (100, Duration::from_secs(60)));
+        let rate = edge.plan[0].rate.unwrap();
+        assert_eq!((edge.plan[0].burst(rate).get(), rate.window), (100, Duration::from_secs(60)));
     }
 
     #[test]
@@ -715,7 +648,14 @@ mod tests {
             (plan("rate = \"50/d\""), "is not a rate"),
             (plan("rate = \"+5/s\""), "is not a rate"),
             (plan("rate = \"5/s\"\nburst = 0"), "nonzero"),
-            (plan("rate = \"5/s\"\nquota = \"100000/day\""), "quota arrives in a later version; use rate and burst"),
+            (plan("burst = 5"), "rate or quota"),
+            (plan("quota = \"5/day\"\nburst = 5"), "burst goes with rate"),
+            (plan("rate = \"5/s\"\nquota = \"5/week\""), "is not a quota"),
+            (plan("rate = \"5/s\"\nquota = []"), "quota is empty"),
+            (plan("quota = [\"5/day\", \"6/day\"]"), "two quotas a day"),
+            (plan("quota = \"5/day\"\ntime_zone = \"Mars/Olympus\""), "is no time zone"),
+            (plan("rate = \"5/s\"\ntime_zone = \"UTC\""), "time_zone goes with a quota"),
+            (plan("quota = \"5/7d\"\ntime_zone = \"UTC\""), "time_zone goes with a quota"),
             (version("from = [\"cookie:v\"]\nversions = { v1 = {} }"), "not a place for a version"),
             (version("from = [\"accept:application/json\"]\nversions = { v1 = {} }"), "with {version} once"),
             (version("from = [\"header:a b\"]\nversions = { v1 = {} }"), "not a header name"),

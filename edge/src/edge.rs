@@ -1,6 +1,12 @@
 //! A running edge: a node, its public listeners, and what a reload replaces.
 
-use std::{num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    num::NonZeroU32,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -17,10 +23,10 @@ use crate::{
     acme::{Acme, Challenges, Store},
     certificates::{Certificates, Shown},
     config::{AuthMethod, EdgeSections, Rate, Route, read_config},
-    gateway::{Gateway, Policy, Standing},
+    gateway::{Gateway, Policy, Standing, caller_key},
     key_file::{KeyError, KeyFile},
+    limits::{Counter, Limiter},
     listener,
-    rate::Limiter,
     watch::{self, Seen},
 };
 
@@ -47,6 +53,7 @@ pub struct Edge {
     node: Node,
     /// Of its workers.
     public: Vec<quinn::Endpoint>,
+    counter: Arc<Counter>,
 }
 
 impl Edge {
@@ -93,6 +100,17 @@ impl Edge {
             Acme::new(store, challenges.clone(), node.fleet(), certificates.clone(), redirect.is_some(), issuing);
         let acme = Arc::new(acme);
         node.while_in_charge(acme.clone().run());
+        let counter = Counter::new(state.path().join("quota.redb"));
+        if policy.has_quotas() {
+            // The process before has the file until this one is in charge.
+            counter.begin(place.predecessor().is_none());
+        }
+        // The next one gets it when it is.
+        let counted = Counted(counter.clone());
+        node.while_in_charge(async move {
+            let _until_then = counted;
+            std::future::pending::<()>().await;
+        });
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
         let shared = Arc::new(Standing {
             policy: ArcSwap::from_pointee(policy),
@@ -103,6 +121,7 @@ impl Edge {
                 true => HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).ok(),
                 false => None,
             },
+            counter: counter.clone(),
             tunnels: Sources::default(),
             failures: Limiter::new(
                 Rate { count: FAILURES_PER_SECOND, window: Duration::from_secs(1) },
@@ -147,7 +166,7 @@ impl Edge {
                 }
             });
         }
-        Ok(Self { node, public })
+        Ok(Self { node, public, counter })
     }
 
     /// Its node.
@@ -156,8 +175,18 @@ impl Edge {
     }
 }
 
+/// Lets go of the counts on disk when it is dropped.
+struct Counted(Arc<Counter>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 impl Drop for Edge {
     fn drop(&mut self) {
+        self.counter.close();
         self.public.iter().for_each(|endpoint| endpoint.close(0u32.into(), b""));
     }
 }
@@ -184,6 +213,9 @@ impl Reload {
         };
         let policy = Policy::new(&sections, Some(&self.shared.policy.load()), &self.state)?;
         self.shared.certificates.reload(&sections.certificate)?;
+        if policy.has_quotas() {
+            self.shared.counter.begin(false);
+        }
         self.shared.policy.store(Arc::new(policy));
         self.acme.want(&sections.certificate);
         Ok(())
@@ -244,6 +276,17 @@ impl ExtraRoutes for Routes {
                 let routes: Vec<admin::Route> = self.standing.policy.load().shown().map(shown).collect();
                 json(StatusCode::OK, serde_json::to_value(routes))
             }
+            ("POST", "/v1/quotas/show") => match serde_json::from_slice(body) {
+                Ok(admin::QuotaOf { consumer }) => json(StatusCode::OK, serde_json::to_value(self.quotas(&consumer))),
+                Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
+            },
+            ("POST", "/v1/quotas/reset") => match serde_json::from_slice(body) {
+                Ok(admin::QuotaOf { consumer }) => match self.reset_quotas(&consumer) {
+                    Ok(()) => json(StatusCode::OK, Ok(serde_json::json!({"reset": true}))),
+                    Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
+                },
+                Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
+            },
             ("GET", "/v1/certificates") => json(StatusCode::OK, serde_json::to_value(self.certificates())),
             ("POST", "/v1/certificates/renew") => match serde_json::from_slice(body) {
                 Ok(admin::RenewCertificate { host }) if self.acme.hurry(&host.to_ascii_lowercase()) => {
@@ -274,6 +317,18 @@ impl ExtraRoutes for Routes {
 }
 
 impl Routes {
+    /// How it stands with all quotas that a caller may have.
+    fn quotas(&self, consumer: &str) -> Vec<admin::QuotaUse> {
+        let (policy, key) = (self.standing.policy.load(), key_of(consumer));
+        policy.plans().flat_map(|limit| limit.shown(&key, &self.standing.counter)).collect()
+    }
+
+    fn reset_quotas(&self, consumer: &str) -> Result<(), String> {
+        let (policy, key) = (self.standing.policy.load(), key_of(consumer));
+        let keys: Vec<String> = policy.plans().flat_map(|limit| limit.keys(&key)).collect();
+        self.standing.counter.reset(&keys)
+    }
+
     fn certificates(&self) -> Vec<admin::Certificate> {
         let now = unix_now();
         let shown = self.standing.certificates.shown().into_iter();
@@ -288,6 +343,14 @@ impl Routes {
             hosts: shown.hosts,
         };
         shown.map(certificate).collect()
+    }
+}
+
+/// What an operator calls a caller, as limits do.
+fn key_of(consumer: &str) -> String {
+    match consumer.parse::<IpAddr>() {
+        Ok(address) => caller_key(None, address),
+        Err(_) => caller_key(Some(consumer), Ipv4Addr::UNSPECIFIED.into()),
     }
 }
 

@@ -2,7 +2,7 @@
 //! HTTP/1.1, 2 and 3; each step takes the proof that the one before it made.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -26,13 +26,13 @@ use crate::{
     access_log::{AccessLog, Entry},
     api_key,
     certificates::Certificates,
-    config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Plan, Preflight, Route},
+    config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Preflight, Route},
     cors,
     grpc_web::Page,
     jwks::Looks,
     jwt::{self, JwtError},
     key_file::KeyFile,
-    rate::Limiter,
+    limits::{Counter, Limit, Limiter, Outcome},
     route::{self, Routes},
     version::{Found, Picker, Versions},
 };
@@ -69,15 +69,10 @@ pub(crate) struct Policy {
     versions: Versions,
     /// By the route's path, to be shown.
     version_names: HashMap<String, Vec<String>>,
-    plans: HashMap<String, Arc<Limit>>,
+    plans: BTreeMap<String, Arc<Limit>>,
     jwt: Option<Arc<jwt::Verifier>>,
     /// What `jwt` was made of.
     of_jwt: Option<config::Jwt>,
-}
-
-struct Limit {
-    plan: Plan,
-    limiter: Limiter,
 }
 
 impl Policy {
@@ -87,8 +82,7 @@ impl Policy {
     pub(crate) fn new(sections: &EdgeSections, former: Option<&Self>, state: &StateDir) -> Result<Self, String> {
         let plans = sections.plan.iter().map(|plan| {
             let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
-            let limit = || Arc::new(Limit { plan: plan.clone(), limiter: Limiter::new(plan.rate, plan.burst()) });
-            (plan.name.clone(), kept.unwrap_or_else(limit))
+            (plan.name.clone(), kept.unwrap_or_else(|| Arc::new(Limit::new(plan))))
         });
         Ok(Self {
             plans: plans.collect(),
@@ -134,6 +128,16 @@ impl Policy {
             }
             _ => Err(bad_request(canonical.err().unwrap_or("the path can be read as that of another route"))),
         }
+    }
+
+    /// The plans, by name.
+    pub(crate) fn plans(&self) -> impl Iterator<Item = &Limit> {
+        self.plans.values().map(|limit| &**limit)
+    }
+
+    /// Whether anything is counted for longer than a process lives.
+    pub(crate) fn has_quotas(&self) -> bool {
+        self.plans().any(|limit| !limit.plan.quotas.is_empty())
     }
 
     /// How the issuer's keys are fetched, if they are.
@@ -185,6 +189,8 @@ pub(crate) struct Standing {
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) log: AccessLog,
     pub(crate) alt_svc: Option<HeaderValue>,
+    /// What callers have used of their quotas.
+    pub(crate) counter: Arc<Counter>,
     /// Of addresses that send tokens which do not verify.
     pub(crate) failures: Limiter,
     /// Who has WebSockets, and other tunnels.
@@ -311,7 +317,7 @@ impl Gateway {
             false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip()).await?,
         };
         entry.consumer.clone_from(&caller.consumer);
-        let admitted = limit(&policy, route, &caller, arrival.client.ip())?;
+        let admitted = limit(&policy, route, &caller, arrival.client.ip(), &self.standing.counter)?;
         extra.extend(admitted.fields);
         if checked.tunnel.is_some() {
             let free = self.standing.tunnels.enter(arrival.client.ip(), MAX_TUNNELS_OF_ONE);
@@ -456,7 +462,7 @@ impl Gateway {
             return Err(problem.retry_after(Duration::from_secs(5)));
         }
         if verified.is_err() {
-            self.standing.failures.take(&address, now);
+            self.standing.failures.take(&address, 1, now);
         }
         Ok(verified)
     }
@@ -513,29 +519,34 @@ impl Dress<'_> {
 const FORWARDED: [&str; 6] =
     ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "forwarded"];
 
-fn limit(policy: &Policy, route: &Route, caller: &Caller, client: IpAddr) -> Result<Admitted, Problem> {
+fn limit(
+    policy: &Policy,
+    route: &Route,
+    caller: &Caller,
+    client: IpAddr,
+    counter: &Counter,
+) -> Result<Admitted, Problem> {
     let name = caller.plan.as_ref().filter(|name| policy.plans.contains_key(*name)).or(route.plan.as_ref());
     let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
         return Ok(Admitted { fields: HeaderMap::new() });
     };
-    // Told apart, so that nobody can be named like an address.
-    let key = match &caller.consumer {
-        Some(consumer) => format!("consumer {consumer}"),
-        None => format!("address {}", address_key(client)),
-    };
-    let decision = limit.limiter.take(&key, Instant::now());
-    let mut fields = HeaderMap::new();
-    if let Some((policy_field, limit_field)) = decision.fields(&limit.plan.name) {
-        fields.insert("ratelimit-policy", policy_field);
-        fields.insert("ratelimit", limit_field);
-    }
-    if decision.allowed || limit.plan.shadow {
+    let Outcome { violated, retry_after, fields } =
+        limit.take(&caller_key(caller.consumer.as_deref(), client), route.cost.get(), counter);
+    if violated.is_empty() || limit.plan.shadow {
         return Ok(Admitted { fields });
     }
-    let detail = format!("over the rate of plan {}", limit.plan.name);
+    let detail = format!("over what plan {} lets a caller do", limit.plan.name);
     let mut problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "quota-exceeded", detail);
     problem.headers.extend(fields);
-    Err(problem.retry_after(decision.retry_after))
+    Err(problem.with_member("violated-policies", violated).retry_after(retry_after))
+}
+
+/// Who a caller is to a limit: told apart, so that nobody can be named like an address.
+pub(crate) fn caller_key(consumer: Option<&str>, client: IpAddr) -> String {
+    match consumer {
+        Some(consumer) => format!("consumer {consumer}"),
+        None => format!("address {}", address_key(client)),
+    }
 }
 
 /// An address as the key of a limit.

@@ -435,6 +435,28 @@ pub struct RenewCertificate {
     pub host: String,
 }
 
+/// How it stands with one quota of a caller, on one edge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotaUse {
+    /// The plan that it is of.
+    pub plan: String,
+    /// In what time: `day`, `month`, or a span such as `7d`.
+    pub period: String,
+    /// How much there is.
+    pub limit: u64,
+    /// How much is used.
+    pub used: u64,
+    /// Seconds until there is room again, or more of it.
+    pub resets_in_s: u64,
+}
+
+/// Body of `POST /v1/quotas/show` and `POST /v1/quotas/reset` on an edge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotaOf {
+    /// A consumer; or the address of callers who are none.
+    pub consumer: String,
+}
+
 /// Body of `POST /v1/keys` on an edge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewKey {

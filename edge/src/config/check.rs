@@ -111,6 +111,17 @@ fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
         {
             problems.add(format!("route[{i}].plan"), format!("there is no plan {plan:?}; {}", known_plans(&edge.plan)));
         }
+        let plan = edge.plan.iter().find(|plan| route.plan.as_ref() == Some(&plan.name));
+        if let Some(plan) = plan {
+            let burst = plan.rate.map(|rate| plan.burst(rate).get().into());
+            let quotas = plan.quotas.iter().map(|quota| quota.count.get());
+            if let Some(most) = burst.into_iter().chain(quotas).min().filter(|most| *most < u64::from(route.cost.get()))
+            {
+                let why =
+                    format!("one call costs more than plan {:?} ever has ({most}), so that none could pass", plan.name);
+                problems.add(format!("route[{i}].cost"), why);
+            }
+        }
         if route.auth.contains(&AuthMethod::Jwt) && edge.jwt.is_none() {
             problems.add(format!("route[{i}].auth"), "\"jwt\" needs [jwt] with issuer, audience, jwks and algorithms");
         }

@@ -69,17 +69,25 @@ pub struct Problem {
     pub kind: Option<&'static str>,
     /// More fields of the answer.
     pub headers: HeaderMap,
+    /// More members of the document (RFC 9457 §3.2).
+    pub members: Option<Box<serde_json::Map<String, serde_json::Value>>>,
 }
 
 impl Problem {
     /// A fault on the way to the service.
     pub fn proxy(status: StatusCode, error: ProxyError, detail: impl Into<String>) -> Self {
-        Self { status, error: Some(error), detail: detail.into(), kind: None, headers: HeaderMap::new() }
+        Self { status, error: Some(error), detail: detail.into(), kind: None, headers: HeaderMap::new(), members: None }
     }
 
     /// A refusal by policy.
     pub fn policy(status: StatusCode, kind: &'static str, detail: impl Into<String>) -> Self {
-        Self { status, error: None, detail: detail.into(), kind: Some(kind), headers: HeaderMap::new() }
+        Self { status, error: None, detail: detail.into(), kind: Some(kind), headers: HeaderMap::new(), members: None }
+    }
+
+    /// With one more member of its document.
+    pub fn with_member(mut self, name: &'static str, value: impl Into<serde_json::Value>) -> Self {
+        self.members.get_or_insert_default().insert(name.into(), value.into());
+        self
     }
 
     /// With one more field.
@@ -106,12 +114,15 @@ impl Problem {
     fn json(&self) -> Response<Body> {
         let reason = self.status.canonical_reason().unwrap_or("Error");
         let kind = self.kind.map_or("about:blank".into(), |kind| format!("urn:starling:problem:{kind}"));
-        let document = serde_json::json!({
+        let mut document = serde_json::json!({
             "type": kind,
             "title": reason,
             "status": self.status.as_u16(),
             "detail": self.detail,
         });
+        for (name, value) in self.members.iter().flat_map(|members| members.iter()) {
+            document[name] = value.clone();
+        }
         let body = document.to_string();
         let mut response = Response::new(Body::empty());
         *response.status_mut() = self.status;
@@ -130,7 +141,14 @@ impl Problem {
         for name in [header::RETRY_AFTER, PROXY_STATUS] {
             headers.extend(answer.headers.get(&name).map(|value| (name, value.clone())));
         }
-        Self { status: answer.status, error: None, detail: detail.unwrap_or_default(), kind: None, headers }
+        Self {
+            status: answer.status,
+            error: None,
+            detail: detail.unwrap_or_default(),
+            kind: None,
+            headers,
+            members: None,
+        }
     }
 
     /// Trailers-only answer of the gRPC protocol: the status in the head, and no body.

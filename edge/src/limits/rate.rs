@@ -1,5 +1,4 @@
-//! Rates: the generic cell rate algorithm (ITU-T I.371 §A.1, virtual scheduling), one cell a call, and its header
-//! fields.
+//! Rates: the generic cell rate algorithm (ITU-T I.371 §A.1, virtual scheduling), as many cells a call as it costs.
 
 use std::{
     collections::HashMap,
@@ -8,9 +7,6 @@ use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
-
-use http::HeaderValue;
-use sfv::{BareItem, KeyRef, ListSerializer, StringRef, key_ref};
 
 use crate::config::Rate;
 
@@ -54,15 +50,15 @@ impl Limiter {
         }
     }
 
-    /// Takes one call from a caller's allowance, unless there is none left: a refused call costs nothing.
+    /// Takes a call of that cost from a caller's allowance, unless there is not enough left: a refused call costs nothing.
     ///
     /// `key` is what the gateway knows for sure of the caller, never something a client may choose.
-    pub(crate) fn take(&self, key: &str, now: Instant) -> Decision {
+    pub(crate) fn take(&self, key: &str, cost: u32, now: Instant) -> Decision {
         let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
         // The map is whole at every point where a panic could happen.
         let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
         let arrival = shard.get(key).copied().filter(|at| *at > now).unwrap_or(now);
-        let after = arrival + self.interval;
+        let after = arrival + self.interval.saturating_mul(cost);
         let debt = after.duration_since(now);
         if debt > self.window {
             return self.decision(false, arrival.duration_since(now), debt - self.window);
@@ -131,26 +127,6 @@ pub(crate) struct Decision {
     pub(crate) window: Duration,
 }
 
-impl Decision {
-    /// The values of RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10 §3, §4), in whole seconds,
-    /// rounded up. `None` if the name of the plan cannot stand in a field, which one from a config always can.
-    pub(crate) fn fields(&self, plan: &str) -> Option<(HeaderValue, HeaderValue)> {
-        let seconds = |time: Duration| i64::try_from(time.as_nanos().div_ceil(1_000_000_000)).unwrap_or(i64::MAX);
-        let policy = field(plan, [(key_ref("q"), self.limit.into()), (key_ref("w"), seconds(self.window))])?;
-        let limit = field(plan, [(key_ref("r"), self.remaining.into()), (key_ref("t"), seconds(self.reset))])?;
-        Some((policy, limit))
-    }
-}
-
-fn field(plan: &str, params: [(&KeyRef, i64); 2]) -> Option<HeaderValue> {
-    let mut list = ListSerializer::new();
-    let mut item = list.bare_item(StringRef::from_str(plan).ok()?);
-    for (key, value) in params {
-        item = item.parameter(key, &BareItem::Integer(sfv::Integer::try_from(value).ok()?));
-    }
-    HeaderValue::try_from(list.finish()?).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,41 +162,22 @@ mod tests {
             // A clock read before that of another thread.
             (8950, true, 0, 250, 0),
         ] {
-            let got = limiter.take("a", start + ms(at));
+            let got = limiter.take("a", 1, start + ms(at));
             let want =
                 Decision { allowed, remaining, reset: ms(reset), retry_after: ms(retry), limit: 3, window: ms(300) };
             assert_eq!(got, want, "at {at} ms");
         }
-        assert!(limiter.take("b", start).allowed, "each caller has its own");
+        assert!(limiter.take("b", 1, start).allowed, "each caller has its own");
     }
 
     #[test]
     fn no_more_than_rate_and_burst_over_a_boundary() {
         let limiter = limiter("50/s", 100);
         let start = Instant::now();
-        let passed = |from: u64, to: u64| (from..to).filter(|at| limiter.take("a", start + ms(*at)).allowed).count();
+        let passed = |from: u64, to: u64| (from..to).filter(|at| limiter.take("a", 1, start + ms(*at)).allowed).count();
         // 1000 calls a second: the burst and what is earned meanwhile, then the rate and nothing else.
         assert_eq!(passed(0, 1000), 149);
         assert_eq!(passed(1000, 11_000), 500);
-    }
-
-    #[test]
-    fn the_fields_are_structured() {
-        let start = Instant::now();
-        let limited = limiter("50/s", 100);
-        let first = limited.take("a", start).fields("default").unwrap();
-        assert_eq!(
-            (&first.0, &first.1),
-            (&HeaderValue::from_static("\"default\";q=100;w=2"), &HeaderValue::from_static("\"default\";r=99;t=1"))
-        );
-        let slow = limiter("2/m", 2);
-        slow.take("a", start);
-        slow.take("a", start);
-        let refused = slow.take("a", start + ms(500));
-        assert!(!refused.allowed);
-        assert_eq!(refused.fields("p").unwrap().1, "\"p\";r=0;t=60");
-        assert_eq!(refused.fields("a\"b").unwrap().1, "\"a\\\"b\";r=0;t=60");
-        assert_eq!(refused.fields("ä"), None);
     }
 
     #[test]
@@ -228,27 +185,27 @@ mod tests {
         let limiter = Limiter::with_max_keys(rate("1/s"), NonZeroU32::new(10).unwrap(), SHARDS * 8);
         let start = Instant::now();
         for _ in 0..10 {
-            limiter.take("greedy", start);
+            limiter.take("greedy", 1, start);
         }
         for i in 0..10_000 {
-            limiter.take(&format!("caller {i}"), start + Duration::from_micros(i));
+            limiter.take(&format!("caller {i}"), 1, start + Duration::from_micros(i));
         }
         let known: usize = limiter.shards.iter().map(|shard| shard.lock().unwrap().len()).sum();
         assert!(known <= SHARDS * 8, "{known}");
-        assert!(!limiter.take("greedy", start + ms(10)).allowed);
+        assert!(!limiter.take("greedy", 1, start + ms(10)).allowed);
 
         let later = start + Duration::from_secs(60);
         for i in 0..10_000 {
-            limiter.take(&format!("later {i}"), later);
+            limiter.take(&format!("later {i}"), 1, later);
         }
-        assert!(limiter.take("greedy", later).remaining >= 8, "the paid-up are forgotten or whole");
+        assert!(limiter.take("greedy", 1, later).remaining >= 8, "the paid-up are forgotten or whole");
     }
 
     #[test]
     fn extremes_do_not_overflow() {
         let now = Instant::now();
         for (text, burst) in [("1000000000/s", u32::MAX), ("1/h", 1_000_000_000), ("1/h", 1)] {
-            assert!(limiter(text, burst).take("a", now).allowed, "{text} {burst}");
+            assert!(limiter(text, burst).take("a", 1, now).allowed, "{text} {burst}");
         }
     }
 }

@@ -1,0 +1,181 @@
+//! Where quotas survive the process: `quota.redb` in the state directory.
+
+use std::{
+    io::ErrorKind::{InvalidData, UnexpectedEof},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+
+use super::quota::Counts;
+
+const COUNTS: TableDefinition<&str, &[u8]> = TableDefinition::new("counts");
+/// Most that is kept; the longest unused go first.
+const MAX_STORED: u64 = 1_000_000;
+/// Pause between looks whether the process before has let go.
+const LOOK: Duration = Duration::from_millis(20);
+/// Memory for what was read.
+const CACHE_BYTES: usize = 8 << 20;
+
+/// Counts on disk.
+pub(crate) struct Store(Database);
+
+/// Why nothing is kept.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {source}", .path.display())]
+pub(crate) struct StoreError {
+    path: PathBuf,
+    #[source]
+    source: redb::Error,
+}
+
+impl Store {
+    /// Opens it, as soon as no other process has it. One that is damaged is put aside, which is said, and counting begins anew.
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed = |source: redb::Error| StoreError { path: path.to_path_buf(), source };
+        let open = || -> Result<Self, redb::Error> {
+            let mut builder = Database::builder();
+            builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+            let store = Self(builder.create(path)?);
+            store.keep_within(MAX_STORED)?;
+            Ok(store)
+        };
+        loop {
+            match open() {
+                Ok(store) => return Ok(store),
+                Err(redb::Error::DatabaseAlreadyOpen) => std::thread::sleep(LOOK),
+                Err(redb::Error::Io(error)) if !matches!(error.kind(), InvalidData | UnexpectedEof) => {
+                    return Err(failed(redb::Error::Io(error)));
+                }
+                Err(error) => {
+                    let aside = path.with_extension("redb.damaged");
+                    std::fs::rename(path, &aside).map_err(|e| failed(redb::Error::Io(e)))?;
+                    let (shown, aside) = (path.display(), aside.display());
+                    tracing::error!(path = %shown, %error, %aside, "the counts of quotas are damaged: they begin anew");
+                    return open().map_err(failed);
+                }
+            }
+        }
+    }
+
+    /// What is kept of a caller.
+    pub(crate) fn get(&self, key: &str) -> Option<Counts> {
+        let read = || -> Result<Option<Counts>, redb::Error> {
+            let reading = self.0.begin_read()?;
+            let table = match reading.open_table(COUNTS) {
+                Ok(table) => table,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            Ok(table.get(key)?.and_then(|bytes| Counts::decode(bytes.value())))
+        };
+        read().unwrap_or_else(|error| {
+            tracing::error!(%error, "the counts of quotas cannot be read");
+            None
+        })
+    }
+
+    /// Adds to what is kept, all or nothing; gives back what there is of each now.
+    pub(crate) fn add(&self, changes: &[(String, Counts)]) -> Result<Vec<Counts>, redb::Error> {
+        let mut writing = self.0.begin_write()?;
+        writing.set_durability(Durability::Immediate)?;
+        let mut now = Vec::with_capacity(changes.len());
+        {
+            let mut table = writing.open_table(COUNTS)?;
+            for (key, change) in changes {
+                let kept = table.get(key.as_str())?.and_then(|bytes| Counts::decode(bytes.value()));
+                let mut counts = kept.unwrap_or_default();
+                counts.merge(change);
+                table.insert(key.as_str(), counts.encode().as_slice())?;
+                now.push(counts);
+            }
+        }
+        writing.commit()?;
+        Ok(now)
+    }
+
+    /// Forgets what is kept of callers.
+    pub(crate) fn remove(&self, keys: &[String]) -> Result<(), redb::Error> {
+        let writing = self.0.begin_write()?;
+        {
+            let mut table = writing.open_table(COUNTS)?;
+            for key in keys {
+                table.remove(key.as_str())?;
+            }
+        }
+        Ok(writing.commit()?)
+    }
+
+    fn keep_within(&self, max: u64) -> Result<(), redb::Error> {
+        let writing = self.0.begin_write()?;
+        {
+            let mut table = writing.open_table(COUNTS)?;
+            if table.len()? > max {
+                let mut all: Vec<(u64, String)> = Vec::new();
+                for entry in table.iter()? {
+                    let (key, counts) = entry?;
+                    let latest = Counts::decode(counts.value()).map_or(0, |counts| counts.latest());
+                    all.push((latest, key.value().to_owned()));
+                }
+                all.sort_unstable();
+                let too_many = all.len() - (max as usize * 3 / 4);
+                for (_, key) in all.iter().take(too_many) {
+                    table.remove(key.as_str())?;
+                }
+            }
+        }
+        Ok(writing.commit()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(pairs: &[(u64, u64)]) -> Counts {
+        let mut counts = Counts::default();
+        pairs.iter().for_each(|(part, count)| counts.add(*part, *count));
+        counts
+    }
+
+    #[test]
+    fn what_is_added_is_there_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("quota.redb");
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.get("a"), None);
+        store.add(&[("a".into(), counts(&[(10, 1)])), ("b".into(), counts(&[(10, 7)]))]).unwrap();
+        assert_eq!(store.add(&[("a".into(), counts(&[(10, 2), (20, 3)]))]).unwrap(), [counts(&[(10, 3), (20, 3)])]);
+        drop(store);
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.get("a"), Some(counts(&[(10, 3), (20, 3)])));
+        store.remove(&["a".into()]).unwrap();
+        assert_eq!((store.get("a"), store.get("b")), (None, Some(counts(&[(10, 7)]))));
+        store.add(&[("c".into(), counts(&[(5, 1)])), ("d".into(), counts(&[(30, 1)]))]).unwrap();
+        store.keep_within(2).unwrap();
+        assert_eq!((store.get("c"), store.get("d").is_some()), (None, true), "the longest unused go first");
+    }
+
+    #[test]
+    fn a_damaged_file_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("quota.redb");
+        let good = {
+            let store = Store::open(&path).unwrap();
+            let many: Vec<_> = (0..5000).map(|n| (format!("key {n}"), counts(&[(10, n)]))).collect();
+            store.add(&many).unwrap();
+            drop(store);
+            std::fs::read(&path).unwrap()
+        };
+        let mut scribbled = good.clone();
+        scribbled[4096..].iter_mut().step_by(97).for_each(|byte| *byte ^= 0x55);
+        for bad in [&b"no database"[..], &good[..good.len() / 2], &good[..100], &scribbled] {
+            std::fs::write(&path, bad).unwrap();
+            let store = Store::open(&path).unwrap();
+            assert!(store.get("key 1").is_none());
+            store.add(&[("a".into(), counts(&[(10, 1)]))]).unwrap();
+            assert!(path.with_extension("redb.damaged").exists());
+        }
+    }
+}

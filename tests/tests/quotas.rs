@@ -1,0 +1,183 @@
+//! Quotas by the day and longer, on one edge: the same over every protocol, and over whatever happens to the process.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use bytes::Bytes;
+use http::Request;
+use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed};
+use starling_protocol::admin::QuotaUse;
+use starling_tests::{binary, is_known, sample};
+
+const HOST: &str = "api.example.com";
+/// Longer than counts take to get to disk.
+const SAVED: Duration = Duration::from_secs(3);
+
+struct Stage {
+    cluster: Cluster,
+    listen: SocketAddr,
+    cert: PathBuf,
+    _service: Process,
+}
+
+impl Stage {
+    async fn set() -> Self {
+        let mut cluster = Cluster::start(binary()).await.unwrap();
+        let (service, addr) = sample(cluster.dir(), "orders").await;
+        cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();
+        let (cert, key) = (cluster.dir().join("edge.pem"), cluster.dir().join("edge.key"));
+        self_signed(&[HOST], &cert, &key).unwrap();
+        let listen = free_port();
+        let sections = format!(
+            r#"[edge]
+listen = "{listen}"
+[[certificate]]
+hosts = ["{HOST}"]
+cert = {cert:?}
+key = {key:?}
+[[plan]]
+name = "free"
+rate = "100/s"
+burst = 1000
+quota = ["10/day", "100/7d"]
+[[plan]]
+name = "public"
+quota = "6/month"
+time_zone = "Europe/Berlin"
+[[plan]]
+name = "looks"
+quota = "1/day"
+shadow = true
+[[route]]
+path = "/orders"
+service = "orders"
+auth = ["api-key"]
+plan = "free"
+[[route]]
+path = "/orders/report"
+service = "orders"
+auth = ["api-key"]
+plan = "free"
+cost = 5
+[[route]]
+path = "/public"
+service = "orders"
+auth = []
+plan = "public"
+[[route]]
+path = "/looks"
+service = "orders"
+auth = []
+plan = "looks"
+"#
+        );
+        cluster.add_edge("edge", &sections).await.unwrap();
+        is_known(&cluster, "edge", "orders", 1).await;
+        Self { cluster, listen, cert, _service: service }
+    }
+
+    async fn key(&self, consumer: &str) -> String {
+        self.run(&["keys", "create", "--consumer", consumer]).await.trim().to_owned()
+    }
+
+    async fn run(&self, args: &[&str]) -> String {
+        let admin = format!("http://{}", self.cluster.node("edge").admin);
+        self.cluster.run(&[args, &["--admin", &admin]].concat()).await.unwrap()
+    }
+
+    async fn used(&self, consumer: &str, plan: &str, period: &str) -> u64 {
+        let quotas: Vec<QuotaUse> =
+            serde_json::from_str(&self.run(&["quota", "show", consumer, "-o", "json"]).await).unwrap();
+        quotas.iter().find(|quota| quota.plan == plan && quota.period == period).unwrap().used
+    }
+
+    async fn ask(&self, door: Door, path: &str, key: &str) -> Answer {
+        let client = Client::trusting(&self.cert).unwrap();
+        let request = Request::get(format!("https://{HOST}{path}")).header("x-api-key", key);
+        client.send(door, self.listen, request.body(Bytes::new()).unwrap()).await.unwrap()
+    }
+
+    async fn restart(&mut self) {
+        self.cluster.kill("edge").await.unwrap();
+        self.cluster.restart("edge").await.unwrap();
+        is_known(&self.cluster, "edge", "orders", 1).await;
+    }
+}
+
+#[tokio::test]
+async fn a_quota_holds_over_every_protocol_and_says_how_it_stands() {
+    let stage = Stage::set().await;
+    let key = stage.key("alice").await;
+    // One that costs five, and five that cost one, over all of them in turn.
+    assert_eq!(stage.ask(Door::Http2, "/orders/report", &key).await.status, 200);
+    for (nth, door) in Door::PUBLIC.into_iter().cycle().take(5).enumerate() {
+        let answer = stage.ask(door, "/orders", &key).await;
+        let left = answer.header("ratelimit").split("\"free-day\";r=").nth(1).unwrap_or_default().split(';').next();
+        assert_eq!((answer.status, left), (200, Some((4 - nth).to_string().as_str())), "{door:?} {answer:?}");
+        let policies = "\"free\";q=1000;w=10, \"free-day\";q=10;w=86400, \"free-7d\";q=100;w=604800";
+        assert_eq!(answer.header("ratelimit-policy"), policies);
+    }
+    for door in Door::PUBLIC {
+        let answer = stage.ask(door, "/orders", &key).await;
+        assert_eq!((answer.status, answer.header("content-type")), (429, "application/problem+json"), "{door:?}");
+        let problem: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        assert_eq!(problem["violated-policies"], serde_json::json!(["free-day"]), "{problem}");
+        let until: u64 = answer.header("retry-after").parse().unwrap();
+        assert!((1..=86_461).contains(&until), "{until}");
+    }
+    // Others have their own, and what was refused took nothing of the longer one.
+    assert_eq!(stage.ask(Door::Http1, "/orders", &stage.key("bob").await).await.status, 200);
+    assert_eq!(stage.used("alice", "free", "7d").await, 10);
+    // Callers without a name are their addresses.
+    for door in Door::PUBLIC.into_iter().cycle().take(6) {
+        assert_eq!(stage.ask(door, "/public", "").await.status, 200);
+    }
+    assert_eq!(stage.ask(Door::Http3, "/public", "").await.status, 429);
+    assert_eq!(stage.used("127.0.0.1", "public", "month").await, 6);
+    // One that only counts.
+    for door in Door::PUBLIC {
+        assert_eq!(stage.ask(door, "/looks", "").await.status, 200);
+    }
+    stage.run(&["quota", "reset", "alice"]).await;
+    assert_eq!(stage.used("alice", "free", "day").await, 0);
+    assert_eq!(stage.ask(Door::Http3, "/orders", &key).await.status, 200);
+    assert!(stage.run(&["quota", "show", "alice"]).await.contains("RESETS IN"));
+}
+
+#[tokio::test]
+async fn counts_survive_kills_upgrades_and_a_damaged_file() {
+    let mut stage = Stage::set().await;
+    let key = stage.key("alice").await;
+    let take = async |stage: &Stage, count: usize| {
+        for door in Door::PUBLIC.into_iter().cycle().take(count) {
+            assert_eq!(stage.ask(door, "/orders", &key).await.status, 200, "{door:?}");
+        }
+    };
+    take(&stage, 4).await;
+    tokio::time::sleep(SAVED).await;
+    stage.restart().await;
+    assert_eq!(stage.used("alice", "free", "day").await, 4);
+    take(&stage, 2).await;
+    // The new process gets what the old one had counted to the last call.
+    let mut old = stage.cluster.take_over("edge").await.unwrap();
+    take(&stage, 2).await;
+    assert!(old.wait(Duration::from_secs(60)).await.unwrap().success());
+    take(&stage, 2).await;
+    assert_eq!(stage.ask(Door::Http2, "/orders", &key).await.status, 429);
+    assert_eq!(stage.used("alice", "free", "day").await, 10);
+    // A process that ends in order loses nothing either.
+    stage.cluster.terminate("edge").await.unwrap();
+    stage.cluster.restart("edge").await.unwrap();
+    is_known(&stage.cluster, "edge", "orders", 1).await;
+    assert_eq!(stage.used("alice", "free", "day").await, 10);
+
+    // Half a file is worth an error in the log, and no more than what was counted.
+    stage.cluster.kill("edge").await.unwrap();
+    let file = stage.cluster.node("edge").state.join("quota.redb");
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() / 3]).unwrap();
+    stage.cluster.restart("edge").await.unwrap();
+    is_known(&stage.cluster, "edge", "orders", 1).await;
+    assert_eq!(stage.ask(Door::Http1, "/orders", &key).await.status, 200);
+    assert!(stage.cluster.node("edge").process.log().contains("the counts of quotas are damaged"));
+    assert!(file.with_extension("redb.damaged").exists());
+}

@@ -118,6 +118,15 @@ pub struct Route {
     pub auth: Vec<AuthMethod>,
     /// Name of the plan whose limits hold here; none if not told.
     pub plan: Option<String>,
+    /// What a token's `scope` must have, all of it.
+    #[serde(default, deserialize_with = "scopes")]
+    pub scopes: Vec<String>,
+    /// Claims that a token must have, each with one of some values.
+    #[serde(default)]
+    pub claims: BTreeMap<String, OneOf>,
+    /// Fields in which the service is told claims of the token, by the name of the field.
+    #[serde(default, deserialize_with = "claim_headers")]
+    pub claim_headers: Vec<(HeaderName, String)>,
     /// How much of a plan one call takes; 1 if not told.
     #[serde(default = "one")]
     pub cost: NonZeroU32,
@@ -153,6 +162,27 @@ pub struct Route {
     /// Whether pages may call it by gRPC-Web; the service gets gRPC.
     #[serde(default)]
     pub grpc_web: bool,
+}
+
+/// Values of which a claim must have one.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(from = "OneOrMore")]
+pub struct OneOf(pub(crate) Vec<String>);
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "not a value in quotes, or a list of these")]
+enum OneOrMore {
+    One(String),
+    More(Vec<String>),
+}
+
+impl From<OneOrMore> for OneOf {
+    fn from(values: OneOrMore) -> Self {
+        match values {
+            OneOrMore::One(value) => Self(vec![value]),
+            OneOrMore::More(values) => Self(values),
+        }
+    }
 }
 
 /// What a service sees as Host.
@@ -201,6 +231,35 @@ impl Route {
     pub fn repeats(&self) -> RepeatSettings {
         RepeatSettings { retry: self.retry, hedge: self.hedge }
     }
+}
+
+/// Scopes as RFC 6749 §3.3 writes them.
+fn scopes<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
+    let scopes = Vec::<String>::deserialize(d)?;
+    let is_scope = |scope: &String| {
+        !scope.is_empty() && scope.bytes().all(|b| matches!(b, b'!'..=b'~') && !matches!(b, b'"' | b'\\'))
+    };
+    match scopes.iter().find(|scope| !is_scope(scope)) {
+        Some(bad) => {
+            Err(de::Error::custom(format!("{bad:?} is not a scope: one word of visible ASCII, without quotes")))
+        }
+        None => Ok(scopes),
+    }
+}
+
+fn claim_headers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<(HeaderName, String)>, D::Error> {
+    let fields = BTreeMap::<String, String>::deserialize(d)?;
+    let field = |(name, claim): (String, String)| {
+        let name = name.parse::<HeaderName>().map_err(|_| format!("{name:?} is not the name of a field"))?;
+        let of_edge = ["x-real-ip", "x-request-id", "x-api-key"].contains(&name.as_str());
+        match name.as_str().starts_with("x-") && !name.as_str().starts_with("x-forwarded-") && !of_edge {
+            true => Ok((name, claim)),
+            false => {
+                Err(format!("{name} may have a meaning of its own: use another name with x-, such as \"x-tenant\""))
+            }
+        }
+    };
+    fields.into_iter().map(field).collect::<Result<_, String>>().map_err(de::Error::custom)
 }
 
 fn one() -> NonZeroU32 {
@@ -648,10 +707,16 @@ mod tests {
             (plan("rate = \"50/d\""), "is not a rate"),
             (plan("rate = \"+5/s\""), "is not a rate"),
             (plan("rate = \"5/s\"\nburst = 0"), "nonzero"),
+            (route("auth = [\"jwt\"]\nscopes = [\"a b\"]"), "is not a scope"),
+            (route("auth = [\"jwt\"]\nclaims = { a = 1 }"), "not a value in quotes"),
+            (route("auth = [\"jwt\"]\nclaim_headers = { authorization = \"a\" }"), "such as \"x-tenant\""),
+            (route("auth = [\"jwt\"]\nclaim_headers = { x-forwarded-for = \"a\" }"), "such as \"x-tenant\""),
+            (route("auth = []\ncost = 0"), "nonzero"),
             (plan("burst = 5"), "rate or quota"),
             (plan("quota = \"5/day\"\nburst = 5"), "burst goes with rate"),
             (plan("rate = \"5/s\"\nquota = \"5/week\""), "is not a quota"),
             (plan("rate = \"5/s\"\nquota = []"), "quota is empty"),
+            (plan("quota = 5"), "not a quota such as"),
             (plan("quota = [\"5/day\", \"6/day\"]"), "two quotas a day"),
             (plan("quota = \"5/day\"\ntime_zone = \"Mars/Olympus\""), "is no time zone"),
             (plan("rate = \"5/s\"\ntime_zone = \"UTC\""), "time_zone goes with a quota"),

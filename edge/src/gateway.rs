@@ -29,7 +29,7 @@ use crate::{
     config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Preflight, Route},
     cors,
     grpc_web::Page,
-    jwks::Looks,
+    jwks::{Keys, Looks},
     jwt::{self, JwtError},
     key_file::KeyFile,
     limits::{Counter, Limit, Limiter, Outcome},
@@ -70,7 +70,7 @@ pub(crate) struct Policy {
     /// By the route's path, to be shown.
     version_names: HashMap<String, Vec<String>>,
     plans: BTreeMap<String, Arc<Limit>>,
-    jwt: Option<Arc<jwt::Verifier>>,
+    jwt: Option<jwt::Verifier>,
     /// What `jwt` was made of.
     of_jwt: Option<config::Jwt>,
 }
@@ -93,15 +93,22 @@ impl Policy {
                 .iter()
                 .map(|v| (v.route.clone(), v.versions.keys().cloned().collect()))
                 .collect(),
-            // Keys that are fetched stay: only those of a file may be others now.
-            jwt: match (&sections.jwt, former) {
-                (Some(config), Some(former))
-                    if matches!(config.jwks, Jwks::Url(_)) && former.of_jwt.as_ref() == Some(config) =>
-                {
-                    former.jwt.clone()
+            jwt: match &sections.jwt {
+                Some(config) => {
+                    // Keys that are fetched stay: only those of a file may be others now.
+                    let same =
+                        former.filter(|f| matches!(config.jwks, Jwks::Url(_)) && f.of_jwt.as_ref() == Some(config));
+                    let keys = match same.and_then(|former| former.jwt.as_ref()) {
+                        Some(former) => former.keys().clone(),
+                        None => Keys::load(config, state)?,
+                    };
+                    let of_route = |route: &Route| {
+                        let told = route.claim_headers.iter().map(|(_, claim)| claim.clone());
+                        route.claims.keys().cloned().chain(told).collect::<Vec<_>>()
+                    };
+                    Some(jwt::Verifier::new(keys, sections.route.iter().flat_map(of_route).collect()))
                 }
-                (Some(config), _) => Some(Arc::new(jwt::Verifier::load(config, state)?)),
-                (None, _) => None,
+                None => None,
             },
             of_jwt: sections.jwt.clone(),
         })
@@ -166,6 +173,15 @@ struct Caller {
     /// Who; `None` on a public route.
     consumer: Option<String>,
     plan: Option<String>,
+    /// What its token says, for the service.
+    told: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl Caller {
+    /// Anybody.
+    fn nobody() -> Self {
+        Self { consumer: None, plan: None, told: Vec::new() }
+    }
 }
 
 /// Proof that the caller is within its limit, and the fields that say so.
@@ -313,7 +329,7 @@ impl Gateway {
             }
         }
         let caller = match is_preflight && route.preflight == Preflight::Pass {
-            true => Caller { consumer: None, plan: None },
+            true => Caller::nobody(),
             false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip()).await?,
         };
         entry.consumer.clone_from(&caller.consumer);
@@ -397,7 +413,7 @@ impl Gateway {
         client: IpAddr,
     ) -> Result<Caller, Problem> {
         if route.auth.is_empty() {
-            return Ok(Caller { consumer: None, plan: None });
+            return Ok(Caller::nobody());
         }
         let mut reason = "credentials are needed".to_string();
         let mut challenge = HeaderValue::from_static("Bearer");
@@ -407,7 +423,7 @@ impl Gateway {
                     Ok(Some(key)) => match self.standing.keys.current().verify(key) {
                         Some(key) => {
                             let consumer = Some(key.consumer.to_string());
-                            return Ok(Caller { consumer, plan: key.plan.clone() });
+                            return Ok(Caller { consumer, plan: key.plan.clone(), told: Vec::new() });
                         }
                         None => reason = "the API key is not valid".into(),
                     },
@@ -418,7 +434,7 @@ impl Gateway {
                     (_, Err(why)) => reason = why.into(),
                     (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => {
                         match self.verify(verifier, token, client).await? {
-                            Ok(claims) => return Ok(Caller { consumer: Some(claims.consumer), plan: None }),
+                            Ok(claims) => return permitted(route, claims),
                             Err(error) => {
                                 reason = error.to_string();
                                 challenge = error.challenge();
@@ -468,6 +484,27 @@ impl Gateway {
     }
 }
 
+/// Whether a token lets its bearer use the route (RFC 6750 §3.1).
+fn permitted(route: &Route, claims: jwt::Claims) -> Result<Caller, Problem> {
+    let forbidden = |detail: String, challenge: String| {
+        let problem = Problem::policy(StatusCode::FORBIDDEN, "forbidden", detail);
+        match HeaderValue::try_from(challenge) {
+            Ok(challenge) => problem.with_header(header::WWW_AUTHENTICATE, challenge),
+            Err(_) => problem,
+        }
+    };
+    if let Some(scope) = claims.lacks(&route.scopes) {
+        let challenge = format!("Bearer error=\"insufficient_scope\", scope=\"{}\"", route.scopes.join(" "));
+        return Err(forbidden(format!("the token lacks the scope {scope}"), challenge));
+    }
+    if let Some((claim, _)) = route.claims.iter().find(|(claim, values)| !claims.has(claim, &values.0)) {
+        let challenge = "Bearer error=\"insufficient_scope\"".to_owned();
+        return Err(forbidden(format!("the token's claim {claim} is not one that may do this"), challenge));
+    }
+    let told = route.claim_headers.iter().filter_map(|(name, claim)| Some((name.clone(), claims.field(claim)?)));
+    Ok(Caller { told: told.collect(), consumer: Some(claims.consumer), plan: None })
+}
+
 /// What the service reads about the request: who called and from where, by our word and nobody else's.
 struct Dress<'a> {
     path: &'a str,
@@ -488,6 +525,11 @@ impl Dress<'_> {
         for name in FORWARDED {
             parts.headers.remove(name);
         }
+        // Also those that the token says nothing about: a client cannot say it in its place.
+        for (name, _) in &self.route.claim_headers {
+            parts.headers.remove(name);
+        }
+        parts.headers.extend(self.caller.told.iter().cloned());
         // A key of ours is for us alone; a token may be the service's to read.
         parts.headers.remove("x-api-key");
         if jwt::bearer(&parts.headers).is_ok_and(|token| token.is_some_and(api_key::is_api_key)) {

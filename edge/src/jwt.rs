@@ -2,20 +2,17 @@
 //! a key is only ever used with those it is made for.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use http::{HeaderMap, HeaderValue, header};
 use jsonwebtoken::{Algorithm, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use starling_node::StateDir;
 
-use crate::{
-    config,
-    jwks::{Key, Keys, LEEWAY_S},
-};
+use crate::jwks::{Key, Keys, LEEWAY_S};
 
 /// Longest token that is looked at, in bytes: what fits into any server's header limits.
 const MAX_TOKEN: usize = 8 * 1024;
@@ -33,6 +30,8 @@ const MAX_TRIED: usize = 4;
 /// Verifies tokens with the keys of one issuer.
 pub(crate) struct Verifier {
     keys: Arc<Keys>,
+    /// The claims that routes ask for.
+    wanted: BTreeSet<String>,
     good: Mutex<HashMap<[u8; 32], Good>>,
 }
 
@@ -55,6 +54,52 @@ pub(crate) struct Claims {
     pub(crate) consumer: String,
     /// `scope` (RFC 9068 §2.2.3) or `scp`, which some issuers say instead.
     pub(crate) scopes: Vec<String>,
+    /// Others that a route asks for, by the name that it uses.
+    pub(crate) others: BTreeMap<String, Value>,
+}
+
+impl Claims {
+    /// The first scope that is missing.
+    pub(crate) fn lacks<'a>(&self, scopes: &'a [String]) -> Option<&'a str> {
+        scopes.iter().find(|scope| !self.scopes.contains(scope)).map(String::as_str)
+    }
+
+    /// Whether a claim has one of these values: as itself, or in its list.
+    pub(crate) fn has(&self, claim: &str, values: &[String]) -> bool {
+        let is_one = |value: &Value| text_of(value).is_some_and(|text| values.contains(&text));
+        match self.others.get(claim) {
+            Some(Value::Array(list)) => list.iter().any(is_one),
+            Some(value) => is_one(value),
+            None => false,
+        }
+    }
+
+    /// A claim as a field carries it: a list with commas between. `None` if it is not there, or none that a field can carry.
+    pub(crate) fn field(&self, claim: &str) -> Option<HeaderValue> {
+        let text = match self.others.get(claim)? {
+            Value::Array(list) => list.iter().map(text_of).collect::<Option<Vec<_>>>()?.join(","),
+            value => text_of(value)?,
+        };
+        HeaderValue::from_bytes(text.as_bytes()).ok()
+    }
+}
+
+fn text_of(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        Value::Bool(bool) => Some(bool.to_string()),
+        _ => None,
+    }
+}
+
+/// A claim by its name; or, if there is none of it, by the names on the way to it, with dots between.
+fn claim<'a>(claims: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    if let Some(value) = claims.get(name) {
+        return Some(value);
+    }
+    let (first, rest) = name.split_once('.')?;
+    claim(claims.get(first)?.as_object()?, rest)
 }
 
 /// Why a token is not taken. The text is for the caller.
@@ -135,6 +180,8 @@ struct Raw {
     exp: Option<serde_json::Value>,
     scope: Option<Scopes>,
     scp: Option<Scopes>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -154,13 +201,9 @@ impl From<Scopes> for Vec<String> {
 }
 
 impl Verifier {
-    /// With the keys of a file, or with those that are fetched, as [`Keys::load`] has it.
-    pub(crate) fn load(config: &config::Jwt, state: &StateDir) -> Result<Self, String> {
-        Keys::load(config, state).map(Self::with)
-    }
-
-    pub(crate) fn with(keys: Arc<Keys>) -> Self {
-        Self { keys, good: Mutex::default() }
+    /// With these keys; `wanted` are claims that are to be told, by name.
+    pub(crate) fn new(keys: Arc<Keys>, wanted: BTreeSet<String>) -> Self {
+        Self { keys, wanted, good: Mutex::default() }
     }
 
     /// The keys that it verifies with.
@@ -192,13 +235,16 @@ impl Verifier {
                 break;
             }
         }
-        let Raw { sub, exp, scope, scp, .. } = outcome?.claims;
+        let Raw { sub, exp, scope, scp, mut others, .. } = outcome?.claims;
+        // Those that are read by themselves are claims all the same.
+        others.extend(sub.clone().map(|sub| ("sub".to_owned(), Value::String(sub))));
         let subject = sub.ok_or(JwtError::Missing("sub"))?;
         if !(1..=MAX_SUBJECT).contains(&subject.len()) || !subject.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(JwtError::Subject);
         }
         let scopes = scope.or(scp).map(Vec::from).unwrap_or_default();
-        let claims = Claims { consumer: format!("jwt:{subject}"), subject, scopes };
+        let told = self.wanted.iter().filter_map(|name| Some((name.clone(), claim(&others, name)?.clone())));
+        let claims = Claims { consumer: format!("jwt:{subject}"), subject, scopes, others: told.collect() };
         if let Some(exp) = exp.as_ref().and_then(serde_json::Value::as_f64) {
             self.remember(token, &claims, (exp as u64).saturating_add(LEEWAY_S), edition);
         }
@@ -281,7 +327,7 @@ pub(crate) fn bearer(headers: &HeaderMap) -> Result<Option<&str>, &'static str> 
 mod tests {
     use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
     use jsonwebtoken::{EncodingKey, Header, encode, get_current_timestamp, jwk::Jwk};
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -323,7 +369,9 @@ mod tests {
                 "jwks": file,
                 "algorithms": algorithms,
             });
-            Keys::of_file(&serde_json::from_value(config).unwrap()).map(|keys| Verifier::with(Arc::new(keys)))
+            let wanted = ["tenant", "realm.roles", "level"].map(str::to_owned);
+            let keys = Keys::of_file(&serde_json::from_value(config).unwrap());
+            keys.map(|keys| Verifier::new(Arc::new(keys), wanted.into()))
         }
     }
 
@@ -357,6 +405,7 @@ mod tests {
             subject: "alice".into(),
             consumer: "jwt:alice".into(),
             scopes: vec!["read".into(), "write".into()],
+            others: BTreeMap::new(),
         };
         assert_eq!(verifier.verify(&sign(Algorithm::RS256, Some("r"), &issuer.rsa, &claims())), Ok(want.clone()));
         let token = sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims());
@@ -372,6 +421,28 @@ mod tests {
         let scopes = |claims| verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims)).unwrap().scopes;
         assert_eq!(scopes(without("scope")), [""; 0]);
         assert_eq!(scopes(with("scope", json!(["a", "b"]))), ["a", "b"]);
+    }
+
+    #[test]
+    fn claims_that_routes_ask_for() {
+        let issuer = Issuer::new();
+        let verifier = issuer.load(issuer.both(), &["ES256"]).unwrap();
+        let mut claims = with("tenant", json!("acme"));
+        claims["realm"] = json!({"roles": ["admin", "reader"]});
+        claims["level"] = json!(3);
+        claims["unasked"] = json!("x".repeat(1000));
+        let told = verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims)).unwrap();
+        let values = |values: &[&str]| values.iter().map(|v| (*v).to_owned()).collect::<Vec<_>>();
+        assert_eq!(told.others.len(), 3, "what nobody asks for is not kept");
+        assert!(told.has("tenant", &values(&["other", "acme"])) && !told.has("tenant", &values(&["acm"])));
+        assert!(told.has("realm.roles", &values(&["reader"])) && !told.has("realm.roles", &values(&["read"])));
+        assert!(told.has("level", &values(&["3"])) && !told.has("unasked", &values(&["x"])));
+        assert_eq!(told.field("realm.roles").unwrap(), "admin,reader");
+        assert_eq!((told.field("level").unwrap().to_str().unwrap(), told.field("unasked")), ("3", None));
+        assert_eq!((told.lacks(&values(&["read", "pay"])), told.lacks(&values(&["read"]))), (Some("pay"), None));
+        let smuggled =
+            verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &with("tenant", json!("a\r\nb"))));
+        assert_eq!(smuggled.unwrap().field("tenant"), None);
     }
 
     #[test]

@@ -67,8 +67,14 @@ http {{
 
     /// A token that is good for some minutes.
     fn token(&self, key: &str, subject: &str) -> String {
+        self.token_that_says(key, serde_json::json!({"sub": subject}))
+    }
+
+    /// The same with more claims.
+    fn token_that_says(&self, key: &str, more: serde_json::Value) -> String {
         let until = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 600;
-        let claims = serde_json::json!({"iss": "https://id.example.com/", "aud": "api", "sub": subject, "exp": until});
+        let mut claims = serde_json::json!({"iss": "https://id.example.com/", "aud": "api", "exp": until});
+        claims.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let (script, file) = (client_script("tokens.py"), self.dir.join(key).display().to_string());
         let (signed, out, err) = run(&self.python, &[&script, "sign", &file, &claims.to_string()]);
         assert!(signed, "{err}");
@@ -97,7 +103,29 @@ struct Stage {
     issuer: Issuer,
     listen: SocketAddr,
     cert: PathBuf,
-    _service: Process,
+    _services: [Process; 2],
+}
+
+/// nginx that answers with what it was told of a token.
+async fn tell(dir: &Path, addr: SocketAddr) -> Option<Process> {
+    let (nginx, dir) = (program("nginx")?, dir.join("told"));
+    std::fs::create_dir(&dir).unwrap();
+    let own = dir.display();
+    let config = format!(
+        r#"daemon off; master_process off; pid {own}/nginx.pid; error_log {own}/nginx.err;
+events {{}}
+http {{
+  access_log off; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
+  fastcgi_temp_path {own}/t3; uwsgi_temp_path {own}/t4; scgi_temp_path {own}/t5;
+  server {{ listen {addr}; location / {{
+    return 200 "$http_starling_consumer tenant=$http_x_tenant roles=$http_x_roles absent=$http_x_absent";
+  }} }}
+}}"#
+    );
+    std::fs::write(dir.join("nginx.conf"), config).unwrap();
+    let process = serve(&nginx, &dir);
+    listening(addr).await;
+    Some(process)
 }
 
 impl Stage {
@@ -108,6 +136,9 @@ impl Stage {
         publish(&issuer);
         let (service, addr) = sample(cluster.dir(), "orders").await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();
+        let told = free_port();
+        let telling = tell(cluster.dir(), told).await?;
+        cluster.add(&NodeSpec::named("b").serving(format!("told={told}"))).await.unwrap();
         let (cert, key) = (cluster.dir().join("edge.pem"), cluster.dir().join("edge.key"));
         self_signed(&[HOST], &cert, &key).unwrap();
         let listen = free_port();
@@ -121,6 +152,13 @@ key = {key:?}
 [[route]]
 service = "orders"
 auth = ["jwt"]
+[[route]]
+path = "/told"
+service = "told"
+auth = ["jwt"]
+scopes = ["orders:read", "orders:write"]
+claims = {{ tenant = ["acme", "umbrella"], "realm.roles" = "admin" }}
+claim_headers = {{ x-tenant = "tenant", x-roles = "realm.roles", x-absent = "absent" }}
 [jwt]
 issuer = "https://id.example.com/"
 audience = ["api"]
@@ -133,12 +171,18 @@ algorithms = ["ES256", "RS256", "EdDSA"]
         );
         cluster.add_edge("edge", &sections).await.unwrap();
         is_known(&cluster, "edge", "orders", 1).await;
-        Some(Self { cluster, issuer, listen, cert, _service: service })
+        Some(Self { cluster, issuer, listen, cert, _services: [service, telling] })
     }
 
     async fn ask(&self, door: Door, token: &str) -> Answer {
+        self.ask_for(door, "/", token).await
+    }
+
+    async fn ask_for(&self, door: Door, path: &str, token: &str) -> Answer {
         let client = Client::trusting(&self.cert).unwrap();
-        let request = Request::get(format!("https://{HOST}/")).header("authorization", format!("Bearer {token}"));
+        let request = Request::get(format!("https://{HOST}{path}"))
+            .header("authorization", format!("Bearer {token}"))
+            .header("x-absent", "what a client says");
         client.send(door, self.listen, request.body(Bytes::new()).unwrap()).await.unwrap()
     }
 
@@ -262,4 +306,31 @@ async fn whoever_makes_up_keys_does_not_have_the_issuer_asked_each_time() {
     assert!(times as u64 <= most, "asked {times} times in {:?}", asked.elapsed());
     // Who comes from the same address with what was good before is none of them.
     assert_eq!(stage.says(&good).await, 200);
+}
+
+#[tokio::test]
+async fn a_route_may_ask_for_scopes_and_claims_and_tell_the_service() {
+    let Some(stage) = Stage::set(|issuer| issuer.publish(&[&issuer.key("one", "ES256")])).await else { return };
+    let says = |scope: &str, tenant: &str, roles: &[&str]| {
+        let realm = serde_json::json!({"roles": roles});
+        let claims = serde_json::json!({"sub": "alice", "scope": scope, "tenant": tenant, "realm": realm});
+        stage.issuer.token_that_says("one", claims)
+    };
+    let good = says("orders:write other orders:read", "acme", &["reader", "admin"]);
+    let poor = says("orders:read", "acme", &["admin"]);
+    let strangers =
+        [says("orders:read orders:write", "evil", &["admin"]), says("orders:read orders:write", "acme", &[])];
+    for door in Door::PUBLIC {
+        let answer = stage.ask_for(door, "/told", &good).await;
+        let told = "jwt:alice tenant=acme roles=reader,admin absent=";
+        assert_eq!((answer.status, answer.text().as_str()), (200, told), "{door:?}");
+        let answer = stage.ask_for(door, "/told", &poor).await;
+        let challenge = "Bearer error=\"insufficient_scope\", scope=\"orders:read orders:write\"";
+        assert_eq!((answer.status, answer.header("www-authenticate")), (403, challenge), "{door:?}");
+        for stranger in &strangers {
+            let answer = stage.ask_for(door, "/told", stranger).await;
+            assert_eq!((answer.status, answer.header("content-type")), (403, "application/problem+json"), "{door:?}");
+            assert_eq!(stage.ask(door, stranger).await.status, 200, "another route asks for less");
+        }
+    }
 }

@@ -122,6 +122,15 @@ fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
                 problems.add(format!("route[{i}].cost"), why);
             }
         }
+        let of_tokens = [
+            ("scopes", !route.scopes.is_empty()),
+            ("claims", !route.claims.is_empty()),
+            ("claim_headers", !route.claim_headers.is_empty()),
+        ];
+        for (key, _) in of_tokens.into_iter().filter(|(_, is_set)| *is_set && route.auth != [AuthMethod::Jwt]) {
+            let why = "only tokens have these: set auth = [\"jwt\"], and give other callers a route of their own";
+            problems.add(format!("route[{i}].{key}"), why);
+        }
         if route.auth.contains(&AuthMethod::Jwt) && edge.jwt.is_none() {
             problems.add(format!("route[{i}].auth"), "\"jwt\" needs [jwt] with issuer, audience, jwks and algorithms");
         }

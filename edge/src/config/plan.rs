@@ -37,7 +37,7 @@ impl Plan {
 impl<'de> Deserialize<'de> for Plan {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(untagged)]
+        #[serde(untagged, expecting = "not a quota such as \"100000/day\", or a list of these")]
         enum Quotas {
             One(String),
             Several(Vec<String>),

@@ -7,7 +7,7 @@ mod plan;
 use std::{
     collections::BTreeMap,
     fmt,
-    net::{Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
     path::PathBuf,
     str::FromStr,
@@ -15,6 +15,7 @@ use std::{
 };
 
 use http::{HeaderName, Uri};
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 use starling_node::{
     HedgeSettings, LimitSettings, RepeatSettings, RetrySettings,
@@ -25,7 +26,10 @@ use starling_protocol::Name;
 pub(crate) use self::certificate::{Acme, Certificate, ChallengeKind, Files, Source};
 use self::check::check;
 pub(crate) use self::plan::{Plan, Rate};
-use crate::cors::Cors;
+use crate::{
+    cors::Cors,
+    transform::{fields::Edits, size::Size},
+};
 
 /// Longest timeout of a route: more than a day is a slip of the pen.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -118,6 +122,20 @@ pub struct Route {
     pub auth: Vec<AuthMethod>,
     /// Name of the plan whose limits hold here; none if not told.
     pub plan: Option<String>,
+    /// Addresses that may use it; all if empty.
+    #[serde(default)]
+    pub allow: Vec<Network>,
+    /// Addresses that may not, whatever `allow` says.
+    #[serde(default)]
+    pub deny: Vec<Network>,
+    /// How large a request may be; as large as it likes if not told.
+    pub max_request_size: Option<Size>,
+    /// What is changed about the fields of a request.
+    #[serde(default)]
+    pub request_headers: Edits,
+    /// What is changed about the fields of an answer.
+    #[serde(default)]
+    pub response_headers: Edits,
     /// What a token's `scope` must have, all of it.
     #[serde(default, deserialize_with = "scopes")]
     pub scopes: Vec<String>,
@@ -162,6 +180,30 @@ pub struct Route {
     /// Whether pages may call it by gRPC-Web; the service gets gRPC.
     #[serde(default)]
     pub grpc_web: bool,
+}
+
+/// Addresses that begin alike: `10.0.0.0/8`, or one address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Network(IpNet);
+
+impl Network {
+    /// Whether an address is one of them. One of IPv4 is one, however it is written.
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
+        self.0.contains(&address.to_canonical())
+    }
+}
+
+impl TryFrom<String> for Network {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let one = || text.parse::<IpAddr>().ok().map(|address| IpNet::from(address.to_canonical()));
+        let network = text.parse::<IpNet>().ok().or_else(one);
+        network.map(|network| Self(network.trunc())).ok_or_else(|| {
+            format!("{text:?} is no network: use an address, or a prefix such as \"10.0.0.0/8\" or \"2001:db8::/32\"")
+        })
+    }
 }
 
 /// Values of which a claim must have one.
@@ -712,6 +754,11 @@ mod tests {
             (route("auth = [\"jwt\"]\nclaim_headers = { authorization = \"a\" }"), "such as \"x-tenant\""),
             (route("auth = [\"jwt\"]\nclaim_headers = { x-forwarded-for = \"a\" }"), "such as \"x-tenant\""),
             (route("auth = []\ncost = 0"), "nonzero"),
+            (route("auth = []\nallow = [\"10.0.0.0/33\"]"), "is no network"),
+            (route("auth = []\ndeny = [\"example.com\"]"), "is no network"),
+            (route("auth = []\nmax_request_size = \"10\""), "is not a size"),
+            (route("auth = []\nrequest_headers = { set = { host = \"a\" } }"), "leave it alone"),
+            (route("auth = []\nresponse_headers = { drop = [\"a\"] }"), "unknown field"),
             (plan("burst = 5"), "rate or quota"),
             (plan("quota = \"5/day\"\nburst = 5"), "burst goes with rate"),
             (plan("rate = \"5/s\"\nquota = \"5/week\""), "is not a quota"),

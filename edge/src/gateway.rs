@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -26,7 +26,7 @@ use crate::{
     access_log::{AccessLog, Entry},
     api_key,
     certificates::Certificates,
-    config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Preflight, Route},
+    config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Network, Preflight, Route},
     cors,
     grpc_web::Page,
     jwks::{Keys, Looks},
@@ -34,6 +34,10 @@ use crate::{
     key_file::KeyFile,
     limits::{Counter, Limit, Limiter, Outcome},
     route::{self, Routes},
+    transform::{
+        fields::Edits,
+        size::{self, Size},
+    },
     version::{Found, Picker, Versions},
 };
 
@@ -213,6 +217,17 @@ pub(crate) struct Standing {
     pub(crate) tunnels: Sources,
 }
 
+/// What a request leaves beside its answer, whatever becomes of it.
+#[derive(Default)]
+struct Aside {
+    /// Fields of the answer.
+    fields: HeaderMap,
+    /// What the route changes about the fields of answers.
+    edits: Option<Edits>,
+    /// What a tunnel takes.
+    place: Option<Place>,
+}
+
 /// Tunnels at a time, and of one address, over all workers: an HTTP/2 connection alone could have a hundred of them.
 const MAX_TUNNELS: usize = 10_000;
 const MAX_TUNNELS_OF_ONE: usize = MAX_TUNNELS / 4;
@@ -246,9 +261,8 @@ impl Gateway {
             path: request.uri().path().to_string(),
             ..Entry::default()
         };
-        let mut extra = HeaderMap::new();
-        let mut place = None;
-        let mut response = match self.pass(request, arrival, &mut entry, &mut extra, &mut place, &mut observed).await {
+        let mut aside = Aside::default();
+        let mut response = match self.pass(request, arrival, &mut entry, &mut aside, &mut observed).await {
             Ok(response) => response,
             Err(problem) => {
                 entry.error = Some(problem.detail.clone());
@@ -260,13 +274,17 @@ impl Gateway {
                 Response::from_parts(head, Guarded::from(body))
             }
         };
-        for (name, value) in &extra {
+        let Aside { fields, place, edits } = aside;
+        for (name, value) in &fields {
             // The service may vary and link by itself; the rest is ours to say.
             if matches!(*name, header::VARY | header::LINK) {
                 response.headers_mut().append(name, value.clone());
             } else {
                 response.headers_mut().insert(name, value.clone());
             }
+        }
+        if let Some(edits) = edits {
+            edits.apply(response.headers_mut());
         }
         // The service's own would lead past us.
         response.headers_mut().remove(header::ALT_SVC);
@@ -284,14 +302,13 @@ impl Gateway {
         observed.answered(response.map(|body| body.map_guard(log)))
     }
 
-    /// The steps. `extra` collects fields of the answer, whatever becomes of the request; `place` is what a tunnel takes.
+    /// The steps.
     async fn pass(
         &self,
         request: Request<Body>,
         arrival: &Arrival,
         entry: &mut Entry,
-        extra: &mut HeaderMap,
-        place: &mut Option<Place>,
+        Aside { fields: extra, place, edits }: &mut Aside,
         observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
@@ -315,6 +332,16 @@ impl Gateway {
         entry.service = Some(route.service.to_string());
         observed.is_for(route.service.as_str());
         observed.tell("http.route", || route.path.clone());
+
+        if route.response_headers != Edits::default() {
+            *edits = Some(route.response_headers.clone());
+        }
+        let from = arrival.client.ip();
+        let is_listed = |networks: &[Network]| networks.iter().any(|network| network.contains(from));
+        if is_listed(&route.deny) || !route.allow.is_empty() && !is_listed(&route.allow) {
+            let detail = "callers from this address may not use this route";
+            return Err(Problem::policy(StatusCode::FORBIDDEN, "address-denied", detail));
+        }
 
         let is_preflight = cors::is_preflight(&parts.method, &parts.headers);
         if let Some(cors) = &route.cors {
@@ -358,6 +385,15 @@ impl Gateway {
 
         let page = Page::of(&parts.headers).filter(|_| route.grpc_web);
         let body = body.with_length(checked.length);
+        let (body, over) = match route.max_request_size {
+            Some(Size(most)) if checked.length.is_some_and(|length| length > most) => return Err(too_large(most)),
+            // What goes into a tunnel is no request.
+            Some(Size(most)) if checked.tunnel.is_none() => {
+                let (body, over) = size::limited(body, most);
+                (body, Some((over, most)))
+            }
+            _ => (body, None),
+        };
         let body = match page {
             Some(page) => {
                 // Its answer has no trailers, whatever it comes by.
@@ -368,12 +404,16 @@ impl Gateway {
         };
         let dress = Dress { path: &path, route, caller: &caller, arrival, authority: checked.authority.as_str() };
         dress.put_on(&mut parts, &entry.request_id)?;
+        route.request_headers.apply(&mut parts.headers);
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body);
         let call = Call { service: route.service.clone(), version, request, limits, repeats: route.repeats() };
         let mut response = self.client.call(call, observed).await.map_err(|error| {
-            let detail = public_detail(error.status, error.fault);
             entry.error = Some(error.to_string());
+            if let Some((_, most)) = over.filter(|(over, _)| over.load(Relaxed)) {
+                return too_large(most);
+            }
+            let detail = public_detail(error.status, error.fault);
             Problem { detail: detail.into(), ..Problem::from(error) }
         })?;
         if response.extensions().get::<MadeByNode>().is_none() {
@@ -594,6 +634,11 @@ pub(crate) fn caller_key(consumer: Option<&str>, client: IpAddr) -> String {
 /// An address as the key of a limit.
 fn address_key(client: IpAddr) -> String {
     accept::source_of(client).to_string()
+}
+
+fn too_large(most: u64) -> Problem {
+    let detail = format!("the route takes requests of {most} bytes at most");
+    Problem::policy(StatusCode::PAYLOAD_TOO_LARGE, "too-large", detail)
 }
 
 fn bad_request(detail: &'static str) -> Problem {

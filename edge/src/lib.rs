@@ -20,6 +20,7 @@ mod key_pair;
 mod limits;
 mod listener;
 mod route;
+mod transform;
 mod version;
 mod watch;
 

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, header};
+use http_body_util::BodyExt;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, free_port, self_signed, wait_for};
 use starling_tests::{
     binary, raw_h3,
@@ -23,12 +24,16 @@ struct Public {
 /// An edge in front of `web`, which tells in its body what it was asked, and of `raw`, which answers what `answer` says.
 async fn start(answer: &'static str) -> Public {
     let service = Service::start(Speaks::Http1, |request, _| async move {
-        let mut seen = format!("{} {}\n", request.method(), request.uri());
-        for (name, value) in request.headers() {
+        let (head, body) = request.into_parts();
+        // It answers once it has all of it, or never.
+        let Ok(body) = body.collect().await else { std::future::pending().await };
+        let mut seen = format!("{} {}\nbody: {}\n", head.method, head.uri, body.to_bytes().len());
+        for (name, value) in &head.headers {
             seen += &format!("{name}: {}\n", value.to_str().unwrap_or("?"));
         }
         let mut answer = service::text(200, seen);
         answer.headers_mut().insert(header::ALT_SVC, "h3=\":1\"".parse().unwrap());
+        answer.headers_mut().insert(header::SERVER, "service/1.0".parse().unwrap());
         answer
     })
     .await;
@@ -102,6 +107,39 @@ strip_prefix = true
 path = "/raw"
 service = "raw"
 auth = []
+[[route]]
+path = "/small"
+service = "web"
+auth = []
+max_request_size = "1KiB"
+[[route]]
+path = "/edited"
+service = "web"
+auth = []
+request_headers = {{ set = {{ x-env = "prod" }}, add = {{ x-seen = "edge" }}, remove = ["cookie", "user-agent"] }}
+response_headers = {{ set = {{ x-frame-options = "DENY" }}, remove = ["server"] }}
+[[route]]
+path = "/edited/secret"
+service = "web"
+auth = ["api-key"]
+response_headers = {{ set = {{ x-frame-options = "DENY" }} }}
+[[route]]
+path = "/inside"
+service = "web"
+auth = []
+allow = ["10.0.0.0/8", "2001:db8::/32"]
+[[route]]
+path = "/outside"
+service = "web"
+auth = []
+allow = ["127.0.0.0/8"]
+deny = ["127.0.0.0/31"]
+[[route]]
+path = "/loopback"
+service = "web"
+auth = []
+allow = ["127.0.0.1"]
+deny = ["10.0.0.0/8"]
 [[route]]
 path = "/down"
 service = "down"
@@ -373,5 +411,76 @@ async fn half_an_answer_to_http_1_0_ends_with_a_reset() {
         let said = String::from_utf8_lossy(&said);
         assert!(said.contains(" 200 ") && said.ends_with("hello"), "{path}: {said}");
         assert_eq!(ended.is_ok(), is_whole, "{path}: {ended:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_large_is_refused_whether_it_says_so_or_not() {
+    let public = start("").await;
+    let send = async |door: Door, size: usize| {
+        let request = Request::post(format!("https://{HOST}/small")).body(Bytes::from(vec![b'x'; size])).unwrap();
+        public.client.send(door, public.addr, request).await.unwrap()
+    };
+    for door in Door::PUBLIC {
+        let answer = send(door, 1024).await;
+        assert!(answer.status == 200 && answer.text().contains("body: 1024\n"), "{door:?} {}", answer.text());
+        let answer = send(door, 1025).await;
+        assert_eq!((answer.status, answer.header("content-type")), (413, "application/problem+json"), "{door:?}");
+    }
+
+    // Without a length it is found out on the way.
+    let chunk = format!("400\r\n{}\r\n", "x".repeat(1024));
+    let head = format!("POST /small HTTP/1.1\r\nhost: {HOST}\r\ntransfer-encoding: chunked\r\n\r\n");
+    for (chunks, status) in [(1, "200"), (2, "413")] {
+        let mut stream = public.client.connect_tls(public.addr, HOST, b"http/1.1").await.unwrap();
+        let sent = format!("{head}{}{}", chunk.repeat(chunks), if chunks == 1 { "0\r\n\r\n" } else { "" });
+        stream.write_all(sent.as_bytes()).await.unwrap();
+        let mut line = vec![0; 12];
+        stream.read_exact(&mut line).await.unwrap();
+        assert_eq!(String::from_utf8_lossy(&line), format!("HTTP/1.1 {status}"));
+    }
+
+    let stream = public.client.connect_tls(public.addr, HOST, b"h2").await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    let driving = tokio::spawn(connection);
+    let request = Request::post(format!("https://{HOST}/small")).body(()).unwrap();
+    let (answer, mut body) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    body.send_data(vec![b'x'; 2048].into(), false).unwrap();
+    assert_eq!(answer.await.unwrap().status(), 413);
+    driving.abort();
+
+    let (connection, _endpoint) = public.client.connect_quic(public.addr, HOST).await.unwrap();
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    let head = [(":method", "POST"), (":scheme", "https"), (":authority", HOST), (":path", "/small")];
+    send.write_all(&[raw_h3::head(&head), raw_h3::frame(0, [b'x'; 2048])].concat()).await.unwrap();
+    let heads = raw_h3::heads(&receive.read_to_end(1 << 20).await.unwrap()).unwrap();
+    assert_eq!(heads.iter().map(|(status, _)| *status).collect::<Vec<_>>(), [413]);
+}
+
+#[tokio::test]
+async fn a_route_edits_fields_both_ways_and_of_its_own_answers() {
+    let public = start("").await;
+    for door in Door::PUBLIC {
+        let fields = [("x-env", "test"), ("x-seen", "client"), ("cookie", "a=b"), ("user-agent", "me")];
+        let answer = public.ask(door, Method::GET, "/edited", &fields).await;
+        let seen = answer.text();
+        assert!(seen.contains("x-env: prod\n") && !seen.contains("x-env: test"), "{door:?}: {seen}");
+        assert!(seen.contains("x-seen: client\n") && seen.contains("x-seen: edge\n"), "{door:?}: {seen}");
+        assert!(!seen.contains("cookie") && !seen.contains("user-agent"), "{door:?}: {seen}");
+        assert_eq!((answer.header("server"), answer.header("x-frame-options")), ("", "DENY"), "{door:?}");
+        assert_eq!(public.ask(door, Method::GET, "/web", &[]).await.header("server"), "service/1.0", "{door:?}");
+        let refused = public.ask(door, Method::GET, "/edited/secret", &[]).await;
+        assert_eq!((refused.status, refused.header("x-frame-options")), (401, "DENY"), "{door:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_route_is_for_the_addresses_that_it_names() {
+    let public = start("").await;
+    for door in Door::PUBLIC {
+        for (path, status) in [("/inside", 403), ("/outside", 403), ("/loopback", 200)] {
+            let answer = public.ask(door, Method::GET, path, &[("x-forwarded-for", "10.0.0.1")]).await;
+            assert_eq!(answer.status, status, "{door:?} {path}");
+        }
     }
 }

@@ -14,7 +14,7 @@ use http::StatusCode;
 pub(crate) use self::response::clean_interim;
 pub use self::{
     cookies::join_cookies,
-    fields::number,
+    fields::{is_of_hops, number},
     request::{Checked, Tunnel, normalise_request, tunnel},
     response::normalise_response,
 };

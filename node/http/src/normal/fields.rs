@@ -70,6 +70,12 @@ const HOP_BY_HOP: [&str; 9] = [
     "http2-settings",
 ];
 
+/// Whether a field is about connections, frames or routes a message, or is one of ours: not for anybody to change who only carries it.
+pub fn is_of_hops(name: &HeaderName) -> bool {
+    let text = name.as_str();
+    HOP_BY_HOP.contains(&text) || is_own(text) || [header::HOST, header::CONTENT_LENGTH, header::TRAILER].contains(name)
+}
+
 /// Some servers read `_` as `-`, so an alias is as good as the name.
 fn is_own(name: &str) -> bool {
     let prefix = headers::PREFIX.as_bytes();

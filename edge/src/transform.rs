@@ -1,0 +1,4 @@
+//! What an edge changes about messages on their way, beside what every hop does.
+
+pub(crate) mod fields;
+pub(crate) mod size;

@@ -53,7 +53,8 @@ pub(crate) struct IssuedCertificate {
     pub(crate) from: u64,
     /// Seconds since 1970.
     pub(crate) until: u64,
-    pub(crate) identifier: CertificateIdentifier<'static>,
+    /// For the authority; `None` if the certificate does not say enough for that.
+    pub(crate) identifier: Option<CertificateIdentifier<'static>>,
 }
 
 /// A certificate as it is shown to an operator.
@@ -101,15 +102,16 @@ impl Certificates {
         let issued = current.iter().find(|loaded| loaded.id.as_ref() == Some(id))?.issued.as_ref()?;
         let leaf = issued.key.cert.first()?;
         let (from, until) = key_pair::validity(leaf)?;
-        Some(IssuedCertificate { from, until, identifier: CertificateIdentifier::try_from(leaf).ok()?.into_owned() })
+        let identifier = CertificateIdentifier::try_from(leaf).ok().map(CertificateIdentifier::into_owned);
+        Some(IssuedCertificate { from, until, identifier })
     }
 
-    /// Key and chain of what an authority issued, in PEM, if it ends later than that, in seconds since 1970.
-    pub(crate) fn pem_newer_than(&self, id: &Id, until: u64) -> Option<Bytes> {
+    /// Key and chain of what an authority issued, in PEM, if that was later, in seconds since 1970: what was issued last is right, also
+    /// where lives become shorter.
+    pub(crate) fn pem_newer_than(&self, id: &Id, than: u64) -> Option<Bytes> {
         let current = self.current.load();
         let issued = current.iter().find(|loaded| loaded.id.as_ref() == Some(id))?.issued.as_ref()?;
-        let (_, ends) = key_pair::validity(issued.key.cert.first()?)?;
-        (ends > until).then(|| issued.pem.clone())
+        (issued.issued_at() > than).then(|| issued.pem.clone())
     }
 
     /// All of them, in the order of the file.
@@ -191,11 +193,7 @@ fn load(
                 let issued = store.pair(&id, provider);
                 let key = match &issued {
                     Some(pair) => pair.key.clone(),
-                    None => {
-                        let why = "no certificate was issued yet: the edge shows one of its own, which clients refuse";
-                        tracing::warn!(hosts = hosts.join(", "), "{why}");
-                        Arc::new(stand_in(&hosts, provider)?)
-                    }
+                    None => Arc::new(stand_in(&hosts, former, store, provider)?),
                 };
                 Ok(Loaded { hosts, key, id: Some(id), issued })
             }
@@ -215,8 +213,28 @@ fn load_files(files: &Files, hosts: &[String], provider: &CryptoProvider) -> Res
     Ok(pair)
 }
 
-/// A certificate that nobody vouches for: handshakes succeed with it for whoever looks away.
-fn stand_in(hosts: &[String], provider: &CryptoProvider) -> Result<CertifiedKey, String> {
+/// What is shown until an authority has issued one: another one that was issued, and is good for most of the names, such as the one from
+/// before a name was added; or else one that nobody vouches for.
+fn stand_in(
+    hosts: &[String],
+    former: &[Loaded],
+    store: &Store,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, String> {
+    let shown = hosts.join(", ");
+    let issued = former.iter().filter_map(|former| former.issued.clone()).chain(store.pairs(provider));
+    let good = |pair: Pair| (key_pair::covered(&pair.key.cert, hosts, unix_now()), pair.issued_at(), pair);
+    let best = issued.map(good).filter(|(covered, ..)| *covered > 0).max_by_key(|(covered, at, _)| (*covered, *at));
+    if let Some((covered, _, pair)) = best {
+        let missing = hosts.len() - covered;
+        tracing::warn!(
+            hosts = shown,
+            missing,
+            "no certificate was issued yet: the edge shows another one, which lacks names"
+        );
+        return Ok(CertifiedKey::clone(&pair.key));
+    }
+    tracing::warn!(hosts = shown, "no certificate was issued yet: the edge shows one of its own, which clients refuse");
     let made = || -> Result<CertifiedKey, Box<dyn std::error::Error>> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(hosts)?;
@@ -225,5 +243,5 @@ fn stand_in(hosts: &[String], provider: &CryptoProvider) -> Result<CertifiedKey,
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         Ok(CertifiedKey::from_der(vec![certificate], key, provider)?)
     };
-    made().map_err(|e| format!("a certificate for {} cannot be made: {e}", hosts.join(", ")))
+    made().map_err(|e| format!("a certificate for {shown} cannot be made: {e}"))
 }

@@ -293,7 +293,7 @@ impl ExtraRoutes for Routes {
                     json(StatusCode::ACCEPTED, Ok(serde_json::json!({"renewing": true})))
                 }
                 Ok(_) => {
-                    let why = "no certificate that this edge has issued is for that host; see `starling certificates`";
+                    let why = "no certificate that an authority issues is for that host, or it is not looked after yet; see `starling certificates`";
                     refuse(StatusCode::NOT_FOUND, why.into())
                 }
                 Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),

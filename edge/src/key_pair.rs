@@ -43,6 +43,25 @@ pub(crate) fn of_pem(pem: &[u8], provider: &CryptoProvider) -> Result<CertifiedK
     CertifiedKey::from_der(chain, key, provider).map_err(|e| format!("its key does not go with it: {e}"))
 }
 
+/// Why a chain is of no use at all for `hosts`, at `unix` seconds.
+pub(crate) fn refusal(chain: &[CertificateDer<'_>], hosts: &[String], unix: u64) -> Option<String> {
+    let Some((_, until)) = chain.first().and_then(validity) else { return Some("it is no X.509".into()) };
+    if until <= unix {
+        return Some("it has ended".into());
+    }
+    (covered(chain, hosts, unix) < hosts.len()).then(|| format!("it is not for {}", hosts.join(", ")))
+}
+
+/// For how many of `hosts` a chain is good; for none, if it has ended.
+pub(crate) fn covered(chain: &[CertificateDer<'_>], hosts: &[String], unix: u64) -> usize {
+    let Some(leaf) = chain.first().filter(|leaf| validity(leaf).is_some_and(|(_, until)| until > unix)) else {
+        return 0;
+    };
+    let Ok((_, leaf)) = X509Certificate::from_der(leaf) else { return 0 };
+    let names = names(&leaf);
+    hosts.iter().filter(|host| names.iter().any(|name| covers(name, host))).count()
+}
+
 /// From when until when a certificate is valid, in seconds since 1970; `None` if it is no X.509.
 pub(crate) fn validity(certificate: &CertificateDer<'_>) -> Option<(u64, u64)> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;

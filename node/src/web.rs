@@ -23,6 +23,9 @@ use crate::identity::crypto_provider;
 /// What a node calls itself there.
 pub const USER_AGENT: &str = concat!("starling/", env!("CARGO_PKG_VERSION"));
 
+/// How long one address may take to answer.
+const DIAL: Duration = Duration::from_secs(4);
+
 /// Reaches servers outside the mesh. Cheap to clone.
 #[derive(Clone)]
 pub struct Web {
@@ -98,8 +101,7 @@ impl Web {
             _ => return Err(no_url()),
         };
         let port = authority.port_u16().unwrap_or(usual);
-        let stream = TcpStream::connect((bare(authority), port)).await;
-        let stream = stream.map_err(|e| WebError::Connect(authority.clone(), e))?;
+        let stream = dial(bare(authority), port).await.map_err(|e| WebError::Connect(authority.clone(), e))?;
         let _ = stream.set_nodelay(true);
         match tls {
             None => converse(authority, stream).await,
@@ -141,6 +143,19 @@ impl std::fmt::Debug for Web {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Web").finish_non_exhaustive()
     }
+}
+
+/// Tries one address after the other, and none for long: a way may swallow packets where another one works.
+async fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "it has no address");
+    for addr in tokio::net::lookup_host((host, port)).await? {
+        match tokio::time::timeout(DIAL, TcpStream::connect(addr)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => failed = error,
+            Err(_) => failed = io::Error::new(io::ErrorKind::TimedOut, format!("no answer from {addr}")),
+        }
+    }
+    Err(failed)
 }
 
 async fn converse<S>(authority: &Authority, stream: S) -> Result<SendRequest<Full<Bytes>>, WebError>

@@ -31,13 +31,13 @@ message!(ChallengeShown {});
 pub struct FindCertificate {
     /// Which: as edges derive it from the authority and the names.
     pub id: String,
-    /// End of the one that the asking edge has, in seconds since 1970; 0 if it has none.
+    /// When the one was issued that the asking edge has, in seconds since 1970; 0 if it has none.
     pub newer_than: u64,
 }
 message!(FindCertificate { 1 id, 2 newer_than });
 
 /// The certificate, and how it is with whoever has it issued.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct FoundCertificate {
     /// Whether the answering edge is meant to have it at all.
     pub wanted: bool,
@@ -45,7 +45,19 @@ pub struct FoundCertificate {
     pub ordering: bool,
     /// How many tries to have it issued failed there, one after the other.
     pub failures: u32,
-    /// Key and chain in PEM, if there is one that is newer. Empty if not.
+    /// Key and chain in PEM, if there is one that was issued later. Empty if not.
     pub pem: Bytes,
 }
 message!(FoundCertificate { 1 wanted, 2 ordering, 3 failures, 4 pem });
+
+/// Without the key.
+impl std::fmt::Debug for FoundCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { wanted, ordering, failures, pem: _ } = self;
+        f.debug_struct("FoundCertificate")
+            .field("wanted", wanted)
+            .field("ordering", ordering)
+            .field("failures", failures)
+            .finish_non_exhaustive()
+    }
+}

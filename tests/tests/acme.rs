@@ -124,7 +124,7 @@ async fn certificates(cluster: &Cluster, edge: &str) -> Vec<Certificate> {
 async fn issued(cluster: &Cluster, edge: &str) {
     wait_for("they are issued", LIMIT, || async {
         let told = certificates(cluster, edge).await;
-        let fine = told.iter().all(|c| c.state == CertificateState::Valid);
+        let fine = !told.is_empty() && told.iter().all(|c| c.state == CertificateState::Valid);
         fine.then_some(()).ok_or_else(|| format!("{told:?} {}", cluster.node(edge).process.log()))
     })
     .await
@@ -199,6 +199,19 @@ async fn certificates_come_by_themselves_over_http_and_over_tls() {
     changed(&cluster, "edge", &client, authority.tls, HOST, &first).await;
     assert!(kept.close_reason().is_none());
     assert_eq!(shown(&client, authority.tls, OTHER).await, other);
+    // A name that is added takes nothing from the others, while its certificate is on its way.
+    let file = cluster.dir().join("edge.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("\"b.example.com\"", "\"b.example.com\", \"c.example.com\"")).unwrap();
+    wait_for("it is read", LIMIT, || async {
+        shown(&client, authority.tls, HOST).await;
+        let read = certificates(&cluster, "edge").await[0].hosts.len() == 3;
+        read.then_some(()).ok_or_else(|| cluster.node("edge").process.log())
+    })
+    .await
+    .unwrap();
+    issued(&cluster, "edge").await;
+    works(&client, authority.tls, "c.example.com").await;
     let refused = renew(&cluster, "edge", "nobody.example.com").await.unwrap_err().to_string();
     assert!(refused.contains("no certificate"), "{refused}");
 }

@@ -31,7 +31,7 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// An answer has a chain at most.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
 /// How long an authority may take to look at names, and again to issue.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(4 * 60);
 /// Pause before the first look at how far it is; the next ones are longer.
 const FIRST_LOOK: Duration = Duration::from_millis(500);
 
@@ -70,7 +70,7 @@ impl IssueError {
 fn hint(kind: ChallengeKind) -> &'static str {
     match kind {
         ChallengeKind::Http => "port 80 of that name must lead to the redirect port of an edge",
-        ChallengeKind::TlsAlpn => "port 443 of that name must lead to the public port of this edge, with TLS as it is",
+        ChallengeKind::TlsAlpn => "port 443 of that name must lead to the public port of an edge, with TLS as it is",
     }
 }
 
@@ -85,8 +85,8 @@ pub(super) struct Authority {
 struct Asked(Arc<Mutex<Option<Duration>>>);
 
 impl Asked {
-    fn set(&self, asked: Option<Duration>) {
-        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = asked;
+    fn set(&self, wait: Duration) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(wait);
     }
 
     fn take(&self) -> Option<Duration> {
@@ -108,7 +108,7 @@ impl Authority {
             let contact: Vec<&str> = contact.as_deref().into_iter().collect();
             let new = NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
             let (account, credentials) = builder.create(&new, acme.directory.0.clone(), None).await?;
-            store.keep_account(acme, &credentials).map_err(|e| IssueError::Own(e.to_string()))?;
+            store.keep_account(acme, &credentials);
             tracing::info!(directory = acme.directory.0, id = account.id(), "there is an account with the authority");
             Ok(account)
         };
@@ -159,7 +159,8 @@ impl Authority {
         Ok(Issued { key, chain })
     }
 
-    /// An order that says which certificate it renews, if the authority knows of such things: those are not counted against limits.
+    /// An order that says which certificate it renews, if the authority knows of such things: those of the account that had ordered the
+    /// former one are not counted against limits.
     async fn order(
         &self,
         identifiers: &[Identifier],
@@ -174,7 +175,7 @@ impl Authority {
     }
 }
 
-/// Shows what the authority is to find, and asks it to look.
+/// Shows what the authority is to find, here and at all other edges, for it may come to any; and asks it to look.
 async fn prove(
     order: &mut Order,
     kind: ChallengeKind,
@@ -182,7 +183,11 @@ async fn prove(
     fleet: &Fleet,
 ) -> Result<Vec<Shown>, IssueError> {
     let provider = starling_node::crypto_provider();
-    let mut shown = Vec::new();
+    let of_kind = match kind {
+        ChallengeKind::Http => ChallengeType::Http01,
+        ChallengeKind::TlsAlpn => ChallengeType::TlsAlpn01,
+    };
+    let (mut asked, mut shown) = (Vec::new(), Vec::new());
     let mut authorizations = order.authorizations();
     while let Some(authorization) = authorizations.next().await {
         let mut authorization = authorization?;
@@ -190,23 +195,23 @@ async fn prove(
             continue;
         }
         let host = authorization.identifier().to_string();
-        let of_kind = match kind {
-            ChallengeKind::Http => ChallengeType::Http01,
-            ChallengeKind::TlsAlpn => ChallengeType::TlsAlpn01,
-        };
-        let Some(mut challenge) = authorization.challenge(of_kind) else {
+        let Some(challenge) = authorization.challenge(of_kind.clone()) else {
             return Err(IssueError::NotOffered { host, kind });
         };
-        let asked = ShowChallenge {
-            host,
-            token: challenge.token.clone(),
-            authorization: challenge.key_authorization().as_str().to_owned(),
-            over_tls: kind == ChallengeKind::TlsAlpn,
-        };
-        shown.push(challenges.show(&asked, &provider).map_err(IssueError::Own)?);
-        // The authority may come to any edge.
-        fleet::show_everywhere(fleet, asked).await;
-        challenge.set_ready().await?;
+        let (token, authorization) = (challenge.token.clone(), challenge.key_authorization().as_str().to_owned());
+        let show = ShowChallenge { host, token, authorization, over_tls: kind == ChallengeKind::TlsAlpn };
+        shown.push(challenges.show(&show, &provider).map_err(IssueError::Own)?);
+        asked.push(show);
+    }
+    fleet::show_everywhere(fleet, &asked).await;
+    let mut authorizations = order.authorizations();
+    while let Some(authorization) = authorizations.next().await {
+        let mut authorization = authorization?;
+        if authorization.status != AuthorizationStatus::Valid
+            && let Some(mut challenge) = authorization.challenge(of_kind.clone())
+        {
+            challenge.set_ready().await?;
+        }
     }
     Ok(shown)
 }
@@ -247,7 +252,10 @@ impl HttpClient for Http {
             let answer = answer.map_err(|e| instant_acme::Error::Other(Box::new(e)))?;
             let status = answer.status();
             let failed = status.is_client_error() || status.is_server_error();
-            asked.set(answer.headers().get(header::RETRY_AFTER).filter(|_| failed).and_then(web::retry_after));
+            if let Some(wait) = answer.headers().get(header::RETRY_AFTER).filter(|_| failed).and_then(web::retry_after)
+            {
+                asked.set(wait);
+            }
             let says_why = answer
                 .headers()
                 .get(header::CONTENT_TYPE)

@@ -26,6 +26,16 @@ pub(crate) struct Tries {
 }
 
 impl Tries {
+    /// After one that was issued: the next one is not before an hour, whatever clocks and authorities say.
+    pub(crate) fn succeeded(now: u64) -> Self {
+        Self { failures: 0, next: now + HOUR, error: None }
+    }
+
+    /// Notes that one begins.
+    pub(crate) fn begun(&mut self, now: u64) {
+        self.next = self.next(now).max(now + MINUTE);
+    }
+
     /// Notes a failure. `asked` is for how long the authority wants to be left alone, `dice` is from 0 to 1.
     pub(crate) fn failed(&mut self, now: u64, error: String, asked: Option<u64>, dice: f64) {
         let pause = PAUSES[(self.failures as usize).min(PAUSES.len() - 1)];
@@ -46,12 +56,12 @@ impl Tries {
 /// issued together are not renewed together.
 pub(crate) fn renewal(from: u64, until: u64, suggested: Option<(u64, u64)>, dice: f64) -> u64 {
     let dice = dice.clamp(0.0, 1.0);
+    let life = until.saturating_sub(from);
+    let usual = (until - life / 3).saturating_sub((life as f64 / 30.0 * dice) as u64);
     match suggested {
-        Some((start, end)) => start + (end.saturating_sub(start) as f64 * dice) as u64,
-        None => {
-            let life = until.saturating_sub(from);
-            (until - life / 3).saturating_sub((life as f64 / 30.0 * dice) as u64)
-        }
+        // One that ends before it begins says nothing (RFC 9773 §4.2), and none is reason to let a certificate end.
+        Some((start, end)) if start < end => (start + ((end - start) as f64 * dice) as u64).min(until - life / 10),
+        _ => usual,
     }
 }
 
@@ -71,7 +81,8 @@ mod tests {
         assert_eq!(renewal(0, 90 * DAY, Some((10 * DAY, 12 * DAY)), 0.5), 11 * DAY);
         // One that makes no sense, or is of an authority whose clock is wrong.
         assert_eq!(renewal(100, 50, None, 0.5), 50);
-        assert_eq!(renewal(0, 90 * DAY, Some((12 * DAY, 10 * DAY)), 0.5), 12 * DAY);
+        assert_eq!(renewal(0, 90 * DAY, Some((12 * DAY, 10 * DAY)), 0.0), 60 * DAY);
+        assert_eq!(renewal(0, 90 * DAY, Some((100 * DAY, 110 * DAY)), 0.5), 81 * DAY);
     }
 
     #[test]
@@ -89,5 +100,9 @@ mod tests {
         tries.failed(now, "no".into(), Some(u64::MAX), 1.0);
         assert_eq!(tries.next(now) - now, MAX_ASKED, "within reason");
         assert_eq!(tries.next(1000), 1000 + MAX_ASKED, "the clock was set back");
+        let mut tries = Tries::succeeded(now);
+        assert_eq!(tries.next(now), now + HOUR);
+        tries.begun(now + 2 * HOUR);
+        assert_eq!((tries.next(now + 2 * HOUR), tries.failures), (now + 2 * HOUR + MINUTE, 0));
     }
 }

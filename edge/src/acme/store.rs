@@ -6,7 +6,7 @@ use bytes::Bytes;
 use instant_acme::AccountCredentials;
 use rustls::{crypto::CryptoProvider, sign::CertifiedKey};
 use sha2::{Digest, Sha256};
-use starling_node::{StateDir, StateError};
+use starling_node::StateDir;
 
 use super::schedule::Tries;
 use crate::{config, key_pair};
@@ -21,8 +21,9 @@ impl Id {
         let mut sorted: Vec<&str> = hosts.iter().map(String::as_str).collect();
         sorted.sort_unstable();
         sorted.dedup();
-        let digest = short_digest(std::iter::once(acme.directory.0.as_str()).chain(sorted));
-        Self(format!("{}-{digest}", hosts.first().map_or("", String::as_str)))
+        let first = sorted.first().copied().unwrap_or_default();
+        let digest = short_digest(std::iter::once(acme.directory.0.as_str()).chain(sorted.iter().copied()));
+        Self(format!("{first}-{digest}"))
     }
 
     /// As edges tell each other.
@@ -54,7 +55,7 @@ fn short_digest<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
 }
 
 /// A certificate that was issued, with its key. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Pair {
     /// Key and chain, in one text so that they are replaced together.
     pub(crate) pem: Bytes,
@@ -66,6 +67,18 @@ impl Pair {
     pub(crate) fn new(pem: Bytes, provider: &CryptoProvider) -> Result<Self, String> {
         let key = Arc::new(key_pair::of_pem(&pem, provider)?);
         Ok(Self { pem, key })
+    }
+
+    /// When it was issued, in seconds since 1970; 0 if it does not say.
+    pub(crate) fn issued_at(&self) -> u64 {
+        self.key.cert.first().and_then(key_pair::validity).map_or(0, |(from, _)| from)
+    }
+}
+
+/// Without the key.
+impl std::fmt::Debug for Pair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pair").finish_non_exhaustive()
     }
 }
 
@@ -93,6 +106,13 @@ impl Store {
             .ok()
     }
 
+    /// All that were issued and can be used, those that are not wanted any more included.
+    pub(crate) fn pairs(&self, provider: &CryptoProvider) -> Vec<Pair> {
+        let files = std::fs::read_dir(self.0.path().join("acme")).into_iter().flatten().flatten();
+        let files = files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|e| e == "pem"));
+        files.filter_map(|path| Pair::new(std::fs::read(path).ok()?.into(), provider).ok()).collect()
+    }
+
     /// Keeps one.
     pub(crate) fn keep_pair(&self, id: &Id, pair: &Pair) {
         self.0.keep(&pem_name(id), &pair.pem);
@@ -117,8 +137,8 @@ impl Store {
             .ok()
     }
 
-    pub(crate) fn keep_account(&self, acme: &config::Acme, account: &AccountCredentials) -> Result<(), StateError> {
-        self.0.write(&account_name(acme), &serde_json::to_vec(account).unwrap_or_default())
+    pub(crate) fn keep_account(&self, acme: &config::Acme, account: &AccountCredentials) {
+        self.0.keep(&account_name(acme), &serde_json::to_vec(account).unwrap_or_default());
     }
 
     /// Puts an account aside that the authority does not know any more.
@@ -157,6 +177,7 @@ mod tests {
         let one = id(&["a.example", "b.example"], "https://x/");
         assert_eq!(one.0.split_once('-').unwrap().0, "a.example");
         assert_eq!(one, id(&["a.example", "b.example", "a.example"], "https://x/"));
+        assert_eq!(one, id(&["b.example", "a.example"], "https://x/"));
         assert_ne!(one, id(&["a.example"], "https://x/"));
         assert_ne!(one, id(&["a.example", "b.example"], "https://y/"));
         assert!((0.0..=1.0).contains(&one.dice()));

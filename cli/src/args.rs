@@ -432,8 +432,12 @@ pub(crate) enum QuotaCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct QuotaArgs {
-    /// The consumer of an API key, `jwt:` and the subject of a token, or the address of callers without either
-    pub(crate) consumer: String,
+    /// The consumer of an API key, or `jwt:` and the subject of a token
+    #[arg(required_unless_present = "address")]
+    pub(crate) consumer: Option<String>,
+    /// The address of callers who are neither, in place of a consumer
+    #[arg(long, conflicts_with = "consumer")]
+    pub(crate) address: Option<std::net::IpAddr>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
 }

@@ -1,12 +1,6 @@
 //! A running edge: a node, its public listeners, and what a reload replaces.
 
-use std::{
-    net::{IpAddr, Ipv4Addr},
-    num::NonZeroU32,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::Ipv4Addr, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -103,7 +97,8 @@ impl Edge {
         let counter = Counter::new(state.path().join("quota.redb"));
         if policy.has_quotas() {
             // The process before has the file until this one is in charge.
-            counter.begin(place.predecessor().is_none());
+            let (counter, waits) = (counter.clone(), place.predecessor().is_none());
+            let _ = tokio::task::spawn_blocking(move || counter.begin(waits)).await;
         }
         // The next one gets it when it is.
         let counted = Counted(counter.clone());
@@ -123,6 +118,7 @@ impl Edge {
             },
             counter: counter.clone(),
             tunnels: Sources::default(),
+            looking: Sources::default(),
             failures: Limiter::new(
                 Rate { count: FAILURES_PER_SECOND, window: Duration::from_secs(1) },
                 FAILURES_AT_ONCE,
@@ -249,6 +245,12 @@ impl ExtraRoutes for Routes {
                 points: certificates.iter().filter_map(failures).collect(),
             },
             Levels {
+                name: "starling.quota_unsaved",
+                help: "Callers whose counts of quotas are not on disk yet",
+                unit: Unit::Things,
+                points: vec![alone(self.standing.counter.unsaved() as i64)],
+            },
+            Levels {
                 name: "starling.jwks_age",
                 help: "Seconds since the issuer has told its keys",
                 unit: Unit::Seconds,
@@ -277,13 +279,17 @@ impl ExtraRoutes for Routes {
                 json(StatusCode::OK, serde_json::to_value(routes))
             }
             ("POST", "/v1/quotas/show") => match serde_json::from_slice(body) {
-                Ok(admin::QuotaOf { consumer }) => json(StatusCode::OK, serde_json::to_value(self.quotas(&consumer))),
+                Ok(of) => match key_of(&of) {
+                    Some(key) => json(StatusCode::OK, serde_json::to_value(self.quotas(&key))),
+                    None => refuse(StatusCode::UNPROCESSABLE_ENTITY, NO_CALLER.into()),
+                },
                 Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
             },
             ("POST", "/v1/quotas/reset") => match serde_json::from_slice(body) {
-                Ok(admin::QuotaOf { consumer }) => match self.reset_quotas(&consumer) {
-                    Ok(()) => json(StatusCode::OK, Ok(serde_json::json!({"reset": true}))),
-                    Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
+                Ok(of) => match key_of(&of).map(|key| self.reset_quotas(&key)) {
+                    Some(Ok(())) => json(StatusCode::OK, Ok(serde_json::json!({"reset": true}))),
+                    Some(Err(error)) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
+                    None => refuse(StatusCode::UNPROCESSABLE_ENTITY, NO_CALLER.into()),
                 },
                 Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
             },
@@ -318,14 +324,14 @@ impl ExtraRoutes for Routes {
 
 impl Routes {
     /// How it stands with all quotas that a caller may have.
-    fn quotas(&self, consumer: &str) -> Vec<admin::QuotaUse> {
-        let (policy, key) = (self.standing.policy.load(), key_of(consumer));
-        policy.plans().flat_map(|limit| limit.shown(&key, &self.standing.counter)).collect()
+    fn quotas(&self, caller: &str) -> Vec<admin::QuotaUse> {
+        let policy = self.standing.policy.load();
+        policy.plans().flat_map(|limit| limit.shown(caller, &self.standing.counter)).collect()
     }
 
-    fn reset_quotas(&self, consumer: &str) -> Result<(), String> {
-        let (policy, key) = (self.standing.policy.load(), key_of(consumer));
-        let keys: Vec<String> = policy.plans().flat_map(|limit| limit.keys(&key)).collect();
+    fn reset_quotas(&self, caller: &str) -> Result<(), String> {
+        let policy = self.standing.policy.load();
+        let keys: Vec<String> = policy.plans().flat_map(|limit| limit.keys(caller)).collect();
         self.standing.counter.reset(&keys)
     }
 
@@ -346,11 +352,14 @@ impl Routes {
     }
 }
 
+const NO_CALLER: &str = "name a consumer, or an address";
+
 /// What an operator calls a caller, as limits do.
-fn key_of(consumer: &str) -> String {
-    match consumer.parse::<IpAddr>() {
-        Ok(address) => caller_key(None, address),
-        Err(_) => caller_key(Some(consumer), Ipv4Addr::UNSPECIFIED.into()),
+fn key_of(of: &admin::QuotaOf) -> Option<String> {
+    match (&of.consumer, of.address) {
+        (Some(consumer), None) => Some(caller_key(Some(consumer), Ipv4Addr::UNSPECIFIED.into())),
+        (None, Some(address)) => Some(caller_key(None, address)),
+        _ => None,
     }
 }
 

@@ -103,7 +103,10 @@ impl Policy {
                     let same =
                         former.filter(|f| matches!(config.jwks, Jwks::Url(_)) && f.of_jwt.as_ref() == Some(config));
                     let keys = match same.and_then(|former| former.jwt.as_ref()) {
-                        Some(former) => former.keys().clone(),
+                        Some(former) => {
+                            former.keys().trust_anew()?;
+                            former.keys().clone()
+                        }
                         None => Keys::load(config, state)?,
                     };
                     let of_route = |route: &Route| {
@@ -213,6 +216,8 @@ pub(crate) struct Standing {
     pub(crate) counter: Arc<Counter>,
     /// Of addresses that send tokens which do not verify.
     pub(crate) failures: Limiter,
+    /// Whose tokens wait until their issuer is asked for its keys.
+    pub(crate) looking: Sources,
     /// Who has WebSockets, and other tunnels.
     pub(crate) tunnels: Sources,
 }
@@ -231,6 +236,8 @@ struct Aside {
 /// Tunnels at a time, and of one address, over all workers: an HTTP/2 connection alone could have a hundred of them.
 const MAX_TUNNELS: usize = 10_000;
 const MAX_TUNNELS_OF_ONE: usize = MAX_TUNNELS / 4;
+/// Tokens of one address that wait for an issuer.
+const MAX_LOOKING_OF_ONE: usize = 64;
 
 impl Gateway {
     pub(crate) fn on(worker: &Worker, standing: Arc<Standing>) -> Self {
@@ -508,17 +515,25 @@ impl Gateway {
             let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
             return Err(problem.retry_after(after));
         }
-        let verified = match verifier.verify(token) {
-            Err(JwtError::UnknownKey) => verifier.verify_again(token).await,
-            verified => verified,
-        };
+        let mut verified = verifier.verify(token);
+        if verified.is_err() {
+            // Before anything is waited for: what is under way counts as well.
+            self.standing.failures.take(&address, 1, now);
+        }
+        if let Err(error) = verified
+            && verifier.may_be_of_a_new_key(token, error)
+            && let Some(_place) = self.standing.looking.enter(client, MAX_LOOKING_OF_ONE)
+            && let Some(again) = verifier.verify_again(token).await
+        {
+            verified = again;
+            if verified.is_ok() {
+                self.standing.failures.give_back(&address, 1);
+            }
+        }
         if verified == Err(JwtError::UnknownKey) && verifier.keys().current().is_empty() {
             let detail = "the issuer has not told its keys yet";
             let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "no-keys", detail);
             return Err(problem.retry_after(Duration::from_secs(5)));
-        }
-        if verified.is_err() {
-            self.standing.failures.take(&address, 1, now);
         }
         Ok(verified)
     }

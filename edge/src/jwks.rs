@@ -77,7 +77,7 @@ pub(crate) struct Keys {
 struct Remote {
     config: config::Jwt,
     url: Uri,
-    web: Web,
+    web: ArcSwap<Web>,
     /// Where the last set is kept.
     state: StateDir,
     looks: watch::Sender<Looks>,
@@ -119,7 +119,7 @@ impl Keys {
         let remote = Remote {
             config: config.clone(),
             url,
-            web,
+            web: ArcSwap::from_pointee(web),
             state: state.clone(),
             looks: watch::Sender::default(),
             wanted: Arc::default(),
@@ -143,6 +143,19 @@ impl Keys {
 
     fn new(keys: Vec<Key>, remote: Option<Remote>) -> Self {
         Self { current: ArcSwap::from_pointee(keys), edition: AtomicU64::new(0), remote }
+    }
+
+    /// Whether there may be others than are there now.
+    pub(crate) fn are_fetched(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    /// Whom to trust in the issuer's place may have changed: the files are read again.
+    pub(crate) fn trust_anew(&self) -> Result<(), String> {
+        if let Some(remote) = &self.remote {
+            remote.web.store(Arc::new(web(&remote.config)?));
+        }
+        Ok(())
     }
 
     /// What is there now.
@@ -202,7 +215,7 @@ impl Remote {
         let request =
             Request::get(self.url.clone()).header(header::ACCEPT, "application/jwk-set+json, application/json");
         let request = request.body(Bytes::new()).map_err(|e| e.to_string())?;
-        let answer = self.web.fetch(request, MAX_SET_BYTES, PATIENCE).await.map_err(|e| e.to_string())?;
+        let answer = self.web.load_full().fetch(request, MAX_SET_BYTES, PATIENCE).await.map_err(|e| e.to_string())?;
         if answer.status() != StatusCode::OK {
             return Err(format!("it answers {}", answer.status()));
         }

@@ -74,10 +74,14 @@ impl Claims {
         }
     }
 
-    /// A claim as a field carries it: a list with commas between. `None` if it is not there, or none that a field can carry.
+    /// A claim as a field carries it: a list with commas between. `None` if it is not there, or none that a field can carry, such as a
+    /// list with a comma in what it lists.
     pub(crate) fn field(&self, claim: &str) -> Option<HeaderValue> {
         let text = match self.others.get(claim)? {
-            Value::Array(list) => list.iter().map(text_of).collect::<Option<Vec<_>>>()?.join(","),
+            Value::Array(list) => {
+                let texts = list.iter().map(|value| text_of(value).filter(|text| !text.contains(',')));
+                texts.collect::<Option<Vec<_>>>()?.join(",")
+            }
             value => text_of(value)?,
         };
         HeaderValue::from_bytes(text.as_bytes()).ok()
@@ -170,18 +174,24 @@ impl From<jsonwebtoken::errors::Error> for JwtError {
 }
 
 /// The claims we read beside those that the library checks.
-#[derive(Deserialize)]
 struct Raw {
     sub: Option<String>,
-    /// The library would take a list of issuers with ours in it; RFC 7519 §4.1.1 knows one.
-    #[serde(rename = "iss")]
-    _iss: Option<String>,
-    /// Its type and whether it is there, the library checks.
-    exp: Option<serde_json::Value>,
-    scope: Option<Scopes>,
-    scp: Option<Scopes>,
-    #[serde(flatten)]
-    others: Map<String, Value>,
+    scopes: Vec<String>,
+    /// Of them, the library checks type and presence of `exp`.
+    all: Map<String, Value>,
+}
+
+impl TryFrom<Map<String, Value>> for Raw {
+    type Error = serde_json::Error;
+
+    fn try_from(all: Map<String, Value>) -> Result<Self, serde_json::Error> {
+        let text = |name: &str| all.get(name).map(Option::<String>::deserialize).transpose().map(Option::flatten);
+        // The library would take a list of issuers with ours in it; RFC 7519 §4.1.1 knows one.
+        text("iss")?;
+        let scopes = |name: &str| all.get(name).map(Option::<Scopes>::deserialize).transpose().map(Option::flatten);
+        let (scope, scp) = (scopes("scope")?, scopes("scp")?);
+        Ok(Self { sub: text("sub")?, scopes: scope.or(scp).map(Vec::from).unwrap_or_default(), all })
+    }
 }
 
 #[derive(Deserialize)]
@@ -229,40 +239,51 @@ impl Verifier {
         let mut outcome = Err(JwtError::UnknownKey);
         let (edition, keys) = (self.keys.edition(), self.keys.current());
         for key in candidates(&keys, header.kid.as_deref(), header.alg)? {
-            outcome = decode::<Raw>(token, &key.decoding, &key.validation).map_err(JwtError::from);
+            outcome = decode::<Map<String, Value>>(token, &key.decoding, &key.validation).map_err(JwtError::from);
             // Of several that may be meant, the one that signed it tells.
             if !matches!(outcome, Err(JwtError::Signature)) {
                 break;
             }
         }
-        let Raw { sub, exp, scope, scp, mut others, .. } = outcome?.claims;
-        // Those that are read by themselves are claims all the same.
-        others.extend(sub.clone().map(|sub| ("sub".to_owned(), Value::String(sub))));
+        let Raw { sub, scopes, all } = Raw::try_from(outcome?.claims).map_err(|_| JwtError::Malformed)?;
         let subject = sub.ok_or(JwtError::Missing("sub"))?;
         if !(1..=MAX_SUBJECT).contains(&subject.len()) || !subject.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(JwtError::Subject);
         }
-        let scopes = scope.or(scp).map(Vec::from).unwrap_or_default();
-        let told = self.wanted.iter().filter_map(|name| Some((name.clone(), claim(&others, name)?.clone())));
+        let told = self.wanted.iter().filter_map(|name| Some((name.clone(), claim(&all, name)?.clone())));
         let claims = Claims { consumer: format!("jwt:{subject}"), subject, scopes, others: told.collect() };
-        if let Some(exp) = exp.as_ref().and_then(serde_json::Value::as_f64) {
+        if let Some(exp) = all.get("exp").and_then(Value::as_f64) {
             self.remember(token, &claims, (exp as u64).saturating_add(LEEWAY_S), edition);
         }
         Ok(claims)
     }
 
-    /// Asks the issuer once more for its keys, because a token is signed with one that is not known, and checks it again.
-    pub(crate) async fn verify_again(&self, token: &str) -> Result<Claims, JwtError> {
-        match self.keys.look_for(key_id(token).as_deref()).await {
-            true => self.verify(token),
-            false => Err(JwtError::UnknownKey),
+    /// Whether a token that was not taken may be signed with a key that the issuer has only just published.
+    pub(crate) fn may_be_of_a_new_key(&self, token: &str, error: JwtError) -> bool {
+        match error {
+            JwtError::UnknownKey => self.keys.are_fetched(),
+            // Of the keys without a name, one was tried in place of the one that is meant.
+            JwtError::Signature | JwtError::Algorithm => {
+                let id = key_id(token);
+                self.keys.are_fetched() && !self.keys.current().iter().any(|key| key.id.is_some() && key.id == id)
+            }
+            _ => false,
         }
+    }
+
+    /// Asks the issuer once more for its keys, and checks a token again; `None` if it could not be asked now.
+    pub(crate) async fn verify_again(&self, token: &str) -> Option<Result<Claims, JwtError>> {
+        self.keys.look_for(key_id(token).as_deref()).await.then(|| self.verify(token))
     }
 
     /// What a token says that was verified before, and still holds.
     pub(crate) fn remembered(&self, token: &str) -> Option<Claims> {
+        if token.len() > MAX_TOKEN {
+            return None;
+        }
+        let digest = digest(token);
         let good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = good.get(&digest(token))?;
+        let known = good.get(&digest)?;
         let holds = starling_node::unix_now() <= known.until && known.edition == self.keys.edition();
         holds.then(|| known.claims.clone())
     }
@@ -369,7 +390,7 @@ mod tests {
                 "jwks": file,
                 "algorithms": algorithms,
             });
-            let wanted = ["tenant", "realm.roles", "level"].map(str::to_owned);
+            let wanted = ["tenant", "realm.roles", "level", "scope"].map(str::to_owned);
             let keys = Keys::of_file(&serde_json::from_value(config).unwrap());
             keys.map(|keys| Verifier::new(Arc::new(keys), wanted.into()))
         }
@@ -405,7 +426,7 @@ mod tests {
             subject: "alice".into(),
             consumer: "jwt:alice".into(),
             scopes: vec!["read".into(), "write".into()],
-            others: BTreeMap::new(),
+            others: [("scope".to_owned(), json!("read write"))].into(),
         };
         assert_eq!(verifier.verify(&sign(Algorithm::RS256, Some("r"), &issuer.rsa, &claims())), Ok(want.clone()));
         let token = sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims());
@@ -433,13 +454,18 @@ mod tests {
         claims["unasked"] = json!("x".repeat(1000));
         let told = verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &claims)).unwrap();
         let values = |values: &[&str]| values.iter().map(|v| (*v).to_owned()).collect::<Vec<_>>();
-        assert_eq!(told.others.len(), 3, "what nobody asks for is not kept");
+        assert_eq!(told.others.len(), 4, "what nobody asks for is not kept");
         assert!(told.has("tenant", &values(&["other", "acme"])) && !told.has("tenant", &values(&["acm"])));
         assert!(told.has("realm.roles", &values(&["reader"])) && !told.has("realm.roles", &values(&["read"])));
         assert!(told.has("level", &values(&["3"])) && !told.has("unasked", &values(&["x"])));
         assert_eq!(told.field("realm.roles").unwrap(), "admin,reader");
         assert_eq!((told.field("level").unwrap().to_str().unwrap(), told.field("unasked")), ("3", None));
         assert_eq!((told.lacks(&values(&["read", "pay"])), told.lacks(&values(&["read"]))), (Some("pay"), None));
+        let mut joined = claims.clone();
+        joined["realm"] = json!({"roles": ["reader,admin"]});
+        let joined = verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &joined)).unwrap();
+        assert_eq!((joined.field("realm.roles"), joined.has("realm.roles", &values(&["admin"]))), (None, false));
+        assert_eq!(told.field("scope").unwrap(), "read write");
         let smuggled =
             verifier.verify(&sign(Algorithm::ES256, Some("e"), &issuer.ec, &with("tenant", json!("a\r\nb"))));
         assert_eq!(smuggled.unwrap().field("tenant"), None);
@@ -468,7 +494,7 @@ mod tests {
             (with("aud", json!([])), Err(JwtError::Audience)),
             (without("aud"), Err(JwtError::Missing("aud"))),
             (without("sub"), Err(JwtError::Missing("sub"))),
-            (with("sub", json!(7)), Err(JwtError::Malformed)),
+            (with("sub", json!(7)), Err(JwtError::Missing("sub"))),
             (with("sub", json!("")), Err(JwtError::Subject)),
             (with("sub", json!("a b")), Err(JwtError::Subject)),
             (with("sub", json!("a\r\nb")), Err(JwtError::Subject)),

@@ -67,9 +67,15 @@ impl Limit {
     /// Takes a call of that cost from what a caller may, unless it may not: then it costs nothing. `caller` is what the gateway knows
     /// for sure, never something that a client may choose.
     pub(crate) fn take(&self, caller: &str, cost: u32, counter: &Counter) -> Outcome {
+        let at = Instant::now();
+        let now = unix_now();
+        let keys: Vec<String> = self.keys(caller).collect();
+        let quotas = || keys.iter().zip(&self.quotas);
+        let may = self.rate.as_ref().is_none_or(|rate| rate.look(caller, cost, at).allowed)
+            && quotas().all(|(key, (quota, clock))| counter.look(key, quota, clock, cost.into(), now).allowed);
         let (mut violated, mut wait, mut in_force) = (Vec::new(), Duration::ZERO, Vec::new());
         if let Some(rate) = &self.rate {
-            let decision = rate.take(caller, cost, Instant::now());
+            let decision = if may { rate.take(caller, cost, at) } else { rate.look(caller, cost, at) };
             if !decision.allowed {
                 violated.push(self.plan.name.clone());
                 wait = decision.retry_after;
@@ -82,13 +88,10 @@ impl Limit {
                 reset: seconds(decision.reset),
             });
         }
-        let now = unix_now();
-        for (quota, clock) in &self.quotas {
-            let key = self.key(quota, caller);
-            // What may not pass is not counted by those that come behind.
-            let Left { allowed, used, reset } = match violated.is_empty() {
-                true => counter.take(&key, quota, clock, cost.into(), now),
-                false => counter.look(&key, clock, now),
+        for (key, (quota, clock)) in quotas() {
+            let Left { allowed, used, reset } = match may {
+                true => counter.take(key, quota, clock, cost.into(), now),
+                false => counter.look(key, quota, clock, cost.into(), now),
             };
             let name = format!("{}-{}", self.plan.name, quota.period);
             if !allowed {
@@ -106,7 +109,7 @@ impl Limit {
     pub(crate) fn shown(&self, caller: &str, counter: &Counter) -> Vec<admin::QuotaUse> {
         let now = unix_now();
         let shown = |(quota, clock): &(Quota, Clock)| {
-            let Left { used, reset, .. } = counter.look(&self.key(quota, caller), clock, now);
+            let Left { used, reset, .. } = counter.look(&self.key(quota, caller), quota, clock, 0, now);
             let (limit, period) = (quota.count.get(), quota.period.to_string());
             admin::QuotaUse { plan: self.plan.name.clone(), period, limit, used, resets_in_s: reset }
         };
@@ -161,12 +164,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let counter = Counter::new(dir.path().join("quota.redb"));
         counter.begin(true);
-        let plan = "name = \"p\"\nrate = \"1/h\"\nburst = 3\nquota = [\"10/day\", \"4/7d\"]";
+        let plan = "name = \"p\"\nrate = \"1/h\"\nburst = 3\nquota = [\"10/24h\", \"4/7d\"]";
         let limit = Limit::new(&toml::from_str::<Plan>(plan).unwrap());
         let first = limit.take("a", 1, &counter);
         let field = |name: &str| first.fields[name].to_str().unwrap().to_owned();
-        assert_eq!(field("ratelimit-policy"), "\"p\";q=3;w=10800, \"p-day\";q=10;w=86400, \"p-7d\";q=4;w=604800");
-        assert!(field("ratelimit").starts_with("\"p\";r=2;t=3600, \"p-day\";r=9;t="), "{}", field("ratelimit"));
+        assert_eq!(field("ratelimit-policy"), "\"p\";q=3;w=10800, \"p-1d\";q=10;w=86400, \"p-7d\";q=4;w=604800");
+        assert!(field("ratelimit").starts_with("\"p\";r=2;t=3600, \"p-1d\";r=9;t="), "{}", field("ratelimit"));
         assert!(first.violated.is_empty());
         // Twice as dear: the rate is used up, and then forbids without a quota noticing.
         assert!(limit.take("a", 2, &counter).violated.is_empty());
@@ -174,7 +177,16 @@ mod tests {
         assert_eq!(refused.violated, ["p"]);
         assert!(refused.retry_after >= Duration::from_secs(3599) && refused.retry_after <= Duration::from_secs(3660));
         assert_eq!(limit.shown("a", &counter).iter().map(|q| q.used).collect::<Vec<_>>(), [3, 3]);
-        assert_eq!(limit.take("b", 5, &counter).violated, ["p"], "more than any burst");
+        assert_eq!(limit.take("b", 5, &counter).violated, ["p", "p-7d"], "more than there ever is");
+
+        // Whichever forbids it, the others notice nothing.
+        for quotas in ["[\"100/30d\", \"3/36h\"]", "[\"3/36h\", \"100/30d\"]"] {
+            let limit = Limit::new(&toml::from_str::<Plan>(&format!("name = \"r\"\nquota = {quotas}")).unwrap());
+            for _ in 0..9 {
+                limit.take(quotas, 1, &counter);
+            }
+            assert_eq!(limit.shown(quotas, &counter).iter().map(|q| q.used).collect::<Vec<_>>(), [3, 3]);
+        }
 
         let slow = Limit::new(&toml::from_str::<Plan>("name = \"q\"\nquota = \"2/month\"").unwrap());
         assert!(slow.take("a", 2, &counter).violated.is_empty());

@@ -1,6 +1,9 @@
 //! The admin API's JSON: what `starling members -o json` and its sisters print. Field names are a contract.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -453,8 +456,12 @@ pub struct QuotaUse {
 /// Body of `POST /v1/quotas/show` and `POST /v1/quotas/reset` on an edge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuotaOf {
-    /// A consumer; or the address of callers who are none.
-    pub consumer: String,
+    /// A consumer;
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consumer: Option<String>,
+    /// or the address of callers who are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
 }
 
 /// Body of `POST /v1/keys` on an edge.

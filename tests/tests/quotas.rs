@@ -1,16 +1,20 @@
 //! Quotas by the day and longer, on one edge: the same over every protocol, and over whatever happens to the process.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
 use http::Request;
-use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed};
+use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_protocol::admin::QuotaUse;
 use starling_tests::{binary, is_known, sample};
 
 const HOST: &str = "api.example.com";
-/// Longer than counts take to get to disk.
-const SAVED: Duration = Duration::from_secs(3);
+/// For whatever is waited for.
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Stage {
     cluster: Cluster,
@@ -21,6 +25,11 @@ struct Stage {
 
 impl Stage {
     async fn set() -> Self {
+        // A day, or a month, may begin at any full hour somewhere.
+        let past = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 3600;
+        if past > 3600 - 120 {
+            tokio::time::sleep(Duration::from_secs(3601 - past)).await;
+        }
         let mut cluster = Cluster::start(binary()).await.unwrap();
         let (service, addr) = sample(cluster.dir(), "orders").await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();
@@ -85,8 +94,8 @@ plan = "looks"
     }
 
     async fn used(&self, consumer: &str, plan: &str, period: &str) -> u64 {
-        let quotas: Vec<QuotaUse> =
-            serde_json::from_str(&self.run(&["quota", "show", consumer, "-o", "json"]).await).unwrap();
+        let told = self.run(&["quota", "show", consumer, "-o", "json"]).await;
+        let quotas: Vec<QuotaUse> = serde_json::from_str(&told).unwrap();
         quotas.iter().find(|quota| quota.plan == plan && quota.period == period).unwrap().used
     }
 
@@ -132,7 +141,7 @@ async fn a_quota_holds_over_every_protocol_and_says_how_it_stands() {
         assert_eq!(stage.ask(door, "/public", "").await.status, 200);
     }
     assert_eq!(stage.ask(Door::Http3, "/public", "").await.status, 429);
-    assert_eq!(stage.used("127.0.0.1", "public", "month").await, 6);
+    assert_eq!(stage.used("--address=127.0.0.1", "public", "month").await, 6);
     // One that only counts.
     for door in Door::PUBLIC {
         assert_eq!(stage.ask(door, "/looks", "").await.status, 200);
@@ -153,14 +162,26 @@ async fn counts_survive_kills_upgrades_and_a_damaged_file() {
         }
     };
     take(&stage, 4).await;
-    tokio::time::sleep(SAVED).await;
+    wait_for("they are on disk", LIMIT, || async {
+        let admin = stage.cluster.node("edge").admin;
+        let metrics = Client::plain().get(admin, &admin.to_string(), "/metrics").await.unwrap().text();
+        metrics.contains("starling_quota_unsaved 0\n").then_some(()).ok_or(metrics)
+    })
+    .await
+    .unwrap();
     stage.restart().await;
     assert_eq!(stage.used("alice", "free", "day").await, 4);
     take(&stage, 2).await;
     // The new process gets what the old one had counted to the last call.
     let mut old = stage.cluster.take_over("edge").await.unwrap();
     take(&stage, 2).await;
-    assert!(old.wait(Duration::from_secs(60)).await.unwrap().success());
+    assert!(old.wait(LIMIT).await.unwrap().success());
+    wait_for("it has what the old one had counted", LIMIT, || async {
+        let used = stage.used("alice", "free", "day").await;
+        (used == 8).then_some(()).ok_or_else(|| used.to_string())
+    })
+    .await
+    .unwrap();
     take(&stage, 2).await;
     assert_eq!(stage.ask(Door::Http2, "/orders", &key).await.status, 429);
     assert_eq!(stage.used("alice", "free", "day").await, 10);

@@ -14,10 +14,11 @@ pub(crate) async fn run(command: &QuotaCommand) -> Result<(), Failure> {
         QuotaCommand::Show(args) => (args, "/v1/quotas/show"),
         QuotaCommand::Reset(args) => (args, "/v1/quotas/reset"),
     };
-    let body = serde_json::to_value(QuotaOf { consumer: args.consumer.clone() })?;
+    let body = serde_json::to_value(QuotaOf { consumer: args.consumer.clone(), address: args.address })?;
     let answer: serde_json::Value = admin::ask(&args.client.admin, Method::POST, path, Some(body)).await?;
     if let QuotaCommand::Reset(_) = command {
-        eprintln!("{} begins anew on this edge", args.consumer);
+        let address = args.address.map(|address| address.to_string());
+        eprintln!("{} begins anew on this edge", args.consumer.clone().or(address).unwrap_or_default());
         return Ok(());
     }
     let quotas: Vec<QuotaUse> = serde_json::from_value(answer)?;

@@ -167,7 +167,9 @@ impl Counts {
             Err(at) => self.0.insert(at, (part, count)),
         }
         if self.0.len() > MAX_PARTS {
-            self.0.remove(0);
+            // The one that is farthest from now, on whichever side: a clock that was wrong has left parts that nobody needs.
+            let [first, last] = [self.0[0].0, self.0[self.0.len() - 1].0];
+            self.0.remove(if part - first >= last - part { 0 } else { self.0.len() - 1 });
         }
     }
 
@@ -286,6 +288,21 @@ mod tests {
             }
             assert!((5..=7).contains(&counts.sum(clock.span(now))), "{period}: {counts:?}");
             assert_eq!(Counts::decode(&counts.encode()), Some(counts));
+        }
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_for_long_leaves_room_for_the_time_that_is() {
+        let clock = clock(Period::Last(3600), "UTC");
+        let (mut counts, now) = (Counts::default(), 1_800_000_000);
+        for ahead in (3 * 3600..6 * 3600).step_by(60) {
+            counts.add(clock.span(now + ahead).part, 1);
+        }
+        for minute in 0..120 {
+            let span = clock.span(now + 60 * minute);
+            let before = counts.sum(span);
+            counts.add(span.part, 1);
+            assert_eq!(counts.sum(span), before + 1, "in minute {minute}");
         }
     }
 

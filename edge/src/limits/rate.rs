@@ -72,6 +72,27 @@ impl Limiter {
         self.decision(true, debt, Duration::ZERO)
     }
 
+    /// What would become of a call of that cost; takes nothing.
+    pub(crate) fn look(&self, key: &str, cost: u32, now: Instant) -> Decision {
+        let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
+        let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let arrival = shard.get(key).copied().filter(|at| *at > now).unwrap_or(now);
+        let (debt, after) = (arrival.duration_since(now), arrival + self.interval.saturating_mul(cost));
+        let over = after.duration_since(now).saturating_sub(self.window);
+        self.decision(over.is_zero(), debt, over)
+    }
+
+    /// Gives back what a call of that cost took.
+    pub(crate) fn give_back(&self, key: &str, cost: u32) {
+        let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
+        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = shard.get_mut(key)
+            && let Some(earlier) = known.checked_sub(self.interval.saturating_mul(cost))
+        {
+            *known = earlier;
+        }
+    }
+
     /// How long until a caller has a call left; `None` if there is one.
     pub(crate) fn spent(&self, key: &str, now: Instant) -> Option<Duration> {
         let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
@@ -199,6 +220,16 @@ mod tests {
             limiter.take(&format!("later {i}"), 1, later);
         }
         assert!(limiter.take("greedy", 1, later).remaining >= 8, "the paid-up are forgotten or whole");
+    }
+
+    #[test]
+    fn a_look_takes_nothing_and_what_was_taken_can_be_given_back() {
+        let limiter = limiter("1/s", 2);
+        let now = Instant::now();
+        assert!(limiter.look("a", 2, now).allowed && !limiter.look("a", 3, now).allowed);
+        assert_eq!((limiter.take("a", 2, now).remaining, limiter.look("a", 1, now).allowed), (0, false));
+        limiter.give_back("a", 1);
+        assert!(limiter.take("a", 1, now).allowed && !limiter.take("a", 1, now).allowed);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
 use super::quota::Counts;
 
@@ -15,6 +15,8 @@ const COUNTS: TableDefinition<&str, &[u8]> = TableDefinition::new("counts");
 const MAX_STORED: u64 = 1_000_000;
 /// Pause between looks whether the process before has let go.
 const LOOK: Duration = Duration::from_millis(20);
+/// For how long a count is needed, in seconds: twice the longest time.
+const NEEDED_S: u64 = 62 * 24 * 60 * 60;
 /// Memory for what was read.
 const CACHE_BYTES: usize = 8 << 20;
 
@@ -31,20 +33,20 @@ pub(crate) struct StoreError {
 }
 
 impl Store {
-    /// Opens it, as soon as no other process has it. One that is damaged is put aside, which is said, and counting begins anew.
-    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+    /// Opens it, as soon as no other process has it, unless that is `given_up`. One that is damaged is put aside, which is said, and counting
+    /// begins anew.
+    pub(crate) fn open(path: &Path, given_up: impl Fn() -> bool) -> Result<Self, StoreError> {
         let failed = |source: redb::Error| StoreError { path: path.to_path_buf(), source };
         let open = || -> Result<Self, redb::Error> {
             let mut builder = Database::builder();
             builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
-            let store = Self(builder.create(path)?);
-            store.keep_within(MAX_STORED)?;
-            Ok(store)
+            Ok(Self(builder.create(path)?))
         };
         loop {
             match open() {
                 Ok(store) => return Ok(store),
-                Err(redb::Error::DatabaseAlreadyOpen) => std::thread::sleep(LOOK),
+                Err(redb::Error::DatabaseAlreadyOpen) if !given_up() => std::thread::sleep(LOOK),
+                Err(error @ redb::Error::DatabaseAlreadyOpen) => return Err(failed(error)),
                 Err(redb::Error::Io(error)) if !matches!(error.kind(), InvalidData | UnexpectedEof) => {
                     return Err(failed(redb::Error::Io(error)));
                 }
@@ -107,24 +109,35 @@ impl Store {
         Ok(writing.commit()?)
     }
 
-    fn keep_within(&self, max: u64) -> Result<(), redb::Error> {
-        let writing = self.0.begin_write()?;
+    /// Forgets what nobody needs any more, at `now` in seconds since 1970; and the longest unused, if there is too much.
+    pub(crate) fn prune(&self, now: u64) -> Result<(), redb::Error> {
+        self.prune_to(now.saturating_sub(NEEDED_S), MAX_STORED)
+    }
+
+    fn prune_to(&self, since: u64, most: u64) -> Result<(), redb::Error> {
+        let latest = |counts: &[u8]| Counts::decode(counts).map_or(0, |counts| counts.latest());
+        let mut times = Vec::new();
         {
-            let mut table = writing.open_table(COUNTS)?;
-            if table.len()? > max {
-                let mut all: Vec<(u64, String)> = Vec::new();
-                for entry in table.iter()? {
-                    let (key, counts) = entry?;
-                    let latest = Counts::decode(counts.value()).map_or(0, |counts| counts.latest());
-                    all.push((latest, key.value().to_owned()));
-                }
-                all.sort_unstable();
-                let too_many = all.len() - (max as usize * 3 / 4);
-                for (_, key) in all.iter().take(too_many) {
-                    table.remove(key.as_str())?;
-                }
+            let reading = self.0.begin_read()?;
+            let table = match reading.open_table(COUNTS) {
+                Ok(table) => table,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            for entry in table.iter()? {
+                times.push(latest(entry?.1.value()));
             }
         }
+        let too_many = times.len().saturating_sub(most as usize);
+        let oldest = match too_many {
+            0 => since,
+            _ => since.max(*times.select_nth_unstable(too_many - 1).1 + 1),
+        };
+        if times.iter().all(|time| *time >= oldest) {
+            return Ok(());
+        }
+        let writing = self.0.begin_write()?;
+        writing.open_table(COUNTS)?.retain(|_, counts| latest(counts) >= oldest)?;
         Ok(writing.commit()?)
     }
 }
@@ -143,18 +156,20 @@ mod tests {
     fn what_is_added_is_there_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("quota.redb");
-        let store = Store::open(&path).unwrap();
+        let store = Store::open(&path, || false).unwrap();
         assert_eq!(store.get("a"), None);
         store.add(&[("a".into(), counts(&[(10, 1)])), ("b".into(), counts(&[(10, 7)]))]).unwrap();
         assert_eq!(store.add(&[("a".into(), counts(&[(10, 2), (20, 3)]))]).unwrap(), [counts(&[(10, 3), (20, 3)])]);
         drop(store);
-        let store = Store::open(&path).unwrap();
+        let store = Store::open(&path, || false).unwrap();
         assert_eq!(store.get("a"), Some(counts(&[(10, 3), (20, 3)])));
         store.remove(&["a".into()]).unwrap();
         assert_eq!((store.get("a"), store.get("b")), (None, Some(counts(&[(10, 7)]))));
         store.add(&[("c".into(), counts(&[(5, 1)])), ("d".into(), counts(&[(30, 1)]))]).unwrap();
-        store.keep_within(2).unwrap();
+        store.prune_to(0, 2).unwrap();
         assert_eq!((store.get("c"), store.get("d").is_some()), (None, true), "the longest unused go first");
+        store.prune_to(20, 2).unwrap();
+        assert_eq!((store.get("b"), store.get("d").is_some()), (None, true), "and what nobody needs");
     }
 
     #[test]
@@ -162,7 +177,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("quota.redb");
         let good = {
-            let store = Store::open(&path).unwrap();
+            let store = Store::open(&path, || false).unwrap();
             let many: Vec<_> = (0..5000).map(|n| (format!("key {n}"), counts(&[(10, n)]))).collect();
             store.add(&many).unwrap();
             drop(store);
@@ -172,7 +187,7 @@ mod tests {
         scribbled[4096..].iter_mut().step_by(97).for_each(|byte| *byte ^= 0x55);
         for bad in [&b"no database"[..], &good[..good.len() / 2], &good[..100], &scribbled] {
             std::fs::write(&path, bad).unwrap();
-            let store = Store::open(&path).unwrap();
+            let store = Store::open(&path, || false).unwrap();
             assert!(store.get("key 1").is_none());
             store.add(&[("a".into(), counts(&[(10, 1)]))]).unwrap();
             assert!(path.with_extension("redb.damaged").exists());

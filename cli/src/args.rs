@@ -320,10 +320,38 @@ pub(crate) struct NodeArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct EdgeArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<EdgeCommand>,
+    #[command(flatten)]
+    pub(crate) run: RunEdgeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EdgeCommand {
+    /// Which route, version, plan and service a request would get, and why; nothing is sent
+    Explain(ExplainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// Method of the request
+    pub(crate) method: String,
+    /// Its whole URL
+    pub(crate) url: String,
+    /// A field of it; may be repeated
+    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
+    pub(crate) headers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RunEdgeArgs {
     /// Configuration file (TOML)
     #[arg(long, env = "STARLING_CONFIG")]
-    pub(crate) config: PathBuf,
+    pub(crate) config: Option<PathBuf>,
     /// Join token, for the first start
     #[arg(long, env = "STARLING_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,

@@ -12,7 +12,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 use rustls_pki_types::PrivatePkcs8KeyDer;
-use starling_node::unix_now;
+use starling_node::{rfc3339, unix_now};
 
 use crate::{
     acme::{Challenges, Id, Pair, Store},
@@ -37,8 +37,10 @@ struct Loaded {
     key: Arc<CertifiedKey>,
     /// If an authority issues it.
     id: Option<Id>,
-    /// What it issued; until then the edge stands in with a certificate of its own.
+    /// What it issued; until then another certificate stands in.
     issued: Option<Pair>,
+    /// Whether that is one of the edge's own, for which nobody vouches.
+    is_own: bool,
 }
 
 impl Loaded {
@@ -62,7 +64,7 @@ pub(crate) struct Shown {
     pub(crate) hosts: Vec<String>,
     pub(crate) id: Option<Id>,
     pub(crate) stands_in: bool,
-    /// Seconds since 1970; `None` of one that stands in.
+    /// Seconds since 1970; `None` of one of the edge's own.
     pub(crate) until: Option<u64>,
 }
 
@@ -91,7 +93,7 @@ impl Certificates {
         let _one = self.replacing();
         let mut current = Vec::clone(&self.current.load());
         for loaded in current.iter_mut().filter(|loaded| loaded.id.as_ref() == Some(id)) {
-            (loaded.key, loaded.issued) = (pair.key.clone(), Some(pair.clone()));
+            (loaded.key, loaded.issued, loaded.is_own) = (pair.key.clone(), Some(pair.clone()), false);
         }
         self.current.store(Arc::new(current));
     }
@@ -116,7 +118,7 @@ impl Certificates {
 
     /// All of them, in the order of the file.
     pub(crate) fn shown(&self) -> Vec<Shown> {
-        let leaf = |loaded: &'_ Loaded| loaded.key.cert.first().filter(|_| !loaded.stands_in()).cloned();
+        let leaf = |loaded: &'_ Loaded| loaded.key.cert.first().filter(|_| !loaded.is_own).cloned();
         let shown = |loaded: &Loaded| Shown {
             hosts: loaded.hosts.clone(),
             id: loaded.id.clone(),
@@ -183,7 +185,7 @@ fn load(
         match &certificate.source {
             Source::Files(files) => {
                 let key = Arc::new(load_files(files, &hosts, provider)?);
-                Ok(Loaded { hosts, key, id: None, issued: None })
+                Ok(Loaded { hosts, key, id: None, issued: None, is_own: false })
             }
             Source::Acme(acme) => {
                 let id = Id::of(&hosts, acme);
@@ -191,11 +193,11 @@ fn load(
                     return Ok(Loaded { hosts, ..former.clone() });
                 }
                 let issued = store.pair(&id, provider);
-                let key = match &issued {
-                    Some(pair) => pair.key.clone(),
-                    None => Arc::new(stand_in(&hosts, former, store, provider)?),
+                let (key, is_own) = match &issued {
+                    Some(pair) => (pair.key.clone(), false),
+                    None => stand_in(&hosts, former, store, provider)?,
                 };
-                Ok(Loaded { hosts, key, id: Some(id), issued })
+                Ok(Loaded { hosts, key, id: Some(id), issued, is_own })
             }
         }
     };
@@ -214,25 +216,23 @@ fn load_files(files: &Files, hosts: &[String], provider: &CryptoProvider) -> Res
 }
 
 /// What is shown until an authority has issued one: another one that was issued, and is good for most of the names, such as the one from
-/// before a name was added; or else one that nobody vouches for.
+/// before a name was added; or else one that nobody vouches for, which is said beside it.
 fn stand_in(
     hosts: &[String],
     former: &[Loaded],
     store: &Store,
     provider: &CryptoProvider,
-) -> Result<CertifiedKey, String> {
+) -> Result<(Arc<CertifiedKey>, bool), String> {
     let shown = hosts.join(", ");
     let issued = former.iter().filter_map(|former| former.issued.clone()).chain(store.pairs(provider));
     let good = |pair: Pair| (key_pair::covered(&pair.key.cert, hosts, unix_now()), pair.issued_at(), pair);
     let best = issued.map(good).filter(|(covered, ..)| *covered > 0).max_by_key(|(covered, at, _)| (*covered, *at));
     if let Some((covered, _, pair)) = best {
         let missing = hosts.len() - covered;
-        tracing::warn!(
-            hosts = shown,
-            missing,
-            "no certificate was issued yet: the edge shows another one, which lacks names"
-        );
-        return Ok(CertifiedKey::clone(&pair.key));
+        let until = pair.key.cert.first().and_then(key_pair::validity).map_or(0, |(_, until)| until);
+        let what = "no certificate was issued yet: the edge shows another one, which nobody renews";
+        tracing::warn!(hosts = shown, missing, until = rfc3339(until), "{what}");
+        return Ok((pair.key, false));
     }
     tracing::warn!(hosts = shown, "no certificate was issued yet: the edge shows one of its own, which clients refuse");
     let made = || -> Result<CertifiedKey, Box<dyn std::error::Error>> {
@@ -243,5 +243,5 @@ fn stand_in(
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         Ok(CertifiedKey::from_der(vec![certificate], key, provider)?)
     };
-    made().map_err(|e| format!("a certificate for {shown} cannot be made: {e}"))
+    made().map(|key| (Arc::new(key), true)).map_err(|e| format!("a certificate for {shown} cannot be made: {e}"))
 }

@@ -122,8 +122,8 @@ pub struct Route {
     pub auth: Vec<AuthMethod>,
     /// Name of the plan whose limits hold here; none if not told.
     pub plan: Option<String>,
-    /// Addresses that may use it; all if empty.
-    #[serde(default)]
+    /// Addresses that may use it; all if not told.
+    #[serde(default, deserialize_with = "some")]
     pub allow: Vec<Network>,
     /// Addresses that may not, whatever `allow` says.
     #[serde(default)]
@@ -200,6 +200,14 @@ impl TryFrom<String> for Network {
     fn try_from(text: String) -> Result<Self, String> {
         let one = || text.parse::<IpAddr>().ok().map(|address| IpNet::from(address.to_canonical()));
         let network = text.parse::<IpNet>().ok().or_else(one);
+        // Clients of IPv4 are known by their addresses of IPv4, however they are written.
+        let network = match network {
+            Some(IpNet::V6(v6)) => match v6.addr().to_ipv4_mapped() {
+                Some(v4) => v6.prefix_len().checked_sub(96).and_then(|length| IpNet::new(v4.into(), length).ok()),
+                None => Some(IpNet::V6(v6)),
+            },
+            network => network,
+        };
         network.map(|network| Self(network.trunc())).ok_or_else(|| {
             format!("{text:?} is no network: use an address, or a prefix such as \"10.0.0.0/8\" or \"2001:db8::/32\"")
         })
@@ -293,15 +301,25 @@ fn claim_headers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<(HeaderName, Str
     let fields = BTreeMap::<String, String>::deserialize(d)?;
     let field = |(name, claim): (String, String)| {
         let name = name.parse::<HeaderName>().map_err(|_| format!("{name:?} is not the name of a field"))?;
-        let of_edge = ["x-real-ip", "x-request-id", "x-api-key"].contains(&name.as_str());
-        match name.as_str().starts_with("x-") && !name.as_str().starts_with("x-forwarded-") && !of_edge {
+        let text = name.as_str();
+        let of_edge = ["x-real-ip", "x-request-id", "x-api-key"].contains(&text);
+        if !text.starts_with("x-") || text.starts_with("x-forwarded-") || of_edge {
+            return Err(format!(
+                "{name} may have a meaning of its own: use another name with x-, such as \"x-tenant\""
+            ));
+        }
+        // Others are read as `-` by some servers, so that a client could say the same in another spelling.
+        match text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             true => Ok((name, claim)),
-            false => {
-                Err(format!("{name} may have a meaning of its own: use another name with x-, such as \"x-tenant\""))
-            }
+            false => Err(format!("{name}: use letters, digits and - only, such as \"x-tenant\"")),
         }
     };
-    fields.into_iter().map(field).collect::<Result<_, String>>().map_err(de::Error::custom)
+    let fields = fields.into_iter().map(field).collect::<Result<Vec<_>, String>>().map_err(de::Error::custom)?;
+    let twice = fields.iter().enumerate().find(|(at, (name, _))| fields[..*at].iter().any(|(other, _)| other == name));
+    match twice {
+        Some((_, (name, _))) => Err(de::Error::custom(format!("{name} is there twice: remove one"))),
+        None => Ok(fields),
+    }
 }
 
 fn one() -> NonZeroU32 {
@@ -408,6 +426,18 @@ pub enum VersionSource {
     },
     /// The value of a query parameter, which stays in place.
     Query(String),
+}
+
+/// As the file has it.
+impl fmt::Display for VersionSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path => f.write_str("path"),
+            Self::Header(name) => write!(f, "header:{name}"),
+            Self::Accept { prefix, suffix } => write!(f, "accept:{prefix}{{version}}{suffix}"),
+            Self::Query(name) => write!(f, "query:{name}"),
+        }
+    }
 }
 
 impl TryFrom<String> for VersionSource {
@@ -756,6 +786,12 @@ mod tests {
             (route("auth = []\ncost = 0"), "nonzero"),
             (route("auth = []\nallow = [\"10.0.0.0/33\"]"), "is no network"),
             (route("auth = []\ndeny = [\"example.com\"]"), "is no network"),
+            (route("auth = []\ndeny = [\"::ffff:0:0/90\"]"), "is no network"),
+            (route("auth = []\nallow = []"), "must not be empty"),
+            (route("auth = [\"jwt\"]\nclaim_headers = { x_user = \"a\" }"), "such as"),
+            (route("auth = [\"jwt\"]\nclaim_headers = { x-user_id = \"a\" }"), "letters, digits"),
+            (route("auth = [\"jwt\"]\nclaim_headers = { x-a = \"a\", X-A = \"b\" }"), "twice"),
+            (route("auth = []\nrequest_headers = { remove = [\"via\"] }"), "leave it alone"),
             (route("auth = []\nmax_request_size = \"10\""), "is not a size"),
             (route("auth = []\nrequest_headers = { set = { host = \"a\" } }"), "leave it alone"),
             (route("auth = []\nresponse_headers = { drop = [\"a\"] }"), "unknown field"),
@@ -864,6 +900,24 @@ mod tests {
             );
             let problems = check(&parse(&text).unwrap());
             assert_eq!(problems.first().map(|(key, _)| key.as_str()), want, "{problems:?}");
+        }
+    }
+
+    #[test]
+    fn networks_hold_however_addresses_are_written() {
+        let network = |text: &str| Network::try_from(text.to_owned()).unwrap();
+        for (text, address, is_in) in [
+            ("10.0.0.0/8", "10.1.2.3", true),
+            ("10.0.0.0/8", "::ffff:10.1.2.3", true),
+            ("10.1.2.3/8", "10.9.9.9", true),
+            ("::ffff:203.0.113.0/120", "203.0.113.7", true),
+            ("::ffff:203.0.113.7", "203.0.113.7", true),
+            ("203.0.113.7", "203.0.113.8", false),
+            ("2001:db8::/32", "2001:db8:1::1", true),
+            ("2001:db8::/32", "10.0.0.1", false),
+            ("0.0.0.0/0", "2001:db8::1", false),
+        ] {
+            assert_eq!(network(text).contains(address.parse().unwrap()), is_in, "{text} {address}");
         }
     }
 }

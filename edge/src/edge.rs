@@ -16,11 +16,12 @@ use crate::{
     access_log::AccessLog,
     acme::{Acme, Challenges, Store},
     certificates::{Certificates, Shown},
-    config::{AuthMethod, EdgeSections, Rate, Route, read_config},
-    gateway::{Gateway, Policy, Standing, caller_key},
+    config::{EdgeSections, Rate, read_config},
+    gateway::{Gateway, Standing, caller_key},
     key_file::{KeyError, KeyFile},
     limits::{Counter, Limiter},
     listener,
+    policy::{Policy, shown},
     watch::{self, Seen},
 };
 
@@ -275,9 +276,18 @@ impl ExtraRoutes for Routes {
         let keys = &self.standing.keys;
         Some(match (method.as_str(), path) {
             ("GET", "/v1/routes") => {
-                let routes: Vec<admin::Route> = self.standing.policy.load().shown().map(shown).collect();
+                let policy = self.standing.policy.load();
+                let routes: Vec<admin::Route> =
+                    policy.shown().map(|(route, versions)| shown(route, versions)).collect();
                 json(StatusCode::OK, serde_json::to_value(routes))
             }
+            ("POST", "/v1/explain") => match serde_json::from_slice(body) {
+                Ok(asked) => match self.standing.policy.load().explain(&asked) {
+                    Ok(told) => json(StatusCode::OK, serde_json::to_value(told)),
+                    Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error),
+                },
+                Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
+            },
             ("POST", "/v1/quotas/show") => match serde_json::from_slice(body) {
                 Ok(of) => match key_of(&of) {
                     Some(key) => json(StatusCode::OK, serde_json::to_value(self.quotas(&key))),
@@ -360,20 +370,5 @@ fn key_of(of: &admin::QuotaOf) -> Option<String> {
         (Some(consumer), None) => Some(caller_key(Some(consumer), Ipv4Addr::UNSPECIFIED.into())),
         (None, Some(address)) => Some(caller_key(None, address)),
         _ => None,
-    }
-}
-
-fn shown((route, versions): (&Route, &[String])) -> admin::Route {
-    let name = |method: &AuthMethod| match method {
-        AuthMethod::ApiKey => "api-key".to_string(),
-        AuthMethod::Jwt => "jwt".to_string(),
-    };
-    admin::Route {
-        host: route.host.to_string(),
-        path: route.path.clone(),
-        service: route.service.clone(),
-        auth: route.auth.iter().map(name).collect(),
-        plan: route.plan.clone(),
-        versions: versions.to_vec(),
     }
 }

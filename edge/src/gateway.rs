@@ -2,7 +2,6 @@
 //! HTTP/1.1, 2 and 3; each step takes the proof that the one before it made.
 
 use std::{
-    collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant, SystemTime},
@@ -16,9 +15,7 @@ use starling_http::{
     is_grpc,
     normal::{self, Origin, Tunnel},
 };
-use starling_node::{
-    Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, StateDir, Worker, trace,
-};
+use starling_node::{Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, Worker, trace};
 use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -26,19 +23,18 @@ use crate::{
     access_log::{AccessLog, Entry},
     api_key,
     certificates::Certificates,
-    config::{self, AuthMethod, EdgeSections, ForwardHost, Jwks, Network, Preflight, Route},
+    config::{AuthMethod, ForwardHost, Network, Preflight, Route},
     cors,
     grpc_web::Page,
-    jwks::{Keys, Looks},
     jwt::{self, JwtError},
     key_file::KeyFile,
-    limits::{Counter, Limit, Limiter, Outcome},
-    route::{self, Routes},
+    limits::{Counter, Limiter, Outcome},
+    policy::{Aim, Policy},
+    route,
     transform::{
-        fields::Edits,
+        fields::{Edits, without_trailers},
         size::{self, Size},
     },
-    version::{Found, Picker, Versions},
 };
 
 /// The protocol that a request came by.
@@ -65,114 +61,6 @@ pub(crate) struct Arrival {
     pub(crate) client: SocketAddr,
     pub(crate) protocol: PublicProtocol,
     pub(crate) sni: Option<String>,
-}
-
-/// The rules that a reload replaces as one.
-pub(crate) struct Policy {
-    routes: Routes<Route>,
-    versions: Versions,
-    /// By the route's path, to be shown.
-    version_names: HashMap<String, Vec<String>>,
-    plans: BTreeMap<String, Arc<Limit>>,
-    jwt: Option<jwt::Verifier>,
-    /// What `jwt` was made of.
-    of_jwt: Option<config::Jwt>,
-}
-
-impl Policy {
-    /// Compiles the configuration. Plans that did not change keep their counters from `former`.
-    ///
-    /// Needs a runtime, where keys are fetched.
-    pub(crate) fn new(sections: &EdgeSections, former: Option<&Self>, state: &StateDir) -> Result<Self, String> {
-        let plans = sections.plan.iter().map(|plan| {
-            let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
-            (plan.name.clone(), kept.unwrap_or_else(|| Arc::new(Limit::new(plan))))
-        });
-        Ok(Self {
-            plans: plans.collect(),
-            routes: Routes::new(sections.route.iter().cloned()),
-            versions: Versions::new(&sections.version),
-            version_names: sections
-                .version
-                .iter()
-                .map(|v| (v.route.clone(), v.versions.keys().cloned().collect()))
-                .collect(),
-            jwt: match &sections.jwt {
-                Some(config) => {
-                    // Keys that are fetched stay: only those of a file may be others now.
-                    let same =
-                        former.filter(|f| matches!(config.jwks, Jwks::Url(_)) && f.of_jwt.as_ref() == Some(config));
-                    let keys = match same.and_then(|former| former.jwt.as_ref()) {
-                        Some(former) => {
-                            former.keys().trust_anew()?;
-                            former.keys().clone()
-                        }
-                        None => Keys::load(config, state)?,
-                    };
-                    let of_route = |route: &Route| {
-                        let told = route.claim_headers.iter().map(|(_, claim)| claim.clone());
-                        route.claims.keys().cloned().chain(told).collect::<Vec<_>>()
-                    };
-                    Some(jwt::Verifier::new(keys, sections.route.iter().flat_map(of_route).collect()))
-                }
-                None => None,
-            },
-            of_jwt: sections.jwt.clone(),
-        })
-    }
-
-    /// Where a request goes, by the path as the client wrote it, without its query.
-    fn aim(&self, host: &str, written: &str) -> Result<Aim<'_>, Problem> {
-        let canonical = route::canonical_path(written);
-        if let Ok(path) = &canonical {
-            let Some(found) = self.versions.find(&self.routes, host, path) else {
-                let detail = "no route leads there";
-                return Err(Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail));
-            };
-            if !found.route.raw_path || path == written {
-                let Found { route, path, picker, named } = found;
-                return Ok(Aim { route, path: path.into_owned(), picker, named: named.map(str::to_owned) });
-            }
-        }
-        let [kept, split] = route::readings(written).map_err(bad_request)?;
-        let find = |path| self.versions.find(&self.routes, host, path);
-        match find(&kept).zip(find(&split)) {
-            Some((Found { route, picker, .. }, other)) if route.raw_path && std::ptr::eq(route, other.route) => {
-                Ok(Aim { route, path: written.to_owned(), picker, named: None })
-            }
-            _ => Err(bad_request(canonical.err().unwrap_or("the path can be read as that of another route"))),
-        }
-    }
-
-    /// The plans, by name.
-    pub(crate) fn plans(&self) -> impl Iterator<Item = &Limit> {
-        self.plans.values().map(|limit| &**limit)
-    }
-
-    /// Whether anything is counted for longer than a process lives.
-    pub(crate) fn has_quotas(&self) -> bool {
-        self.plans().any(|limit| !limit.plan.quotas.is_empty())
-    }
-
-    /// How the issuer's keys are fetched, if they are.
-    pub(crate) fn looks(&self) -> Option<Looks> {
-        self.jwt.as_ref()?.keys().looks()
-    }
-
-    /// Routes with the names of their versions, most specific first.
-    pub(crate) fn shown(&self) -> impl Iterator<Item = (&Route, &[String])> {
-        self.routes.iter().map(|route| (route, self.version_names.get(&route.path).map_or(&[][..], Vec::as_slice)))
-    }
-}
-
-/// Where a request goes.
-struct Aim<'a> {
-    route: &'a Route,
-    /// What the service gets, but for a prefix that is to be taken off.
-    path: String,
-    picker: Option<&'a Picker>,
-    /// The version that the path named.
-    named: Option<String>,
 }
 
 /// Proof that the caller may use the route.
@@ -269,7 +157,9 @@ impl Gateway {
             ..Entry::default()
         };
         let mut aside = Aside::default();
-        let mut response = match self.pass(request, arrival, &mut entry, &mut aside, &mut observed).await {
+        let passed = self.pass(request, arrival, &mut entry, &mut aside, &mut observed).await;
+        let is_refused = passed.is_err();
+        let mut response = match passed {
             Ok(response) => response,
             Err(problem) => {
                 entry.error = Some(problem.detail.clone());
@@ -292,6 +182,11 @@ impl Gateway {
         }
         if let Some(edits) = edits {
             edits.apply(response.headers_mut());
+            if is_refused {
+                // What is said of the service's answers to caches is not meant for this one.
+                response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+                response.headers_mut().remove(header::EXPIRES);
+            }
         }
         // The service's own would lead past us.
         response.headers_mut().remove(header::ALT_SVC);
@@ -343,6 +238,10 @@ impl Gateway {
         if route.response_headers != Edits::default() {
             *edits = Some(route.response_headers.clone());
         }
+        // Also of a refusal, which a page cannot see otherwise.
+        if let Some(cors) = &route.cors {
+            extra.extend(cors.fields(&parts.headers));
+        }
         let from = arrival.client.ip();
         let is_listed = |networks: &[Network]| networks.iter().any(|network| network.contains(from));
         if is_listed(&route.deny) || !route.allow.is_empty() && !is_listed(&route.allow) {
@@ -351,16 +250,13 @@ impl Gateway {
         }
 
         let is_preflight = cors::is_preflight(&parts.method, &parts.headers);
-        if let Some(cors) = &route.cors {
-            extra.extend(cors.fields(&parts.headers));
-            if is_preflight {
-                let mut answer = Response::new(Guarded::from(Body::empty()));
-                *answer.status_mut() = StatusCode::NO_CONTENT;
-                if extra.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
-                    answer.headers_mut().extend(cors.preflight(&parts.headers));
-                }
-                return Ok(answer);
+        if let Some(cors) = route.cors.as_ref().filter(|_| is_preflight) {
+            let mut answer = Response::new(Guarded::from(Body::empty()));
+            *answer.status_mut() = StatusCode::NO_CONTENT;
+            if extra.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN) {
+                answer.headers_mut().extend(cors.preflight(&parts.headers));
             }
+            return Ok(answer);
         }
         let caller = match is_preflight && route.preflight == Preflight::Pass {
             true => Caller::nobody(),
@@ -392,6 +288,10 @@ impl Gateway {
 
         let page = Page::of(&parts.headers).filter(|_| route.grpc_web);
         let body = body.with_length(checked.length);
+        let body = match route.claim_headers.is_empty() {
+            true => body,
+            false => without_trailers(body, route.claim_headers.iter().map(|(name, _)| name.clone()).collect()),
+        };
         let (body, over) = match route.max_request_size {
             Some(Size(most)) if checked.length.is_some_and(|length| length > most) => return Err(too_large(most)),
             // What goes into a tunnel is no request.
@@ -516,24 +416,25 @@ impl Gateway {
             return Err(problem.retry_after(after));
         }
         let mut verified = verifier.verify(token);
-        if verified.is_err() {
-            // Before anything is waited for: what is under way counts as well.
-            self.standing.failures.take(&address, 1, now);
-        }
         if let Err(error) = verified
             && verifier.may_be_of_a_new_key(token, error)
-            && let Some(_place) = self.standing.looking.enter(client, MAX_LOOKING_OF_ONE)
-            && let Some(again) = verifier.verify_again(token).await
         {
-            verified = again;
-            if verified.is_ok() {
-                self.standing.failures.give_back(&address, 1);
+            let Some(_place) = self.standing.looking.enter(client, MAX_LOOKING_OF_ONE) else {
+                let detail = "too many tokens from this address wait for the issuer's keys";
+                let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "no-keys", detail);
+                return Err(problem.retry_after(Duration::from_secs(1)));
+            };
+            if let Some(again) = verifier.verify_again(token).await {
+                verified = again;
             }
         }
         if verified == Err(JwtError::UnknownKey) && verifier.keys().current().is_empty() {
             let detail = "the issuer has not told its keys yet";
             let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "no-keys", detail);
             return Err(problem.retry_after(Duration::from_secs(5)));
+        }
+        if verified.is_err() {
+            self.standing.failures.take(&address, 1, Instant::now());
         }
         Ok(verified)
     }

@@ -19,6 +19,7 @@ mod key_file;
 mod key_pair;
 mod limits;
 mod listener;
+mod policy;
 mod route;
 mod transform;
 mod version;

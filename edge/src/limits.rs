@@ -105,6 +105,16 @@ impl Limit {
         Outcome { violated, retry_after: wait + jitter, fields: fields(&in_force) }
     }
 
+    /// What it lets a caller do, in words.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let rate = self.plan.rate.map(|rate| {
+            let (burst, seconds) = (self.plan.burst(rate), rate.window.as_secs());
+            format!("{} calls in {seconds} s, {burst} at once", rate.count)
+        });
+        let quotas = self.quotas.iter().map(|(quota, _)| format!("{} calls a {}", quota.count, quota.period));
+        rate.into_iter().chain(quotas).collect()
+    }
+
     /// How it stands with a caller's quotas.
     pub(crate) fn shown(&self, caller: &str, counter: &Counter) -> Vec<admin::QuotaUse> {
         let now = unix_now();

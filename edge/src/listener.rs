@@ -24,6 +24,7 @@ use crate::{
     acme::{self, Challenges},
     certificates::Certificates,
     gateway::{Arrival, Gateway, PublicProtocol},
+    route,
 };
 
 /// Connections of a listener.
@@ -210,9 +211,9 @@ pub(crate) async fn serve_redirect(listener: TcpListener, challenges: Challenges
 fn redirect(request: Request<Body>, challenges: &Challenges, public_port: u16) -> Response<Body> {
     let (mut parts, _) = request.into_parts();
     let checked = starling_http::normal::normalise_request(&mut parts, starling_http::normal::Origin::Outside);
-    if checked.is_ok()
+    if let Ok(checked) = &checked
         && parts.method == Method::GET
-        && let Some(text) = challenges.text(parts.uri.path())
+        && let Some(text) = challenges.text(&route::bare_host(checked.authority.as_str()), parts.uri.path())
     {
         let mut response = Response::new(Body::full(text));
         let kind = HeaderValue::from_static("application/octet-stream");

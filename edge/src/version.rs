@@ -99,9 +99,11 @@ struct Version {
 
 /// The version of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Picked {
+pub(crate) struct Picked<'a> {
     /// Its name.
     pub(crate) version: String,
+    /// Where the request named it; `None` if it is the default.
+    pub(crate) by: Option<&'a VersionSource>,
     /// Fields to append to the answer, whoever makes it: Deprecation (RFC 9745), Sunset (RFC 8594), Link (RFC 8288),
     /// Vary.
     pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
@@ -154,7 +156,7 @@ impl Picker {
         query: Option<&str>,
         headers: &HeaderMap,
         now: SystemTime,
-    ) -> Result<Picked, Problem> {
+    ) -> Result<Picked<'_>, Problem> {
         let in_path = named.map_or(Said::Nothing, |name| self.one([name]));
         if matches!(in_path, Said::Unknown) {
             return Err(self.refusal(StatusCode::NOT_FOUND, "unknown-version", "there is no such version"));
@@ -168,7 +170,7 @@ impl Picker {
             };
             match said {
                 Said::Nothing => {}
-                Said::This(version) => return self.picked(version, now),
+                Said::This(version) => return self.picked(version, Some(source), now),
                 Said::Unknown => {
                     return Err(self.refusal(StatusCode::BAD_REQUEST, "unknown-version", "there is no such version"));
                 }
@@ -182,12 +184,17 @@ impl Picker {
             }
         }
         match self.default.as_deref().and_then(|name| self.known(name)) {
-            Some(version) => self.picked(version, now),
+            Some(version) => self.picked(version, None, now),
             None => Err(self.refusal(StatusCode::BAD_REQUEST, "version-required", "no version is named")),
         }
     }
 
-    fn picked(&self, version: &Version, now: SystemTime) -> Result<Picked, Problem> {
+    fn picked<'a>(
+        &'a self,
+        version: &Version,
+        by: Option<&'a VersionSource>,
+        now: SystemTime,
+    ) -> Result<Picked<'a>, Problem> {
         let vary = self.vary.iter().map(|fields| (header::VARY, fields.clone()));
         if version.sunset.is_some_and(|sunset| now >= sunset) {
             let mut problem =
@@ -195,7 +202,7 @@ impl Picker {
             problem.headers.extend(version.headers.iter().cloned());
             return Err(problem);
         }
-        Ok(Picked { version: version.name.clone(), headers: version.headers.iter().cloned().chain(vary).collect() })
+        Ok(Picked { version: version.name.clone(), by, headers: version.headers.iter().cloned().chain(vary).collect() })
     }
 
     fn refusal(&self, status: StatusCode, kind: &'static str, what: &str) -> Problem {

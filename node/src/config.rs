@@ -590,6 +590,14 @@ pub fn read_part<T: DeserializeOwned>(text: &str, is_own: impl Fn(&str) -> bool)
         }
         // A field that is missing after a line was left out is most likely that line's: leave the rest of its table out too.
         if !missing {
+            // Of a wrong type the text says nothing about which key it is of.
+            let key = at.and_then(|at| lines[at].split_once('=')).map(|(key, _)| key.trim());
+            let is_plain =
+                |key: &&str| key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'));
+            let problem = match key.filter(is_plain).filter(|_| problem.starts_with("invalid ")) {
+                Some(key) => format!("{key}: {problem}"),
+                None => problem,
+            };
             found.push(Diagnostic { line, problem });
         }
         let Some(at) = at.filter(|at| !missing || is_header(lines[*at])) else { return (None, found) };

@@ -400,7 +400,7 @@ pub struct Certificate {
     pub hosts: Vec<String>,
     /// Whether somebody vouches for it.
     pub state: CertificateState,
-    /// When it ends (RFC 3339); `None` of a stand-in.
+    /// When it ends (RFC 3339); `None` of one that the edge made itself.
     pub until: Option<String>,
     /// How it is renewed; `None` if it comes from files, which somebody else renews.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -415,7 +415,8 @@ pub enum CertificateState {
     Valid,
     /// It has ended.
     Ended,
-    /// The edge made it itself, until an authority has issued one: clients refuse it.
+    /// Another one stands in, until an authority has issued it: one that lacks names, or one that the edge made itself, which clients
+    /// refuse; that one has no end.
     StandIn,
 }
 
@@ -451,6 +452,63 @@ pub struct QuotaUse {
     pub used: u64,
     /// Seconds until there is room again, or more of it.
     pub resets_in_s: u64,
+}
+
+/// Body of `POST /v1/explain` on an edge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explain {
+    /// Method of the request.
+    pub method: String,
+    /// Its whole URL.
+    pub url: String,
+    /// Its fields.
+    #[serde(default)]
+    pub headers: Vec<(String, String)>,
+}
+
+/// Where a request would go on an edge, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// Method of the request.
+    pub method: String,
+    /// Its URL.
+    pub url: String,
+    /// Why it goes nowhere, if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<RefusedRequest>,
+    /// The route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<Route>,
+    /// Why that one.
+    #[serde(default)]
+    pub because: String,
+    /// Path and query that the service sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The version of the API, if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// Where the request names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version_by: Option<String>,
+    /// Fields of the answer that tell of the version.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fields: Vec<(String, String)>,
+    /// What the route's plan lets a caller do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<String>,
+    /// How much of it one call takes.
+    #[serde(default)]
+    pub cost: u32,
+}
+
+/// Why a request goes nowhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedRequest {
+    /// Status of the answer.
+    pub status: u16,
+    /// Why.
+    pub why: String,
 }
 
 /// Body of `POST /v1/quotas/show` and `POST /v1/quotas/reset` on an edge.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{Method, Request};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
-use starling_protocol::admin::{Key, Route};
+use starling_protocol::admin::{self, Key, Route};
 use starling_tests::{binary, client_script, nginx, program, python, run, sample};
 
 const HOST: &str = "api.example.com";
@@ -435,4 +435,45 @@ async fn an_edge_that_goes_away_refuses_new_connections_over_every_protocol() {
     kept.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert!(edge.cluster.node_mut("edge").process.wait(Duration::from_secs(60)).await.unwrap().success());
+}
+
+/// And of what is explained, the same comes of the request itself.
+#[tokio::test]
+async fn an_operator_can_ask_where_a_request_would_go() {
+    let Some(public) = start().await else { return };
+    let admin = format!("http://{}", public.cluster.node("edge").admin);
+    let explain = async |args: &[&str]| {
+        let args = [&["edge", "explain"], args, &["--admin", &admin, "-o", "json"]].concat();
+        let told = public.cluster.run(&args).await.unwrap();
+        serde_json::from_str::<admin::Explanation>(&told).unwrap()
+    };
+    let url = |path: &str| format!("https://{HOST}{path}");
+    let told = explain(&["get", &url("/v2/orders/1?q=a")]).await;
+    let route = told.route.unwrap();
+    assert_eq!(
+        (route.path.as_str(), route.service.as_str(), route.plan.as_deref()),
+        ("/orders", "orders", Some("default"))
+    );
+    assert_eq!((told.path.as_deref(), told.version.as_deref()), (Some("/orders/1?q=a"), Some("v2")));
+    assert_eq!((told.version_by.as_deref(), told.cost, told.limits.len()), (Some("path"), 1, 1));
+    let told = explain(&["GET", &url("/orders"), "-H", "X-Api-Version: v1"]).await;
+    assert_eq!((told.version.as_deref(), told.version_by.as_deref()), (Some("v1"), Some("header:x-api-version")));
+    assert!(told.fields.iter().any(|(name, _)| name == "deprecation"), "{:?}", told.fields);
+    let told = explain(&["GET", &url("/orders")]).await;
+    assert_eq!((told.version.as_deref(), told.version_by.as_deref()), (Some("v1"), Some("the default")));
+    let told = explain(&["GET", &url("/web/a%2e/../b")]).await;
+    assert_eq!(told.path.as_deref(), Some("/b"), "as the service sees it");
+    for (path, status) in [("/v9/orders", 404), ("/nowhere", 404), ("/web/%2e%2e/%2e%2e/x", 400)] {
+        let told = explain(&["GET", &url(path)]).await;
+        assert_eq!(told.refused.as_ref().map(|refused| refused.status), Some(status), "{path}: {told:?}");
+        let request = Request::get(url(path)).header("x-api-key", &public.key).body(Bytes::new()).unwrap();
+        let answer = public.client.send(Door::Http2, public.addr, request).await.unwrap();
+        assert_eq!(answer.status, status, "{path}");
+    }
+    let table = public.cluster.run(&["edge", "explain", "GET", &url("/orders"), "--admin", &admin]).await.unwrap();
+    assert!(table.contains("v1, by the default") && table.contains("api-key or jwt"), "{table}");
+    for wrong in [&["GET", "/orders"][..], &["G ET", "https://a/"], &["GET", "https://a/", "-H", "no colon"]] {
+        let args = [&["edge", "explain"], wrong, &["--admin", &admin]].concat();
+        assert!(public.cluster.run(&args).await.is_err(), "{wrong:?}");
+    }
 }

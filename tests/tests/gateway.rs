@@ -471,6 +471,7 @@ async fn a_route_edits_fields_both_ways_and_of_its_own_answers() {
         assert_eq!(public.ask(door, Method::GET, "/web", &[]).await.header("server"), "service/1.0", "{door:?}");
         let refused = public.ask(door, Method::GET, "/edited/secret", &[]).await;
         assert_eq!((refused.status, refused.header("x-frame-options")), (401, "DENY"), "{door:?}");
+        assert_eq!(refused.header("cache-control"), "no-store", "{door:?}: what is said of answers is not of refusals");
     }
 }
 

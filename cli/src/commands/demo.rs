@@ -108,12 +108,13 @@ plan = "small"
 route = "/orders"
 from = ["path", "header:x-api-version"]
 default = "v1"
-versions = {{ v1 = {{}}, v2 = {{}} }}
+versions = {{ v1 = {{ deprecated = "2026-01-01", sunset = "2099-01-01" }}, v2 = {{}} }}
 
 [[plan]]
 name = "default"
 rate = "1000/s"
 burst = 1000
+quota = "1000000/day"
 
 [[plan]]
 name = "small"
@@ -157,6 +158,9 @@ burst = 5
         println!("  starling members --admin http://{} --watch", seed.admin);
         println!("  starling services --admin http://{}", seed.admin);
         println!("  curl http://{}/metrics", seed.admin);
+        let admin = self.cluster.node("edge").admin;
+        println!("  starling edge explain GET https://{HOST}/v2/orders --admin http://{admin}");
+        println!("  starling quota show demo --admin http://{admin}");
         if let Some(pid) = self.cluster.node(&self.orders[0]).process.pid() {
             println!("\nbreak something:");
             println!("  kill -9 {pid}      # {}", self.orders[0]);

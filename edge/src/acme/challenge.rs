@@ -24,8 +24,8 @@ pub(crate) struct Challenges(Arc<Mutex<Found>>);
 struct Found {
     /// How many were shown so far.
     count: u64,
-    /// Key authorizations, by token, each with its number.
-    texts: HashMap<String, (u64, String)>,
+    /// Key authorizations, by token, each with its number and the host that is looked at.
+    texts: HashMap<String, (u64, String, String)>,
     /// Certificates, by the name that is looked at.
     certificates: HashMap<String, (u64, Arc<CertifiedKey>)>,
 }
@@ -45,12 +45,12 @@ enum What {
 }
 
 impl Challenges {
-    /// A text, at the token's path.
-    pub(crate) fn show_text(&self, token: &str, authorization: &str) -> Shown {
+    /// A text, at the token's path, to whoever asks for that host.
+    pub(crate) fn show_text(&self, host: &str, token: &str, authorization: &str) -> Shown {
         let mut found = self.found();
         found.count += 1;
         let number = found.count;
-        found.texts.insert(token.to_owned(), (number, authorization.to_owned()));
+        found.texts.insert(token.to_owned(), (number, host.to_owned(), authorization.to_owned()));
         Shown { challenges: self.clone(), number, what: What::Text { token: token.to_owned() } }
     }
 
@@ -81,14 +81,16 @@ impl Challenges {
     /// What an edge of the fleet asks for.
     pub(crate) fn show(&self, asked: &ShowChallenge, provider: &CryptoProvider) -> Result<Shown, String> {
         match asked.over_tls {
-            false => Ok(self.show_text(&asked.token, &asked.authorization)),
+            false => Ok(self.show_text(&asked.host, &asked.token, &asked.authorization)),
             true => self.show_certificate(&asked.host, &asked.authorization, provider),
         }
     }
 
-    /// The text at a path, if an authority is to find one there.
-    pub(crate) fn text(&self, path: &str) -> Option<String> {
-        self.found().texts.get(path.strip_prefix(PATH)?).map(|(_, text)| text.clone())
+    /// The text at a path of a host, if an authority is to find one there.
+    pub(crate) fn text(&self, host: &str, path: &str) -> Option<String> {
+        let found = self.found();
+        let (_, of, text) = found.texts.get(path.strip_prefix(PATH)?)?;
+        of.eq_ignore_ascii_case(host).then(|| text.clone())
     }
 
     /// What a handshake of an authority gets, which no other client can want: nothing, if there is no challenge. `None` if it is
@@ -113,7 +115,7 @@ impl Drop for Shown {
         // Another one may stand there by now.
         let is_ours = |number: u64| number == self.number;
         match &self.what {
-            What::Text { token } if found.texts.get(token).is_some_and(|(number, _)| is_ours(*number)) => {
+            What::Text { token } if found.texts.get(token).is_some_and(|(number, ..)| is_ours(*number)) => {
                 found.texts.remove(token);
             }
             What::Certificate { host } if found.certificates.get(host).is_some_and(|(number, _)| is_ours(*number)) => {
@@ -131,15 +133,19 @@ mod tests {
     #[test]
     fn a_text_is_there_as_long_as_it_is_shown() {
         let challenges = Challenges::default();
-        let shown = challenges.show_text("token", "token.thumb");
-        assert_eq!(challenges.text("/.well-known/acme-challenge/token").as_deref(), Some("token.thumb"));
+        let shown = challenges.show_text("a.example", "token", "token.thumb");
+        assert_eq!(challenges.text("a.example", "/.well-known/acme-challenge/token").as_deref(), Some("token.thumb"));
         for other in ["/.well-known/acme-challenge/", "/.well-known/acme-challenge/other", "/token", "token"] {
-            assert_eq!(challenges.text(other), None, "{other}");
+            assert_eq!(challenges.text("a.example", other), None, "{other}");
         }
-        let again = challenges.show_text("token", "token.thumb");
+        assert_eq!(challenges.text("b.example", "/.well-known/acme-challenge/token"), None, "of another host");
+        let again = challenges.show_text("a.example", "token", "token.thumb");
         drop(shown);
-        assert!(challenges.text("/.well-known/acme-challenge/token").is_some(), "it is another one's by now");
+        assert!(
+            challenges.text("a.example", "/.well-known/acme-challenge/token").is_some(),
+            "it is another one's by now"
+        );
         drop(again);
-        assert_eq!(challenges.text("/.well-known/acme-challenge/token"), None);
+        assert_eq!(challenges.text("a.example", "/.well-known/acme-challenge/token"), None);
     }
 }

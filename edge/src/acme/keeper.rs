@@ -109,6 +109,7 @@ impl Keeper {
                     continue;
                 }
             }
+            let _turn = self.acme.ordering.acquire().await;
             let _under_way = self.acme.under_way(&self.id);
             // Also if it is killed in the middle: a process that is restarted again and again does not order each time.
             tries.begun(now);
@@ -185,7 +186,6 @@ impl Keeper {
             }
         };
         let obtained = async {
-            let _turn = self.acme.ordering.acquire().await;
             let mut again = AT_ONCE_AGAIN;
             let issued = loop {
                 match issue().await {

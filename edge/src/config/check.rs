@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use http::{HeaderName, header};
 use starling_node::{unix_now, web::Web};
 
 use super::{AuthMethod, ChallengeKind, EdgeSections, Jwks, Plan, Route, Source, VersionSource};
@@ -9,6 +10,7 @@ use crate::{
     cors::Cors,
     jwks::{self, Keys},
     key_pair, route,
+    transform::fields::Edits,
 };
 
 /// Checks what no section can know alone, and reads the files that they name.
@@ -121,6 +123,21 @@ fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
                     format!("one call costs more than plan {:?} ever has ({most}), so that none could pass", plan.name);
                 problems.add(format!("route[{i}].cost"), why);
             }
+        }
+        for name in [header::ALT_SVC, HeaderName::from_static("x-request-id")] {
+            if route.response_headers.has(&name) {
+                let why = format!("{name} is the edge's to say; leave it out");
+                problems.add(format!("route[{i}].response_headers"), why);
+            }
+        }
+        let Edits { set, remove, .. } = &route.response_headers;
+        let mut changed = set.iter().map(|(name, _)| name).chain(remove);
+        let is_of_cors = |name: &HeaderName| *name == header::VARY || name.as_str().starts_with("access-control-");
+        if route.cors.is_some()
+            && let Some(name) = changed.find(|name| is_of_cors(name))
+        {
+            let why = format!("{name} is what cors makes of it; leave it out, or cors");
+            problems.add(format!("route[{i}].response_headers"), why);
         }
         let of_tokens = [
             ("scopes", !route.scopes.is_empty()),

@@ -82,17 +82,6 @@ impl Limiter {
         self.decision(over.is_zero(), debt, over)
     }
 
-    /// Gives back what a call of that cost took.
-    pub(crate) fn give_back(&self, key: &str, cost: u32) {
-        let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
-        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = shard.get_mut(key)
-            && let Some(earlier) = known.checked_sub(self.interval.saturating_mul(cost))
-        {
-            *known = earlier;
-        }
-    }
-
     /// How long until a caller has a call left; `None` if there is one.
     pub(crate) fn spent(&self, key: &str, now: Instant) -> Option<Duration> {
         let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
@@ -223,13 +212,11 @@ mod tests {
     }
 
     #[test]
-    fn a_look_takes_nothing_and_what_was_taken_can_be_given_back() {
+    fn a_look_takes_nothing() {
         let limiter = limiter("1/s", 2);
         let now = Instant::now();
         assert!(limiter.look("a", 2, now).allowed && !limiter.look("a", 3, now).allowed);
         assert_eq!((limiter.take("a", 2, now).remaining, limiter.look("a", 1, now).allowed), (0, false));
-        limiter.give_back("a", 1);
-        assert!(limiter.take("a", 1, now).allowed && !limiter.take("a", 1, now).allowed);
     }
 
     #[test]

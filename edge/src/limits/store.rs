@@ -115,8 +115,7 @@ impl Store {
     }
 
     fn prune_to(&self, since: u64, most: u64) -> Result<(), redb::Error> {
-        let latest = |counts: &[u8]| Counts::decode(counts).map_or(0, |counts| counts.latest());
-        let mut times = Vec::new();
+        let mut ages = Vec::new();
         {
             let reading = self.0.begin_read()?;
             let table = match reading.open_table(COUNTS) {
@@ -125,21 +124,49 @@ impl Store {
                 Err(error) => return Err(error.into()),
             };
             for entry in table.iter()? {
-                times.push(latest(entry?.1.value()));
+                let (key, counts) = entry?;
+                ages.push(age(key.value(), counts.value()));
             }
         }
-        let too_many = times.len().saturating_sub(most as usize);
-        let oldest = match too_many {
-            0 => since,
-            _ => since.max(*times.select_nth_unstable(too_many - 1).1 + 1),
-        };
-        if times.iter().all(|time| *time >= oldest) {
+        let is_needed = |age: &Age| age.latest >= since;
+        let too_many = ages.iter().filter(|age| is_needed(age)).count().saturating_sub(most as usize);
+        if too_many == 0 && ages.iter().all(is_needed) {
             return Ok(());
         }
+        ages.retain(is_needed);
+        // All before this one, and of those that are like it as many as it takes.
+        let last = too_many.checked_sub(1).map(|nth| *ages.select_nth_unstable(nth).1);
+        let mut ties = last.map_or(0, |last| too_many - ages.iter().filter(|age| **age < last).count());
         let writing = self.0.begin_write()?;
-        writing.open_table(COUNTS)?.retain(|_, counts| latest(counts) >= oldest)?;
+        writing.open_table(COUNTS)?.retain(|key, counts| {
+            let age = age(key, counts);
+            let goes = match last {
+                _ if !is_needed(&age) => true,
+                Some(last) if age == last && ties > 0 => {
+                    ties -= 1;
+                    true
+                }
+                Some(last) => age < last,
+                None => false,
+            };
+            !goes
+        })?;
         Ok(writing.commit()?)
     }
+}
+
+/// What goes first, where there is too much: addresses before consumers, whose number nobody can raise at will, and of each the longest
+/// unused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Age {
+    is_consumer: bool,
+    /// The last part of time for which there is a count.
+    latest: u64,
+}
+
+fn age(key: &str, counts: &[u8]) -> Age {
+    let is_consumer = key.split(' ').nth(2) != Some("address");
+    Age { is_consumer, latest: Counts::decode(counts).map_or(0, |counts| counts.latest()) }
 }
 
 #[cfg(test)]
@@ -170,6 +197,27 @@ mod tests {
         assert_eq!((store.get("c"), store.get("d").is_some()), (None, true), "the longest unused go first");
         store.prune_to(20, 2).unwrap();
         assert_eq!((store.get("b"), store.get("d").is_some()), (None, true), "and what nobody needs");
+    }
+
+    #[test]
+    fn no_more_goes_than_has_to_and_addresses_go_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("quota.redb"), || false).unwrap();
+        // All of a month have the same part, and those of a day come later.
+        let all = (0..10).flat_map(|n| {
+            [
+                (format!("p month consumer {n}"), counts(&[(100, 1)])),
+                (format!("p day address {n}"), counts(&[(200, 1)])),
+            ]
+        });
+        store.add(&all.collect::<Vec<_>>()).unwrap();
+        let left = |who: &str| (0..10).filter(|n| store.get(&format!("p {who} {n}")).is_some()).count();
+        store.prune_to(0, 13).unwrap();
+        assert_eq!((left("month consumer"), left("day address")), (10, 3));
+        store.prune_to(0, 7).unwrap();
+        assert_eq!((left("month consumer"), left("day address")), (7, 0));
+        store.prune_to(101, 7).unwrap();
+        assert_eq!(left("month consumer"), 0);
     }
 
     #[test]

@@ -1,8 +1,15 @@
 //! Header fields that a route sets, adds and removes.
 
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
+use http_body::{Frame, SizeHint};
 use serde::{Deserialize, Deserializer, de};
-use starling_http::normal;
+use starling_http::{Body, BodyError, Recoded, normal};
 
 /// Changes of the fields of a message. Removed first, then set, then added.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -20,6 +27,12 @@ pub struct Edits {
 }
 
 impl Edits {
+    /// Whether it says anything about a field.
+    pub(crate) fn has(&self, name: &HeaderName) -> bool {
+        let named = self.set.iter().chain(&self.add).map(|(name, _)| name).chain(&self.remove);
+        named.into_iter().any(|other| other == name)
+    }
+
     /// Changes the fields of a message.
     pub(crate) fn apply(&self, fields: &mut HeaderMap) {
         for name in &self.remove {
@@ -31,6 +44,48 @@ impl Edits {
         for (name, value) in &self.add {
             fields.append(name, value.clone());
         }
+    }
+}
+
+/// A body without these fields in its trailers: some servers read those like fields of the head.
+pub(crate) fn without_trailers(body: Body, names: Vec<HeaderName>) -> Body {
+    match http_body::Body::is_end_stream(&body) {
+        true => body,
+        false => Body::recoded(WithoutTrailers { body, names }),
+    }
+}
+
+struct WithoutTrailers {
+    body: Body,
+    names: Vec<HeaderName>,
+}
+
+impl http_body::Body for WithoutTrailers {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &mut frame
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            self.names.iter().for_each(|name| drop(trailers.remove(name)));
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Recoded for WithoutTrailers {
+    fn source(&self) -> &Body {
+        &self.body
     }
 }
 
@@ -77,11 +132,50 @@ mod tests {
         );
     }
 
+    /// A body of nothing but trailers.
+    struct Trailers(Option<HeaderMap>, Body);
+
+    impl http_body::Body for Trailers {
+        type Data = Bytes;
+        type Error = BodyError;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+            Poll::Ready(self.0.take().map(|trailers| Ok(Frame::trailers(trailers))))
+        }
+    }
+
+    impl Recoded for Trailers {
+        fn source(&self) -> &Body {
+            &self.1
+        }
+    }
+
+    #[tokio::test]
+    async fn trailers_say_nothing_in_place_of_the_head() {
+        use http_body_util::BodyExt as _;
+        let mut trailers = HeaderMap::new();
+        for (name, value) in [("x-tenant", "evil"), ("x-checksum", "1")] {
+            trailers.append(name, HeaderValue::from_static(value));
+        }
+        let body = Body::recoded(Trailers(Some(trailers), Body::empty()));
+        let left = without_trailers(body, vec![HeaderName::from_static("x-tenant")]).collect().await.unwrap();
+        let left = left.trailers().unwrap();
+        assert_eq!((left.get("x-tenant"), left.len()), (None, 1));
+    }
+
     #[test]
     fn what_is_not_a_routes_to_change() {
-        for name in
-            ["host", "Content-Length", "transfer-encoding", "connection", "starling-consumer", "starling_caller", "te"]
-        {
+        for name in [
+            "host",
+            "Content-Length",
+            "transfer-encoding",
+            "connection",
+            "starling-consumer",
+            "starling_caller",
+            "te",
+            "via",
+            "expect",
+        ] {
             let error = toml::from_str::<Edits>(&format!("remove = [{name:?}]")).unwrap_err().to_string();
             assert!(error.contains("leave it alone"), "{name}: {error}");
         }

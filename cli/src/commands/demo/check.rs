@@ -121,9 +121,12 @@ async fn public(demo: &Demo, client: &Client, door: Door) -> Result<String> {
     ensure!(v1.status == 200 && !v1.header("ratelimit").is_empty(), "with a key: {v1:?}");
     let newest = demo.orders.last().map(|n| format!("hello from {n}\n")).unwrap_or_default();
     ensure!(v1.text() != newest, "v1 was answered by a v2 instance: {v1:?}");
+    ensure!(v1.header("deprecation").starts_with('@') && !v1.header("sunset").is_empty(), "v1 is deprecated: {v1:?}");
+    ensure!(v1.header("ratelimit-policy").contains("\"default-day\";q=1000000"), "a day's quota: {v1:?}");
     for request in [keyed("/v2/orders"), keyed("/orders").header("x-api-version", "v2")] {
         let v2 = send(demo, client, door, request, none()).await?;
         ensure!(v2.status == 200 && v2.text() == newest, "v2: {v2:?}");
+        ensure!(v2.header("deprecation").is_empty(), "v2 is not deprecated: {v2:?}");
     }
     Ok(String::new())
 }

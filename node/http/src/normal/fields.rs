@@ -73,7 +73,8 @@ const HOP_BY_HOP: [&str; 9] = [
 /// Whether a field is about connections, frames or routes a message, or is one of ours: not for anybody to change who only carries it.
 pub fn is_of_hops(name: &HeaderName) -> bool {
     let text = name.as_str();
-    HOP_BY_HOP.contains(&text) || is_own(text) || [header::HOST, header::CONTENT_LENGTH, header::TRAILER].contains(name)
+    let named = [header::HOST, header::CONTENT_LENGTH, header::TRAILER, header::VIA, header::EXPECT];
+    HOP_BY_HOP.contains(&text) || is_own(text) || text == headers::XFCC || named.contains(name)
 }
 
 /// Some servers read `_` as `-`, so an alias is as good as the name.

@@ -233,7 +233,10 @@ async fn answer(service: Arc<Service>, request: Request<Incoming>) -> Result<Res
     match manner {
         Manner::Hang => {
             // What came is read: who does not read does not see that his caller hangs up.
-            let _ = request.into_body().collect().await;
+            if request.into_body().collect().await.is_err() {
+                // Over HTTP/1.1 nothing else says that he has: nobody waits any more.
+                return Ok(service.text(StatusCode::BAD_REQUEST, "the caller has gone".into()));
+            }
             std::future::pending::<()>().await;
             unreachable!("nothing comes after for ever");
         }

@@ -114,25 +114,52 @@ pub async fn broken_server(dir: &Path, mode: &str) -> Option<(Process, SocketAdd
 
 /// nginx with one location: its answer tells the host and the caller that it was told.
 pub async fn nginx(dir: &Path) -> Option<(Process, SocketAddr)> {
-    let nginx = program("nginx")?;
     let addr = free_port();
-    let path = dir.join("nginx.conf");
+    let answer = "nginx $host caller=$http_starling_caller consumer=$http_starling_consumer\\n";
+    let process = nginx_at(dir, addr, &format!("listen {addr}; location / {{ return 200 \"{answer}\"; }}")).await?;
+    Some((process, addr))
+}
+
+/// nginx with one server, as it is told, and its files in that directory: `access.log`, too. `None` skips.
+pub async fn nginx_at(dir: &Path, addr: SocketAddr, server: &str) -> Option<Process> {
+    let nginx = program("nginx")?;
+    std::fs::create_dir_all(dir).expect("the directory can be made");
     let own = dir.display();
     let config = format!(
         r#"daemon off; master_process off; pid {own}/nginx.pid; error_log {own}/nginx.err;
 events {{}}
 http {{
-  access_log off; client_max_body_size 0; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
+  access_log {own}/access.log; client_max_body_size 0; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
   fastcgi_temp_path {own}/t3; uwsgi_temp_path {own}/t4; scgi_temp_path {own}/t5;
-  server {{ listen {addr}; location / {{ return 200 "nginx $host caller=$http_starling_caller consumer=$http_starling_consumer\n"; }} }}
+  server {{ {server} }}
 }}
 "#
     );
+    let path = dir.join("nginx.conf");
     std::fs::write(&path, config).expect("the directory can be written");
     let process =
         Process::start(&nginx, ["-c", &path.to_string_lossy()], &dir.join("nginx.log")).expect("nginx starts");
     listening(addr).await;
-    Some((process, addr))
+    Some(process)
+}
+
+/// dnsmasq, which knows what it is told and nothing else. `None` skips.
+pub async fn name_server(dir: &Path, addr: SocketAddr, knows: impl IntoIterator<Item = String>) -> Option<Process> {
+    let dnsmasq = program("dnsmasq")?;
+    let fixed = [
+        "--keep-in-foreground",
+        "--no-resolv",
+        "--no-hosts",
+        "--no-daemon",
+        "--bind-interfaces",
+        "--conf-file=/dev/null",
+        "--pid-file=",
+    ];
+    let at = [format!("--listen-address={}", addr.ip()), format!("--port={}", addr.port())];
+    let args = fixed.map(String::from).into_iter().chain(at).chain(knows);
+    let process = Process::start(&dnsmasq, args, &dir.join("dnsmasq.log")).expect("dnsmasq starts");
+    listening(addr).await;
+    Some(process)
 }
 
 /// Memory of a running process in KiB, by a line of its status: `VmRSS:` now, `VmHWM:` the most so far.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_protocol::admin::{Certificate, CertificateState};
-use starling_tests::{binary, is_known, listening, program, sample};
+use starling_tests::{binary, is_known, listening, name_server, program, sample};
 
 /// For whatever is waited for.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -33,7 +33,7 @@ struct Authority {
 impl Authority {
     /// `None` if there is no pebble here. `settings` are its own, from the environment.
     async fn start(cluster: &Cluster, settings: &[(&str, &str)]) -> Option<Self> {
-        let (pebble, dnsmasq) = (program("pebble")?, program("dnsmasq")?);
+        let pebble = program("pebble")?;
         let [http, tls, acme, management, dns] = std::array::from_fn(|_| free_port());
         let dir = cluster.dir().to_path_buf();
         self_signed(&["localhost"], &dir.join("pebble.pem"), &dir.join("pebble.key")).unwrap();
@@ -44,24 +44,7 @@ impl Authority {
             "externalAccountBindingRequired": false, "retryAfter": {"authz": 1, "order": 1},
         }});
         std::fs::write(dir.join("pebble.json"), config.to_string()).unwrap();
-        let names = Process::start(
-            &dnsmasq,
-            [
-                "--keep-in-foreground",
-                "--no-resolv",
-                "--no-hosts",
-                "--no-daemon",
-                "--bind-interfaces",
-                "--conf-file=/dev/null",
-                "--pid-file=",
-                "--listen-address=127.0.0.1",
-                &format!("--port={}", dns.port()),
-                "--address=/#/127.0.0.1",
-            ],
-            &dir.join("dnsmasq.log"),
-        );
-        let names = names.unwrap();
-        listening(dns).await;
+        let names = name_server(&dir, dns, ["--address=/#/127.0.0.1".into()]).await?;
         let process = pebble_of(&pebble, &dir, dns, settings);
         listening(acme).await;
         Some(Self { process, _names: names, http, tls, dir, acme, management, dns })

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
-use starling_tests::{binary, client_script, is_known, listening, program, python, run, sample};
+use starling_tests::{binary, client_script, is_known, nginx_at, python, run, sample};
 use tokio::task::JoinSet;
 
 /// For whatever is waited for.
@@ -27,23 +27,10 @@ struct Issuer {
 impl Issuer {
     /// `None` if a part is missing.
     async fn start(dir: &Path) -> Option<Self> {
-        let (python, nginx) = (python()?, program("nginx")?);
-        let (dir, addr) = (dir.join("issuer"), free_port());
+        let (python, dir, addr) = (python()?, dir.join("issuer"), free_port());
         std::fs::create_dir(&dir).unwrap();
         self_signed(&["localhost"], &dir.join("issuer.pem"), &dir.join("issuer.key")).unwrap();
-        let own = dir.display();
-        let config = format!(
-            r#"daemon off; master_process off; pid {own}/nginx.pid; error_log {own}/nginx.err;
-events {{}}
-http {{
-  access_log {own}/access.log; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
-  fastcgi_temp_path {own}/t3; uwsgi_temp_path {own}/t4; scgi_temp_path {own}/t5;
-  server {{ listen {addr} ssl; ssl_certificate {own}/issuer.pem; ssl_certificate_key {own}/issuer.key; root {own}; }}
-}}"#
-        );
-        std::fs::write(dir.join("nginx.conf"), config).unwrap();
-        let server = serve(&nginx, &dir);
-        listening(addr).await;
+        let server = serve(&dir, addr).await?;
         Some(Self { python, dir, addr, server })
     }
 
@@ -87,14 +74,15 @@ http {{
     }
 
     async fn back(&mut self) {
-        self.server = serve(&program("nginx").unwrap(), &self.dir);
-        listening(self.addr).await;
+        self.server = serve(&self.dir, self.addr).await.unwrap();
     }
 }
 
-fn serve(nginx: &Path, dir: &Path) -> Process {
-    let args = ["-c".into(), dir.join("nginx.conf").display().to_string(), "-p".into(), dir.display().to_string()];
-    Process::start(nginx, args, &dir.join("nginx.log")).unwrap()
+/// nginx with what is in a directory, over TLS.
+async fn serve(dir: &Path, addr: SocketAddr) -> Option<Process> {
+    let own = dir.display();
+    let tls = format!("ssl_certificate {own}/issuer.pem; ssl_certificate_key {own}/issuer.key");
+    nginx_at(dir, addr, &format!("listen {addr} ssl; {tls}; root {own};")).await
 }
 
 /// An edge that takes such tokens.
@@ -106,28 +94,6 @@ struct Stage {
     _services: [Process; 2],
 }
 
-/// nginx that answers with what it was told of a token.
-async fn tell(dir: &Path, addr: SocketAddr) -> Option<Process> {
-    let (nginx, dir) = (program("nginx")?, dir.join("told"));
-    std::fs::create_dir(&dir).unwrap();
-    let own = dir.display();
-    let config = format!(
-        r#"daemon off; master_process off; pid {own}/nginx.pid; error_log {own}/nginx.err;
-events {{}}
-http {{
-  access_log off; client_body_temp_path {own}/t1; proxy_temp_path {own}/t2;
-  fastcgi_temp_path {own}/t3; uwsgi_temp_path {own}/t4; scgi_temp_path {own}/t5;
-  server {{ listen {addr}; location / {{
-    return 200 "$http_starling_consumer tenant=$http_x_tenant roles=$http_x_roles absent=$http_x_absent";
-  }} }}
-}}"#
-    );
-    std::fs::write(dir.join("nginx.conf"), config).unwrap();
-    let process = serve(&nginx, &dir);
-    listening(addr).await;
-    Some(process)
-}
-
 impl Stage {
     /// `publish` makes the first keys.
     async fn set(publish: impl FnOnce(&Issuer)) -> Option<Self> {
@@ -137,7 +103,10 @@ impl Stage {
         let (service, addr) = sample(cluster.dir(), "orders").await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();
         let told = free_port();
-        let telling = tell(cluster.dir(), told).await?;
+        // It answers with what it was told of a token.
+        let answer = "$http_starling_consumer tenant=$http_x_tenant roles=$http_x_roles absent=$http_x_absent";
+        let server = format!("listen {told}; location / {{ return 200 \"{answer}\"; }}");
+        let telling = nginx_at(&cluster.dir().join("told"), told, &server).await?;
         cluster.add(&NodeSpec::named("b").serving(format!("told={told}"))).await.unwrap();
         let (cert, key) = (cluster.dir().join("edge.pem"), cluster.dir().join("edge.key"));
         self_signed(&[HOST], &cert, &key).unwrap();

@@ -1,31 +1,16 @@
 //! A name server behind the mesh, over UDP and TCP on one port, as resolvers use it.
 
 use starling_chaos::{Cluster, NodeSpec, Process, free_port};
-use starling_tests::{binary, is_known, listening, program, run};
+use starling_tests::{binary, is_known, name_server, program, run};
 
 /// dnsmasq beside one node, and a port of that name at another: where questions go.
 async fn stage() -> Option<(Cluster, Process, std::net::SocketAddr)> {
-    let dnsmasq = program("dnsmasq")?;
     let mut cluster = Cluster::start(binary()).await.unwrap();
     let (server, port) = (free_port(), free_port());
     // More than one packet holds, so that resolvers ask again over TCP.
     let long = (0..20).map(|n| format!("--txt-record=long.test,{n}{}", "x".repeat(200)));
-    let fixed = [
-        "--keep-in-foreground",
-        "--no-resolv",
-        "--no-hosts",
-        "--no-daemon",
-        "--bind-interfaces",
-        "--conf-file=/dev/null",
-    ];
-    let args = fixed.map(String::from).into_iter().chain(long).chain([
-        "--listen-address=127.0.0.1".into(),
-        format!("--port={}", server.port()),
-        "--pid-file=".into(),
-        "--address=/short.test/192.0.2.7".into(),
-    ]);
-    let process = Process::start(&dnsmasq, args, &cluster.dir().join("dnsmasq.log")).unwrap();
-    listening(server).await;
+    let knows = long.chain(["--address=/short.test/192.0.2.7".into()]);
+    let process = name_server(cluster.dir(), server, knows).await?;
     let far = NodeSpec::named("far")
         .serving(format!("dns={server},protocol=udp"))
         .serving(format!("dns-tcp={server},protocol=tcp"));

@@ -1,6 +1,9 @@
 //! Public certificates: chosen by server name, replaced while connections live.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::{
+    cell::LazyCell,
+    sync::{Arc, Mutex, MutexGuard},
+};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -180,6 +183,8 @@ fn load(
     store: &Store,
     provider: &CryptoProvider,
 ) -> Result<Vec<Loaded>, String> {
+    // Looked at only if there is one that was not issued yet.
+    let kept = LazyCell::new(|| store.pairs(provider));
     let load = |certificate: &Certificate| {
         let hosts = certificate.hosts.clone();
         match &certificate.source {
@@ -195,7 +200,7 @@ fn load(
                 let issued = store.pair(&id, provider);
                 let (key, is_own) = match &issued {
                     Some(pair) => (pair.key.clone(), false),
-                    None => stand_in(&hosts, former, store, provider)?,
+                    None => stand_in(&hosts, former, &kept, provider)?,
                 };
                 Ok(Loaded { hosts, key, id: Some(id), issued, is_own })
             }
@@ -220,11 +225,11 @@ fn load_files(files: &Files, hosts: &[String], provider: &CryptoProvider) -> Res
 fn stand_in(
     hosts: &[String],
     former: &[Loaded],
-    store: &Store,
+    kept: &[Pair],
     provider: &CryptoProvider,
 ) -> Result<(Arc<CertifiedKey>, bool), String> {
     let shown = hosts.join(", ");
-    let issued = former.iter().filter_map(|former| former.issued.clone()).chain(store.pairs(provider));
+    let issued = former.iter().filter_map(|former| former.issued.clone()).chain(kept.iter().cloned());
     let good = |pair: Pair| (key_pair::covered(&pair.key.cert, hosts, unix_now()), pair.issued_at(), pair);
     let best = issued.map(good).filter(|(covered, ..)| *covered > 0).max_by_key(|(covered, at, _)| (*covered, *at));
     if let Some((covered, _, pair)) = best {

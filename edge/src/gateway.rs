@@ -116,7 +116,7 @@ struct Aside {
     /// Fields of the answer.
     fields: HeaderMap,
     /// What the route changes about the fields of answers.
-    edits: Option<Edits>,
+    edits: Option<Arc<Edits>>,
     /// What a tunnel takes.
     place: Option<Place>,
 }
@@ -235,9 +235,7 @@ impl Gateway {
         observed.is_for(route.service.as_str());
         observed.tell("http.route", || route.path.clone());
 
-        if route.response_headers != Edits::default() {
-            *edits = Some(route.response_headers.clone());
-        }
+        *edits = Some(route.response_headers.clone()).filter(|edits| !edits.is_empty());
         // Also of a refusal, which a page cannot see otherwise.
         if let Some(cors) = &route.cors {
             extra.extend(cors.fields(&parts.headers));
@@ -263,6 +261,11 @@ impl Gateway {
             false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip()).await?,
         };
         entry.consumer.clone_from(&caller.consumer);
+        if let Some(Size(most)) = route.max_request_size
+            && checked.length.is_some_and(|length| length > most)
+        {
+            return Err(too_large(most));
+        }
         let admitted = limit(&policy, route, &caller, arrival.client.ip(), &self.standing.counter)?;
         extra.extend(admitted.fields);
         if checked.tunnel.is_some() {
@@ -288,12 +291,8 @@ impl Gateway {
 
         let page = Page::of(&parts.headers).filter(|_| route.grpc_web);
         let body = body.with_length(checked.length);
-        let body = match route.claim_headers.is_empty() {
-            true => body,
-            false => without_trailers(body, route.claim_headers.iter().map(|(name, _)| name.clone()).collect()),
-        };
+        let body = without_trailers(body, route.claim_headers.iter().map(|(name, _)| name));
         let (body, over) = match route.max_request_size {
-            Some(Size(most)) if checked.length.is_some_and(|length| length > most) => return Err(too_large(most)),
             // What goes into a tunnel is no request.
             Some(Size(most)) if checked.tunnel.is_none() => {
                 let (body, over) = size::limited(body, most);

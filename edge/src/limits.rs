@@ -71,11 +71,11 @@ impl Limit {
         let now = unix_now();
         let keys: Vec<String> = self.keys(caller).collect();
         let quotas = || keys.iter().zip(&self.quotas);
-        let may = self.rate.as_ref().is_none_or(|rate| rate.look(caller, cost, at).allowed)
-            && quotas().all(|(key, (quota, clock))| counter.look(key, quota, clock, cost.into(), now).allowed);
+        let mut may = quotas().all(|(key, (quota, clock))| counter.look(key, quota, clock, cost.into(), now).allowed);
         let (mut violated, mut wait, mut in_force) = (Vec::new(), Duration::ZERO, Vec::new());
         if let Some(rate) = &self.rate {
             let decision = if may { rate.take(caller, cost, at) } else { rate.look(caller, cost, at) };
+            may &= decision.allowed;
             if !decision.allowed {
                 violated.push(self.plan.name.clone());
                 wait = decision.retry_after;
@@ -101,8 +101,10 @@ impl Limit {
             let (limit, window) = (quota.count.get(), quota.period.seconds());
             in_force.push(Standing { name, limit, window, left: limit.saturating_sub(used), reset });
         }
-        let jitter = (wait / 10).min(MAX_JITTER).mul_f64(rand::rng().random_range(0.0..1.0));
-        Outcome { violated, retry_after: wait + jitter, fields: fields(&in_force) }
+        if !violated.is_empty() {
+            wait += (wait / 10).min(MAX_JITTER).mul_f64(rand::rng().random_range(0.0..1.0));
+        }
+        Outcome { violated, retry_after: wait, fields: fields(&in_force) }
     }
 
     /// What it lets a caller do, in words.

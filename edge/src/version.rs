@@ -336,7 +336,7 @@ mod tests {
         r#"["path", "header:x-api-version", "accept:application/vnd.example.{version}+json", "query:version"]"#;
 
     fn at(date: &str) -> SystemTime {
-        config::Date::try_from(date.to_owned()).unwrap().into()
+        config::version::Date::try_from(date.to_owned()).unwrap().into()
     }
 
     fn routes(paths: &[&str]) -> Routes<Route> {

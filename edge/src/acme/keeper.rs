@@ -49,7 +49,6 @@ pub(super) struct Keeper {
 }
 
 /// When an authority wants a certificate renewed.
-#[derive(Clone)]
 struct Suggestion {
     of: CertificateIdentifier<'static>,
     /// Seconds since 1970.
@@ -148,11 +147,9 @@ impl Keeper {
         now: u64,
     ) -> Option<(u64, u64)> {
         let [soonest, latest] = ASK_AGAIN;
-        let known = suggested.take().filter(|known| known.of == *of);
-        if let Some(known) = known.as_ref().filter(|known| (now..=now + latest).contains(&known.again)) {
-            let window = known.window;
-            *suggested = Some(known.clone());
-            return window;
+        let known = suggested.as_ref().filter(|known| known.of == *of);
+        if let Some(known) = known.filter(|known| (now..=now + latest).contains(&known.again)) {
+            return known.window;
         }
         let asked = async {
             if !self.acme.authorities.have_account(&self.settings, &self.acme.store) {

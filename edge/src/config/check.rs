@@ -130,7 +130,7 @@ fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
                 problems.add(format!("route[{i}].response_headers"), why);
             }
         }
-        let Edits { set, remove, .. } = &route.response_headers;
+        let Edits { set, remove, .. } = &*route.response_headers;
         let mut changed = set.iter().map(|(name, _)| name).chain(remove);
         let is_of_cors = |name: &HeaderName| *name == header::VARY || name.as_str().starts_with("access-control-");
         if route.cors.is_some()

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
     num::NonZeroU32,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -54,14 +54,10 @@ impl Limiter {
     ///
     /// `key` is what the gateway knows for sure of the caller, never something a client may choose.
     pub(crate) fn take(&self, key: &str, cost: u32, now: Instant) -> Decision {
-        let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
-        // The map is whole at every point where a panic could happen.
-        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        let arrival = shard.get(key).copied().filter(|at| *at > now).unwrap_or(now);
-        let after = arrival + self.interval.saturating_mul(cost);
-        let debt = after.duration_since(now);
-        if debt > self.window {
-            return self.decision(false, arrival.duration_since(now), debt - self.window);
+        let mut shard = self.shard(key);
+        let (decision, after) = self.judge(shard.get(key), cost, now);
+        if !decision.allowed {
+            return decision;
         }
         if let Some(known) = shard.get_mut(key) {
             *known = after;
@@ -69,23 +65,40 @@ impl Limiter {
             make_room(&mut shard, self.max_keys / SHARDS, now);
             shard.insert(key.to_owned(), after);
         }
-        self.decision(true, debt, Duration::ZERO)
+        decision
     }
 
-    /// What would become of a call of that cost; takes nothing.
+    /// How it stands with a caller, and whether a call of that cost may pass; takes nothing.
     pub(crate) fn look(&self, key: &str, cost: u32, now: Instant) -> Decision {
+        let shard = self.shard(key);
+        let (decision, _) = self.judge(shard.get(key), cost, now);
+        match decision.allowed {
+            true => self.judge(shard.get(key), 0, now).0,
+            false => decision,
+        }
+    }
+
+    /// What becomes of a call, and when the one behind it would arrive in theory.
+    fn judge(&self, known: Option<&Instant>, cost: u32, now: Instant) -> (Decision, Instant) {
+        let arrival = known.copied().filter(|at| *at > now).unwrap_or(now);
+        let after = arrival + self.interval.saturating_mul(cost);
+        let debt = after.duration_since(now);
+        let decision = match debt.checked_sub(self.window).filter(|over| !over.is_zero()) {
+            Some(over) => self.decision(false, arrival.duration_since(now), over),
+            None => self.decision(true, debt, Duration::ZERO),
+        };
+        (decision, after)
+    }
+
+    fn shard(&self, key: &str) -> MutexGuard<'_, Shard> {
         let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
-        let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        let arrival = shard.get(key).copied().filter(|at| *at > now).unwrap_or(now);
-        let (debt, after) = (arrival.duration_since(now), arrival + self.interval.saturating_mul(cost));
-        let over = after.duration_since(now).saturating_sub(self.window);
-        self.decision(over.is_zero(), debt, over)
+        // The map is whole at every point where a panic could happen.
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How long until a caller has a call left; `None` if there is one.
     pub(crate) fn spent(&self, key: &str, now: Instant) -> Option<Duration> {
-        let shard = &self.shards[self.hasher.hash_one(key) as usize % SHARDS];
-        let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let shard = self.shard(key);
         let debt = shard.get(key)?.checked_duration_since(now)? + self.interval;
         debt.checked_sub(self.window).filter(|over| !over.is_zero())
     }

@@ -3,7 +3,7 @@
 use std::{
     io::ErrorKind::{InvalidData, UnexpectedEof},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
@@ -15,6 +15,8 @@ const COUNTS: TableDefinition<&str, &[u8]> = TableDefinition::new("counts");
 const MAX_STORED: u64 = 1_000_000;
 /// Pause between looks whether the process before has let go.
 const LOOK: Duration = Duration::from_millis(20);
+/// After how long it is said that it has not.
+const SAID: Duration = Duration::from_secs(10);
 /// For how long a count is needed, in seconds: twice the longest time.
 const NEEDED_S: u64 = 62 * 24 * 60 * 60;
 /// Memory for what was read.
@@ -42,10 +44,17 @@ impl Store {
             builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
             Ok(Self(builder.create(path)?))
         };
+        let mut waits_since = Some(Instant::now());
         loop {
             match open() {
                 Ok(store) => return Ok(store),
-                Err(redb::Error::DatabaseAlreadyOpen) if !given_up() => std::thread::sleep(LOOK),
+                Err(redb::Error::DatabaseAlreadyOpen) if !given_up() => {
+                    if waits_since.is_some_and(|since: Instant| since.elapsed() > SAID) {
+                        waits_since = None;
+                        tracing::warn!(path = %path.display(), "another process still counts quotas here; this one waits for it");
+                    }
+                    std::thread::sleep(LOOK);
+                }
                 Err(error @ redb::Error::DatabaseAlreadyOpen) => return Err(failed(error)),
                 Err(redb::Error::Io(error)) if !matches!(error.kind(), InvalidData | UnexpectedEof) => {
                     return Err(failed(redb::Error::Io(error)));

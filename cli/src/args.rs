@@ -293,7 +293,8 @@ pub(crate) struct NodeArgs {
     /// Where this node stands
     #[arg(long, env = "STARLING_ZONE", value_name = "Z")]
     pub(crate) zone: Option<String>,
-    /// A service to offer, as `NAME=IP:PORT[,version=V][,protocol=http1|h2c|tcp|udp]`; may be repeated
+    /// A service to offer, as `NAME=IP:PORT[,version=V][,protocol=http1|h2c|tcp|udp]`; may be repeated. A version may also have
+    /// `,deprecated=YYYY-MM-DD`, `,sunset=YYYY-MM-DD` and `,link=URL`
     #[arg(long = "service", value_name = "NAME=IP:PORT", value_parser = crate::commands::node::parse_service)]
     pub(crate) services: Vec<starling_node::config::ServiceConfig>,
     /// TCP address of the outbound listener
@@ -332,6 +333,33 @@ pub(crate) struct EdgeArgs {
 pub(crate) enum EdgeCommand {
     /// Which route, version, plan and service a request would get, and why; nothing is sent
     Explain(ExplainArgs),
+    /// Sign routes, plans, versions and the issuer of tokens of a file, and give them to all edges that follow the mesh
+    Publish(PublishEdgeArgs),
+    /// Publish again what was published before the last time
+    Rollback(RollbackEdgeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PublishEdgeArgs {
+    /// An edge's file; what is about one machine only stays there
+    pub(crate) file: PathBuf,
+    /// Directory with the mesh's admin key: where `starling init` was run
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: PathBuf,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RollbackEdgeArgs {
+    /// Directory with the mesh's admin key, from which it was published
+    #[arg(long, env = "STARLING_STATE")]
+    pub(crate) state: PathBuf,
+    /// Which edition; the one before the last, if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) to: Option<u64>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }
 
 #[derive(Debug, Args)]
@@ -369,7 +397,7 @@ pub(crate) struct UpgradeArgs {
     pub(crate) binary: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct ClientArgs {
     /// The node to ask: URL or IP:PORT of its admin API, or path of its admin.sock
     #[arg(long, env = "STARLING_ADMIN", default_value = "http://127.0.0.1:7402", value_name = "URL|SOCKET")]
@@ -576,12 +604,12 @@ pub(crate) enum KeysCommand {
     },
 }
 
-/// A running edge by its admin API, or the state directory of one that may be stopped.
+/// A running edge by its admin API, the state directory of one that may be stopped, or that of the mesh's admin key: for all edges.
 #[derive(Debug, Args)]
 pub(crate) struct KeysTarget {
     #[command(flatten)]
     pub(crate) client: ClientArgs,
-    /// State directory of the edge, instead of its admin API
+    /// State directory of the edge, instead of its admin API; or the one with the mesh's admin key, for keys that hold on all edges
     #[arg(long)]
     pub(crate) state: Option<PathBuf>,
 }

@@ -20,9 +20,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use starling_node::{Colleague, Fleet, rfc3339};
+use starling_node::{Answering, Colleague, Fleet, rfc3339};
 use starling_protocol::{
-    ChallengeShown, FindCertificate, FoundCertificate, Framed as _, ShowChallenge, admin, decode, frame,
+    ChallengeShown, FindCertificate, FoundCertificate, Framed as _, NodeId, ShowChallenge, admin, decode, frame,
 };
 use tokio::{
     sync::{Notify, Semaphore, watch},
@@ -205,7 +205,13 @@ impl Acme {
 }
 
 impl Colleague for Acme {
-    fn answer(&self, kind: u64, body: &Bytes) -> Option<Vec<u8>> {
+    fn answer<'a>(&'a self, _: NodeId, kind: u64, body: &'a Bytes) -> Answering<'a> {
+        Box::pin(std::future::ready(self.answer_at_once(kind, body)))
+    }
+}
+
+impl Acme {
+    fn answer_at_once(&self, kind: u64, body: &Bytes) -> Option<Vec<u8>> {
         match kind {
             ShowChallenge::KIND => {
                 let asked: ShowChallenge = decode(body).ok()?;

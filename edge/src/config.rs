@@ -1,9 +1,12 @@
 //! The edge's part of its file, parsed into values that cannot be wrong by themselves; `check` has what is wrong across them.
 
+mod action;
 mod certificate;
 mod check;
 mod jwt;
+mod matching;
 mod plan;
+mod published;
 mod route;
 pub(crate) mod version;
 
@@ -14,12 +17,16 @@ use starling_node::config::{self, Config, Diagnostic};
 
 use self::check::check;
 pub(crate) use self::{
+    action::Maintenance,
     certificate::{Acme, Certificate, ChallengeKind, Files, Source},
     jwt::{Jwks, Jwt},
     plan::{Plan, Rate},
+    published::Published,
     route::{AuthMethod, ForwardHost, Host, Network, Preflight, Route},
-    version::{Version, VersionInfo, VersionSource},
+    version::{Version, VersionInfo, VersionSource, is_version},
 };
+
+pub use self::published::published;
 
 /// Reads an edge's file, which is a node's and one part more, and every problem in it with its line. What it says is there
 /// only if there is no problem.
@@ -87,6 +94,36 @@ pub struct Edge {
     /// Whether answers tell of HTTP/3 by Alt-Svc; they do if not told.
     #[serde(default = "yes")]
     pub alt_svc: bool,
+    /// Where routes, plans, versions and the issuer of tokens come from, if not from this file.
+    pub config: Option<From>,
+    /// Addresses of proxies in front of it, whose word counts for who the client is.
+    #[serde(default)]
+    pub trusted_hops: Vec<Network>,
+    /// In which field they say so.
+    #[serde(default)]
+    pub trusted_field: HopsField,
+    /// Addresses whose TCP connections begin with a PROXY protocol header of version 2.
+    #[serde(default)]
+    pub proxy_protocol: Vec<Network>,
+}
+
+/// Where proxies say whom they have a request from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HopsField {
+    /// X-Forwarded-For.
+    #[default]
+    XForwardedFor,
+    /// Forwarded (RFC 7239).
+    Forwarded,
+}
+
+/// Where rules come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum From {
+    /// What `starling edge publish` has published.
+    Mesh,
 }
 
 fn yes() -> bool {
@@ -169,7 +206,7 @@ mod tests {
         assert_eq!(edge.route[0].auth, [AuthMethod::ApiKey, AuthMethod::Jwt]);
         assert_eq!(edge.route[0].timeout, Some(Duration::from_secs(10)));
         assert_eq!(edge.version[0].from[0], VersionSource::Path);
-        assert_eq!(edge.version[0].versions["v1"].deprecated.unwrap().unix(), 1_767_225_600);
+        assert_eq!(edge.version[0].versions.here().unwrap()["v1"].deprecated.unwrap().unix(), 1_767_225_600);
         let rate = edge.plan[0].rate.unwrap();
         assert_eq!((rate.count.get(), edge.plan[0].burst(rate).get()), (50, 100));
         let keys: Vec<_> = check(&edge).into_iter().map(|(key, _)| key).collect();
@@ -299,6 +336,18 @@ mod tests {
                 "[[version]]\nroute = \"/orders\"\nfrom = [\"path\"]\n\
                  versions = { v1 = { deprecated = \"2027-01-01\", sunset = \"2026-01-01\" } }",
                 "version[0].versions.v1.sunset",
+            ),
+            (
+                "[[version]]\nroute = \"/orders\"\nfrom = [\"path\"]\nweights = { v2 = 1 }\nversions = { v1 = {} }",
+                "version[0].weights.v2",
+            ),
+            (
+                "[[version]]\nroute = \"/orders\"\nfrom = [\"path\"]\ndefault = \"v1\"\nsticky = true\nversions = \"mesh\"",
+                "version[0].sticky",
+            ),
+            (
+                "[[version]]\nroute = \"/orders\"\nfrom = [\"path\"]\nversions = { v1 = { successor = \"v1\" } }",
+                "version[0].versions.v1.successor",
             ),
             ("[[plan]]\nname = \"p\"\nrate = \"1/s\"\n[[plan]]\nname = \"p\"\nrate = \"2/s\"", "plan[1].name"),
         ] {

@@ -2,11 +2,12 @@
 
 use std::{net::Ipv4Addr, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
-use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 use starling_http::{accept::Sources, shared_port::UdpGroup};
-use starling_node::{ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, rfc3339, unix_now};
+use starling_node::{
+    ExtraAnswer, ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, rfc3339, unix_now,
+};
 use starling_protocol::{
     NodeKind,
     admin::{self, CertificateState},
@@ -16,18 +17,28 @@ use crate::{
     access_log::AccessLog,
     acme::{Acme, Challenges, Store},
     certificates::{Certificates, Shown},
-    config::{EdgeSections, Rate, read_config},
+    config::{EdgeSections, Network, Rate, read_config},
     gateway::{Gateway, Standing, caller_key},
     key_file::{KeyError, KeyFile},
-    limits::{Counter, Limiter},
+    limits::{Answerer, Counter, Limiter, Tally},
     listener,
-    policy::{Policy, shown},
+    policy::shown,
+    rules::Rules,
     watch::{self, Seen},
 };
 
 /// Tokens that do not verify, which an address may send at once, and each second in the long run.
 const FAILURES_AT_ONCE: NonZeroU32 = NonZeroU32::new(50).unwrap();
 const FAILURES_PER_SECOND: NonZeroU32 = NonZeroU32::new(2).unwrap();
+
+/// The mesh document of what edges have in common.
+pub const DOCUMENT: &str = "edge";
+/// Pause between two looks at what nodes announce.
+const FOLLOW: Duration = Duration::from_millis(50);
+/// How long the documents that were kept may take to be read.
+const LOOKED: Duration = Duration::from_secs(5);
+/// Longest such pause.
+const FORGET: Duration = Duration::from_secs(5);
 
 /// Why an edge does not start.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +80,7 @@ impl Edge {
         let certificates =
             Certificates::load(&sections.certificate, store.clone(), challenges.clone(), provider.clone());
         let certificates = Arc::new(certificates.map_err(EdgeError::Config)?);
-        let policy = Policy::new(&sections, None, &state).map_err(EdgeError::Config)?;
+        let rules = Arc::new(Rules::new(sections.clone(), state.clone()).map_err(EdgeError::Config)?);
         let listen = sections.edge.listen;
         let workers = config.node.workers;
         let ports = place.ports();
@@ -96,7 +107,21 @@ impl Edge {
         let acme = Arc::new(acme);
         node.while_in_charge(acme.clone().run());
         let counter = Counter::new(state.path().join("quota.redb"));
-        if policy.has_quotas() {
+        // What was published holds before anybody comes.
+        {
+            let (rules, counter) = (rules.clone(), counter.clone());
+            node.documents().follow(DOCUMENT.parse().expect("a name"), move |content| {
+                rules.publish(content)?;
+                if rules.policy().has_quotas() {
+                    counter.begin(false);
+                }
+                Ok(())
+            });
+            let keys = keys.clone();
+            node.documents().follow(KeyFile::DOCUMENT.parse().expect("a name"), move |content| keys.publish(content));
+            let _ = tokio::time::timeout(LOOKED, node.documents().looked_at()).await;
+        }
+        if rules.policy().has_quotas() {
             // The process before has the file until this one is in charge.
             let (counter, waits) = (counter.clone(), place.predecessor().is_none());
             let _ = tokio::task::spawn_blocking(move || counter.begin(waits)).await;
@@ -107,9 +132,13 @@ impl Edge {
             let _until_then = counted;
             std::future::pending::<()>().await;
         });
+        let fleet = node.fleet();
+        let tally = Tally::new(counter.clone(), Arc::new(fleet.clone()));
+        fleet.answer_with(Arc::new(Answerer(tally.clone())));
+        node.while_in_charge(tally.clone().run());
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
         let shared = Arc::new(Standing {
-            policy: ArcSwap::from_pointee(policy),
+            rules: rules.clone(),
             keys,
             certificates,
             log: AccessLog::start().map_err(|e| EdgeError::Config(format!("the access log: {e}")))?,
@@ -117,7 +146,7 @@ impl Edge {
                 true => HeaderValue::from_str(&format!("h3=\":{alt_svc_port}\"; ma=86400")).ok(),
                 false => None,
             },
-            counter: counter.clone(),
+            tally,
             tunnels: Sources::default(),
             looking: Sources::default(),
             failures: Limiter::new(
@@ -125,15 +154,30 @@ impl Edge {
                 FAILURES_AT_ONCE,
             ),
         });
-        node.set_admin_routes(Arc::new(Routes { standing: shared.clone(), acme: acme.clone() }));
+        node.set_admin_routes(Arc::new(Routes {
+            standing: shared.clone(),
+            acme: acme.clone(),
+            counter: counter.clone(),
+        }));
 
-        let reload = Reload { path, shared: shared.clone(), acme, state };
+        let mut announcements = node.announcements();
+        rules.announce(announcements.now());
+        tokio::spawn(async move {
+            // Also without a change: what is gone is forgotten some time.
+            while tokio::time::timeout(FORGET, announcements.changed()).await.unwrap_or(true) {
+                // In a large mesh something changes all the time.
+                tokio::time::sleep(FOLLOW).await;
+                rules.announce(announcements.now());
+            }
+        });
+        let reload = Reload { path, shared: shared.clone(), acme, counter: counter.clone() };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
         watch::spawn(node.reloader(), path, keys_path, seen);
 
         let drain = node.drain_signal().clone();
-        let places = listener::places();
+        let carriers: Arc<[Network]> = sections.edge.proxy_protocol.clone().into();
+        let places = listener::places(&carriers);
         let shelves: Vec<_> = node.workers().iter().map(|_| listener::shelf(node.workers().len())).collect();
         let mut public = Vec::new();
         for (((worker, shelf), socket), owner) in node.workers().iter().zip(&shelves).zip(sockets).zip(owners) {
@@ -148,9 +192,10 @@ impl Edge {
         for ((worker, shelf), tcp) in node.workers().iter().zip(&shelves).cycle().zip(tcp) {
             let gateway = Gateway::on(worker, shared.clone());
             let (tls, places, shelf, drain) = (tls.clone(), places.clone(), shelf.clone(), drain.clone());
+            let carriers = carriers.clone();
             worker.runtime().spawn(async move {
                 match tokio::net::TcpListener::from_std(tcp) {
-                    Ok(tcp) => listener::serve_tcp(tcp, places, tls, gateway, shelf, drain).await,
+                    Ok(tcp) => listener::serve_tcp(tcp, places, carriers, tls, gateway, shelf, drain).await,
                     Err(error) => tracing::error!(%error, "the public port"),
                 }
             });
@@ -158,7 +203,7 @@ impl Edge {
         if let (Some(redirect), Some(worker)) = (redirect, node.workers().first()) {
             worker.runtime().spawn(async move {
                 match tokio::net::TcpListener::from_std(redirect) {
-                    Ok(redirect) => listener::serve_redirect(redirect, challenges, alt_svc_port, drain).await,
+                    Ok(redirect) => listener::serve_redirect(redirect, carriers, challenges, alt_svc_port, drain).await,
                     Err(error) => tracing::error!(%error, "the redirect port"),
                 }
             });
@@ -193,7 +238,7 @@ struct Reload {
     path: PathBuf,
     shared: Arc<Standing>,
     acme: Arc<Acme>,
-    state: StateDir,
+    counter: Arc<Counter>,
 }
 
 impl Reload {
@@ -208,13 +253,12 @@ impl Reload {
             let lines = problems.iter().map(|p| format!("line {}: {}", p.line, p.problem));
             return Err(lines.collect::<Vec<_>>().join("; "));
         };
-        let policy = Policy::new(&sections, Some(&self.shared.policy.load()), &self.state)?;
-        self.shared.certificates.reload(&sections.certificate)?;
-        if policy.has_quotas() {
-            self.shared.counter.begin(false);
+        let certificates = sections.certificate.clone();
+        self.shared.rules.reload(sections, || self.shared.certificates.reload(&certificates))?;
+        if self.shared.rules.policy().has_quotas() {
+            self.counter.begin(false);
         }
-        self.shared.policy.store(Arc::new(policy));
-        self.acme.want(&sections.certificate);
+        self.acme.want(&certificates);
         Ok(())
     }
 }
@@ -223,12 +267,13 @@ impl Reload {
 struct Routes {
     standing: Arc<Standing>,
     acme: Arc<Acme>,
+    counter: Arc<Counter>,
 }
 
 impl ExtraRoutes for Routes {
     fn readings(&self) -> Vec<Levels> {
         let (now, certificates) = (unix_now(), self.standing.certificates.shown());
-        let (looks, alone) = (self.standing.policy.load().looks(), |level| (Vec::new(), level));
+        let (looks, alone) = (self.standing.rules.policy().looks(), |level| (Vec::new(), level));
         let of = |shown: &Shown| vec![("hosts", shown.hosts.join(","))];
         let left = |shown: &Shown| Some((of(shown), shown.until? as i64 - now as i64));
         let failures = |shown: &Shown| Some((of(shown), self.acme.shown(shown.id.as_ref()?)?.failures.into()));
@@ -249,7 +294,13 @@ impl ExtraRoutes for Routes {
                 name: "starling.quota_unsaved",
                 help: "Callers whose counts of quotas are not on disk yet",
                 unit: Unit::Things,
-                points: vec![alone(self.standing.counter.unsaved() as i64)],
+                points: vec![alone(self.counter.unsaved() as i64)],
+            },
+            Levels {
+                name: "starling.quota_edges_silent",
+                help: "Edges that are alive and do not say what they have counted of quotas",
+                unit: Unit::Things,
+                points: vec![alone(self.standing.tally.silent() as i64)],
             },
             Levels {
                 name: "starling.jwks_age",
@@ -266,7 +317,13 @@ impl ExtraRoutes for Routes {
         ]
     }
 
-    fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)> {
+    fn answer<'a>(&'a self, method: &'a Method, path: &'a str, body: &'a Bytes) -> ExtraAnswer<'a> {
+        Box::pin(self.answered(method, path, body))
+    }
+}
+
+impl Routes {
+    async fn answered(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)> {
         let json = |status, value: serde_json::Result<serde_json::Value>| (status, value.unwrap_or_default());
         let refuse = |status, error: String| json(status, serde_json::to_value(admin::Error { error }));
         let failed = |error: KeyError| match error {
@@ -276,13 +333,13 @@ impl ExtraRoutes for Routes {
         let keys = &self.standing.keys;
         Some(match (method.as_str(), path) {
             ("GET", "/v1/routes") => {
-                let policy = self.standing.policy.load();
+                let policy = self.standing.rules.policy();
                 let routes: Vec<admin::Route> =
-                    policy.shown().map(|(route, versions)| shown(route, versions)).collect();
+                    policy.shown().map(|(route, versions)| shown(route, &versions)).collect();
                 json(StatusCode::OK, serde_json::to_value(routes))
             }
             ("POST", "/v1/explain") => match serde_json::from_slice(body) {
-                Ok(asked) => match self.standing.policy.load().explain(&asked) {
+                Ok(asked) => match self.standing.rules.policy().explain(&asked) {
                     Ok(told) => json(StatusCode::OK, serde_json::to_value(told)),
                     Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error),
                 },
@@ -290,15 +347,17 @@ impl ExtraRoutes for Routes {
             },
             ("POST", "/v1/quotas/show") => match serde_json::from_slice(body) {
                 Ok(of) => match key_of(&of) {
-                    Some(key) => json(StatusCode::OK, serde_json::to_value(self.quotas(&key))),
+                    Some(key) => json(StatusCode::OK, serde_json::to_value(self.quotas(&key).await)),
                     None => refuse(StatusCode::UNPROCESSABLE_ENTITY, NO_CALLER.into()),
                 },
                 Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
             },
             ("POST", "/v1/quotas/reset") => match serde_json::from_slice(body) {
-                Ok(of) => match key_of(&of).map(|key| self.reset_quotas(&key)) {
-                    Some(Ok(())) => json(StatusCode::OK, Ok(serde_json::json!({"reset": true}))),
-                    Some(Err(error)) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
+                Ok(of) => match key_of(&of) {
+                    Some(key) => {
+                        self.reset_quotas(&key).await;
+                        json(StatusCode::OK, Ok(serde_json::json!({"reset": true})))
+                    }
                     None => refuse(StatusCode::UNPROCESSABLE_ENTITY, NO_CALLER.into()),
                 },
                 Err(error) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
@@ -333,16 +392,16 @@ impl ExtraRoutes for Routes {
 }
 
 impl Routes {
-    /// How it stands with all quotas that a caller may have.
-    fn quotas(&self, caller: &str) -> Vec<admin::QuotaUse> {
-        let policy = self.standing.policy.load();
-        policy.plans().flat_map(|limit| limit.shown(caller, &self.standing.counter)).collect()
+    /// How it stands with all quotas that a caller may have, as far as edges answer.
+    async fn quotas(&self, caller: &str) -> Vec<admin::QuotaUse> {
+        let (policy, tally) = (Arc::clone(&self.standing.rules.policy()), &self.standing.tally);
+        tally.learn(&policy.plans().flat_map(|limit| limit.keys(caller)).collect::<Vec<_>>()).await;
+        policy.plans().flat_map(|limit| limit.shown(caller, tally)).collect()
     }
 
-    fn reset_quotas(&self, caller: &str) -> Result<(), String> {
-        let policy = self.standing.policy.load();
-        let keys: Vec<String> = policy.plans().flat_map(|limit| limit.keys(caller)).collect();
-        self.standing.counter.reset(&keys)
+    async fn reset_quotas(&self, caller: &str) {
+        let policy = Arc::clone(&self.standing.rules.policy());
+        self.standing.tally.reset(&policy.plans().flat_map(|limit| limit.keys(caller)).collect::<Vec<_>>()).await;
     }
 
     fn certificates(&self) -> Vec<admin::Certificate> {

@@ -7,34 +7,38 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use arc_swap::ArcSwap;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError,
     accept::{self, Place, Sources},
     is_grpc,
-    normal::{self, Origin, Tunnel},
+    normal::{self, Origin, Tunnel, number},
 };
 use starling_node::{Answered, Call, Carried, Fault, MadeByNode, MeshClient, Observed, Observer, Worker, trace};
-use starling_protocol::headers;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     access_log::{AccessLog, Entry},
     api_key,
     certificates::Certificates,
-    config::{AuthMethod, ForwardHost, Network, Preflight, Route},
+    config::{AuthMethod, Maintenance, Network, Preflight, Route},
     cors,
+    dress::Dress,
     grpc_web::Page,
+    hops::Hops,
     jwt::{self, JwtError},
     key_file::KeyFile,
-    limits::{Counter, Limiter, Outcome},
-    policy::{Aim, Policy},
-    route,
+    limits::{Limiter, Outcome, Tally},
+    policy::{self, Aim, Policy},
+    room::Seat,
+    route::{self, Query, Sought},
+    rules::Rules,
     transform::{
+        coding::Wish,
         fields::{Edits, without_trailers},
         size::{self, Size},
     },
+    version,
 };
 
 /// The protocol that a request came by.
@@ -95,13 +99,13 @@ pub(crate) struct Gateway {
 }
 
 pub(crate) struct Standing {
-    pub(crate) policy: ArcSwap<Policy>,
+    pub(crate) rules: Arc<Rules>,
     pub(crate) keys: Arc<KeyFile>,
     pub(crate) certificates: Arc<Certificates>,
     pub(crate) log: AccessLog,
     pub(crate) alt_svc: Option<HeaderValue>,
     /// What callers have used of their quotas.
-    pub(crate) counter: Arc<Counter>,
+    pub(crate) tally: Arc<Tally>,
     /// Of addresses that send tokens which do not verify.
     pub(crate) failures: Limiter,
     /// Whose tokens wait until their issuer is asked for its keys.
@@ -119,6 +123,8 @@ struct Aside {
     edits: Option<Arc<Edits>>,
     /// What a tunnel takes.
     place: Option<Place>,
+    /// What the request takes of its route's.
+    room: Option<Seat>,
 }
 
 /// Tunnels at a time, and of one address, over all workers: an HTTP/2 connection alone could have a hundred of them.
@@ -146,18 +152,21 @@ impl Gateway {
         let mut observed = self.observer.outgoing(&method, &mut parts.headers, trace::Origin::Public);
         let request = Request::from_parts(parts, observed.counting(body));
         let begun = observed.begun();
+        let policy = Arc::clone(&self.standing.rules.policy());
+        let Hops { client, request_id: told_id } =
+            Hops::of(arrival.client.ip(), request.headers(), &policy.trusted_hops, policy.trusted_field);
         let mut entry = Entry {
             time: OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default(),
-            request_id: request_id(),
+            request_id: told_id.unwrap_or_else(request_id),
             trace_id: observed.context().trace_id(),
-            client: arrival.client.ip().to_string(),
+            client: client.to_string(),
             protocol: arrival.protocol.as_str(),
             method: method.to_string(),
             path: request.uri().path().to_string(),
             ..Entry::default()
         };
         let mut aside = Aside::default();
-        let passed = self.pass(request, arrival, &mut entry, &mut aside, &mut observed).await;
+        let passed = self.pass(request, (arrival, client), &policy, &mut entry, &mut aside, &mut observed).await;
         let is_refused = passed.is_err();
         let mut response = match passed {
             Ok(response) => response,
@@ -171,7 +180,7 @@ impl Gateway {
                 Response::from_parts(head, Guarded::from(body))
             }
         };
-        let Aside { fields, place, edits } = aside;
+        let Aside { fields, place, room, edits } = aside;
         for (name, value) in &fields {
             // The service may vary and link by itself; the rest is ours to say.
             if matches!(*name, header::VARY | header::LINK) {
@@ -200,7 +209,7 @@ impl Gateway {
         entry.cut = !http_body::Body::is_end_stream(response.body()) && method != Method::HEAD;
         observed.tell("starling.request_id", || entry.request_id.clone());
         let log = self.standing.log.clone();
-        let log = |carried| Logged { entry: Some(entry), begun, log, carried, _place: place };
+        let log = |carried| Logged { entry: Some(entry), begun, log, carried, _place: place, _room: room };
         observed.answered(response.map(|body| body.map_guard(log)))
     }
 
@@ -208,9 +217,10 @@ impl Gateway {
     async fn pass(
         &self,
         request: Request<Body>,
-        arrival: &Arrival,
+        (arrival, from): (&Arrival, IpAddr),
+        policy: &Policy,
         entry: &mut Entry,
-        Aside { fields: extra, place, edits }: &mut Aside,
+        Aside { fields: extra, place, room, edits }: &mut Aside,
         observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
@@ -229,18 +239,33 @@ impl Gateway {
             let detail = "this connection is not for that host; open another one";
             return Err(Problem::policy(StatusCode::MISDIRECTED_REQUEST, "misdirected", detail));
         }
-        let policy = self.standing.policy.load_full();
-        let Aim { route, path, picker, named } = policy.aim(host, parts.uri.path())?;
-        entry.service = Some(route.service.to_string());
-        observed.is_for(route.service.as_str());
+        if let Some(meant) = not_quite_a_method(&parts.method) {
+            let detail = format!("{} is no method: {meant} is", parts.method);
+            return Err(Problem::proxy(StatusCode::BAD_REQUEST, ProxyError::HttpRequestError, detail));
+        }
+        let (method, query) = (policy::matched(&parts.method, &parts.headers), Query::new(parts.uri.query()));
+        let sought = Sought { host, method: &method, headers: &parts.headers, query: &query };
+        for name in policy.varies_by(&sought, parts.uri.path()) {
+            extra.append(header::VARY, name.into());
+        }
+        let Aim { route, path, picker, named } = policy.aim(&sought, parts.uri.path())?;
+        if let Some(service) = &route.service {
+            entry.service = Some(service.to_string());
+            observed.is_for(service.as_str());
+        }
         observed.tell("http.route", || route.path.clone());
 
         *edits = Some(route.response_headers.clone()).filter(|edits| !edits.is_empty());
         // Also of a refusal, which a page cannot see otherwise.
         if let Some(cors) = &route.cors {
-            extra.extend(cors.fields(&parts.headers));
+            for (name, value) in &cors.fields(&parts.headers) {
+                // Beside what else answers vary by.
+                match *name == header::VARY {
+                    true => extra.append(name, value.clone()),
+                    false => extra.insert(name, value.clone()).is_some(),
+                };
+            }
         }
-        let from = arrival.client.ip();
         let is_listed = |networks: &[Network]| networks.iter().any(|network| network.contains(from));
         if is_listed(&route.deny) || !route.allow.is_empty() && !is_listed(&route.allow) {
             let detail = "callers from this address may not use this route";
@@ -256,9 +281,16 @@ impl Gateway {
             }
             return Ok(answer);
         }
+        if let Some(Maintenance { retry_after, detail }) = &route.maintenance {
+            let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "maintenance", detail.clone());
+            return Err(match retry_after {
+                Some(after) => problem.retry_after(*after),
+                None => problem,
+            });
+        }
         let caller = match is_preflight && route.preflight == Preflight::Pass {
             true => Caller::nobody(),
-            false => self.authenticate(&policy, route, &parts.headers, arrival.client.ip()).await?,
+            false => self.authenticate(policy, route, &parts.headers, from).await?,
         };
         entry.consumer.clone_from(&caller.consumer);
         if let Some(Size(most)) = route.max_request_size
@@ -266,10 +298,24 @@ impl Gateway {
         {
             return Err(too_large(most));
         }
-        let admitted = limit(&policy, route, &caller, arrival.client.ip(), &self.standing.counter)?;
+        // Whoever finds no room is not charged for it.
+        let seat = route.enter(|| caller_key(caller.consumer.as_deref(), from))?;
+        let admitted = limit(policy, route, &caller, from, &self.standing.tally).await?;
         extra.extend(admitted.fields);
+        *room = seat;
+        if let Some((status, to)) = route.location(&path, parts.uri.query()) {
+            let mut answer = Response::new(Guarded::from(Body::empty()));
+            *answer.status_mut() = status;
+            let to = HeaderValue::try_from(to).map_err(|_| bad_request("the request target is not a path"))?;
+            answer.headers_mut().insert(header::LOCATION, to);
+            return Ok(answer);
+        }
+        let Some(service) = route.service.clone() else {
+            let detail = "no route leads there";
+            return Err(Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail));
+        };
         if checked.tunnel.is_some() {
-            let free = self.standing.tunnels.enter(arrival.client.ip(), MAX_TUNNELS_OF_ONE);
+            let free = self.standing.tunnels.enter(from, MAX_TUNNELS_OF_ONE);
             *place = free.filter(|_| self.standing.tunnels.total() <= MAX_TUNNELS);
             if place.is_none() {
                 let detail = "this address has as many connections open as it may";
@@ -280,7 +326,16 @@ impl Gateway {
         let version = match picker {
             None => None,
             Some(picker) => {
-                let picked = picker.pick(named.as_deref(), parts.uri.query(), &parts.headers, SystemTime::now())?;
+                let asked = version::Asked {
+                    named: named.as_deref(),
+                    path: &path,
+                    service: &service,
+                    query: parts.uri.query(),
+                    headers: &parts.headers,
+                    caller: &|| caller_key(caller.consumer.as_deref(), from),
+                    now: SystemTime::now(),
+                };
+                let picked = picker.pick(&asked)?;
                 for (name, value) in picked.headers {
                     extra.append(name, value);
                 }
@@ -308,12 +363,14 @@ impl Gateway {
             }
             None => body,
         };
-        let dress = Dress { path: &path, route, caller: &caller, arrival, authority: checked.authority.as_str() };
+        let wish = (route.compress && checked.tunnel.is_none()).then(|| Wish::of(&parts.method, &parts.headers));
+        let (consumer, authority) = (caller.consumer.as_deref(), checked.authority.as_str());
+        let dress = Dress { path: &path, route, consumer, told: &caller.told, client: from, authority };
         dress.put_on(&mut parts, &entry.request_id)?;
         route.request_headers.apply(&mut parts.headers);
         let limits = route.limits().of(&parts.headers);
         let request = Request::from_parts(parts, body);
-        let call = Call { service: route.service.clone(), version, request, limits, repeats: route.repeats() };
+        let call = Call { service, version, request, limits, repeats: route.repeats() };
         let mut response = self.client.call(call, observed).await.map_err(|error| {
             entry.error = Some(error.to_string());
             if let Some((_, most)) = over.filter(|(over, _)| over.load(Relaxed)) {
@@ -328,8 +385,23 @@ impl Gateway {
                 cors::remove(response.headers_mut());
             }
             let (mut head, body) = response.into_parts();
+            let body = match route.max_response_size.filter(|_| checked.tunnel.is_none()) {
+                Some(Size(most))
+                    if number::<u64>(&head.headers, "content-length").is_some_and(|length| length > most) =>
+                {
+                    entry.error = Some(format!("the service's answer has more than {most} bytes"));
+                    let detail = "the service's answer is larger than it may be";
+                    return Err(Problem::proxy(StatusCode::BAD_GATEWAY, ProxyError::HttpResponseBodySize, detail));
+                }
+                Some(Size(most)) => body.map_body(|body| size::limited(body, most).0),
+                None => body,
+            };
             let body = match page {
                 Some(page) => body.map_body(|body| page.leave(&mut head.headers, body)),
+                None => body,
+            };
+            let body = match wish {
+                Some(wish) => body.map_body(|body| wish.grant(&mut head, body)),
                 None => body,
             };
             return Ok(Response::from_parts(head, body));
@@ -366,10 +438,10 @@ impl Gateway {
         for method in &route.auth {
             match method {
                 AuthMethod::ApiKey => match api_key::presented(fields) {
-                    Ok(Some(key)) => match self.standing.keys.current().verify(key) {
+                    Ok(Some(key)) => match self.standing.keys.verify(key) {
                         Some(key) => {
                             let consumer = Some(key.consumer.to_string());
-                            return Ok(Caller { consumer, plan: key.plan.clone(), told: Vec::new() });
+                            return Ok(Caller { consumer, plan: key.plan, told: Vec::new() });
                         }
                         None => reason = "the API key is not valid".into(),
                     },
@@ -460,75 +532,19 @@ fn permitted(route: &Route, claims: jwt::Claims) -> Result<Caller, Problem> {
     Ok(Caller { told: told.collect(), consumer: Some(claims.consumer), plan: None })
 }
 
-/// What the service reads about the request: who called and from where, by our word and nobody else's.
-struct Dress<'a> {
-    path: &'a str,
-    route: &'a Route,
-    caller: &'a Caller,
-    arrival: &'a Arrival,
-    authority: &'a str,
-}
-
-impl Dress<'_> {
-    fn put_on(&self, parts: &mut request::Parts, request_id: &str) -> Result<(), Problem> {
-        let path = if self.route.strip_prefix { route::below(&self.route.path, self.path) } else { self.path };
-        let target = match parts.uri.query() {
-            Some(query) => format!("{path}?{query}"),
-            None => path.to_string(),
-        };
-        parts.uri = target.parse().map_err(|_| bad_request("the request target is not a path"))?;
-        for name in FORWARDED {
-            parts.headers.remove(name);
-        }
-        // Also those that the token says nothing about: a client cannot say it in its place.
-        for (name, _) in &self.route.claim_headers {
-            parts.headers.remove(name);
-        }
-        parts.headers.extend(self.caller.told.iter().cloned());
-        // A key of ours is for us alone; a token may be the service's to read.
-        parts.headers.remove("x-api-key");
-        if jwt::bearer(&parts.headers).is_ok_and(|token| token.is_some_and(api_key::is_api_key)) {
-            parts.headers.remove(header::AUTHORIZATION);
-        }
-        let client = self.arrival.client.ip().to_canonical().to_string();
-        let host = match &self.route.forward_host {
-            ForwardHost::Public => Some(self.authority),
-            ForwardHost::Named(name) => Some(name.as_str()),
-            ForwardHost::Service => None,
-        };
-        let set: [(&'static str, &str); 4] = [
-            ("x-forwarded-for", &client),
-            ("x-forwarded-proto", "https"),
-            ("x-forwarded-host", self.authority),
-            ("x-request-id", request_id),
-        ];
-        let consumer = self.caller.consumer.as_deref().map(|consumer| (headers::CONSUMER, consumer));
-        let host = host.map(|host| (headers::HOST, host));
-        for (name, value) in set.into_iter().chain(consumer).chain(host) {
-            let value = HeaderValue::from_str(value).map_err(|_| bad_request("a name that no field can carry"))?;
-            parts.headers.insert(HeaderName::from_static(name), value);
-        }
-        Ok(())
-    }
-}
-
-/// Fields that say where a request comes from; a client's own word for it is not passed on.
-const FORWARDED: [&str; 6] =
-    ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "forwarded"];
-
-fn limit(
+async fn limit(
     policy: &Policy,
     route: &Route,
     caller: &Caller,
     client: IpAddr,
-    counter: &Counter,
+    tally: &Arc<Tally>,
 ) -> Result<Admitted, Problem> {
     let name = caller.plan.as_ref().filter(|name| policy.plans.contains_key(*name)).or(route.plan.as_ref());
     let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
         return Ok(Admitted { fields: HeaderMap::new() });
     };
     let Outcome { violated, retry_after, fields } =
-        limit.take(&caller_key(caller.consumer.as_deref(), client), route.cost.get(), counter);
+        limit.take(&caller_key(caller.consumer.as_deref(), client), route.cost.get(), tally).await;
     if violated.is_empty() || limit.plan.shadow {
         return Ok(Admitted { fields });
     }
@@ -549,6 +565,24 @@ pub(crate) fn caller_key(consumer: Option<&str>, client: IpAddr) -> String {
 /// An address as the key of a limit.
 fn address_key(client: IpAddr) -> String {
     accept::source_of(client).to_string()
+}
+
+/// The standard method that a service would take another spelling for; routes would not.
+fn not_quite_a_method(method: &Method) -> Option<Method> {
+    let upper = method.as_str().to_ascii_uppercase();
+    let meant = if upper == method.as_str() { None } else { upper.parse::<Method>().ok() };
+    let standard = [
+        Method::GET,
+        Method::HEAD,
+        Method::POST,
+        Method::PUT,
+        Method::DELETE,
+        Method::OPTIONS,
+        Method::PATCH,
+        Method::TRACE,
+        Method::CONNECT,
+    ];
+    meant.filter(|meant| standard.contains(meant))
 }
 
 fn too_large(most: u64) -> Problem {
@@ -591,6 +625,7 @@ pub(crate) struct Logged {
     log: AccessLog,
     carried: Option<Carried>,
     _place: Option<Place>,
+    _room: Option<Seat>,
 }
 
 impl Guard for Logged {

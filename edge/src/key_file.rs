@@ -1,4 +1,5 @@
-//! The keys of an edge on disk: `keys.json` in its state directory, shared with `starling keys`.
+//! The keys of an edge: its own on disk, `keys.json` in its state directory, shared with `starling keys`; and those that are
+//! published for all edges.
 
 use std::sync::{Arc, Mutex};
 
@@ -22,7 +23,10 @@ pub enum KeyError {
 /// Keys in memory as on disk.
 pub struct KeyFile {
     state: StateDir,
+    name: &'static str,
     current: ArcSwap<KeyStore>,
+    /// Those for all edges.
+    published: ArcSwap<KeyStore>,
     /// One change at a time: read, change, store, publish.
     changing: Mutex<()>,
 }
@@ -30,15 +34,50 @@ pub struct KeyFile {
 impl KeyFile {
     pub(crate) const NAME: &str = "keys.json";
 
-    /// Reads the file; none is an empty one.
+    /// The mesh document of the keys that hold on all edges.
+    pub const DOCUMENT: &str = "keys";
+    /// What is published, beside the admin key that signs it.
+    const PUBLISHED: &str = "published-keys.json";
+
+    /// Reads an edge's file; none is an empty one.
     pub fn open(state: StateDir) -> Result<Self, KeyError> {
-        let current = ArcSwap::from_pointee(read(&state)?);
-        Ok(Self { state, current, changing: Mutex::new(()) })
+        Self::read(state, Self::NAME)
+    }
+
+    /// Reads the keys for all edges, in the directory from which they are published; a document is made of them by
+    /// [`KeyFile::document`].
+    pub fn open_published(state: StateDir) -> Result<Self, KeyError> {
+        Self::read(state, Self::PUBLISHED)
+    }
+
+    fn read(state: StateDir, name: &'static str) -> Result<Self, KeyError> {
+        let current = ArcSwap::from_pointee(read(&state, name)?);
+        Ok(Self { state, name, current, published: ArcSwap::default(), changing: Mutex::new(()) })
+    }
+
+    /// The document that has these keys, without their secrets.
+    pub fn document(&self) -> Result<Vec<u8>, KeyError> {
+        let document = serde_json::to_vec(&**self.current.load());
+        document.map_err(|e| self.state.damaged(self.name, e).into())
+    }
+
+    /// Takes the keys for all edges from their document; without one there are none.
+    pub(crate) fn publish(&self, document: Option<&[u8]>) -> Result<(), String> {
+        let keys = document.map(KeyStore::parse).transpose().map_err(|e| e.to_string())?;
+        self.published.store(Arc::new(keys.unwrap_or_default()));
+        Ok(())
+    }
+
+    /// The key that a caller presents, if there is such a one: of this edge, or of all.
+    pub(crate) fn verify(&self, presented: &str) -> Option<StoredKey> {
+        let own = self.current.load().verify(presented).cloned();
+        let published = self.published.load().verify(presented).cloned();
+        own.or(published)
     }
 
     /// Reads the file again; on an error the keys in memory stay.
     pub fn reload(&self) -> Result<(), KeyError> {
-        let fresh = read(&self.state)?;
+        let fresh = read(&self.state, self.name)?;
         if fresh != **self.current.load() {
             self.current.store(Arc::new(fresh));
         }
@@ -52,9 +91,11 @@ impl KeyFile {
         Ok(Key { key: Some(key), ..shown(&stored) })
     }
 
-    /// All keys, without their secrets.
+    /// All keys, without their secrets; an edge's own, and then those for all edges.
     pub fn list(&self) -> Vec<Key> {
-        self.current.load().keys().iter().map(shown).collect()
+        let published = self.published.load();
+        let of_all = published.keys().iter().map(|stored| Key { published: true, ..shown(stored) });
+        self.current.load().keys().iter().map(shown).chain(of_all).collect()
     }
 
     /// Revokes a key, at once; `false` if there is none of that id.
@@ -62,27 +103,23 @@ impl KeyFile {
         self.change(|keys| keys.revoke(id))
     }
 
-    pub(crate) fn current(&self) -> Arc<KeyStore> {
-        self.current.load_full()
-    }
-
     fn change<T>(&self, change: impl FnOnce(&mut KeyStore) -> T) -> Result<T, KeyError> {
         let _one = self.changing.lock().unwrap_or_else(|e| e.into_inner());
         // From disk, not from memory: the command line may have changed it meanwhile.
-        let mut keys = read(&self.state)?;
+        let mut keys = read(&self.state, self.name)?;
         let outcome = change(&mut keys);
-        let bytes = keys.serialize().map_err(|e| self.state.damaged(Self::NAME, e))?;
-        self.state.write(Self::NAME, &bytes)?;
+        let bytes = keys.serialize().map_err(|e| self.state.damaged(self.name, e))?;
+        self.state.write(self.name, &bytes)?;
         self.current.store(Arc::new(keys));
         Ok(outcome)
     }
 }
 
-fn read(state: &StateDir) -> Result<KeyStore, KeyError> {
-    match state.read(KeyFile::NAME)? {
+fn read(state: &StateDir, name: &str) -> Result<KeyStore, KeyError> {
+    match state.read(name)? {
         Some(bytes) => Ok(KeyStore::parse(&bytes).map_err(|e| match e {
-            ParseError::Newer => state.newer(KeyFile::NAME),
-            ParseError::Json(_) => state.damaged(KeyFile::NAME, e),
+            ParseError::Newer => state.newer(name),
+            ParseError::Json(_) => state.damaged(name, e),
         })?),
         None => Ok(KeyStore::default()),
     }
@@ -94,6 +131,7 @@ fn shown(stored: &StoredKey) -> Key {
         consumer: stored.consumer.to_string(),
         plan: stored.plan.clone(),
         created: rfc3339(stored.created),
+        published: false,
         key: None,
     }
 }

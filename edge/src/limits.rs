@@ -1,11 +1,18 @@
 //! How often a caller may call: by the rate of a plan, its quotas, or both.
 
 mod counter;
+mod counts;
+mod line;
 mod quota;
 mod rate;
+mod share;
 mod store;
+mod tally;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http::{HeaderMap, HeaderValue};
 use jiff::tz::TimeZone;
@@ -18,8 +25,9 @@ pub(crate) use self::{
     counter::Counter,
     quota::{Period, Quota},
     rate::Limiter,
+    tally::{Answerer, Tally},
 };
-use self::{counter::Left, quota::Clock};
+use self::{quota::Clock, tally::Left};
 use crate::config::Plan;
 
 /// The most that is added to the time after which a caller is to try again, so that not all come back at once.
@@ -65,41 +73,55 @@ impl Limit {
     }
 
     /// Takes a call of that cost from what a caller may, unless it may not: then it costs nothing. `caller` is what the gateway knows
-    /// for sure, never something that a client may choose.
-    pub(crate) fn take(&self, caller: &str, cost: u32, counter: &Counter) -> Outcome {
-        let at = Instant::now();
-        let now = unix_now();
-        let keys: Vec<String> = self.keys(caller).collect();
-        let quotas = || keys.iter().zip(&self.quotas);
-        let mut may = quotas().all(|(key, (quota, clock))| counter.look(key, quota, clock, cost.into(), now).allowed);
+    /// for sure, never something that a client may choose. Waits for another edge only where a quota's counter is that one's, and
+    /// this one's lease of it is used up.
+    pub(crate) async fn take(&self, caller: &str, cost: u32, tally: &Arc<Tally>) -> Outcome {
         let (mut violated, mut wait, mut in_force) = (Vec::new(), Duration::ZERO, Vec::new());
+        let rated = self.rate.as_ref().map(|rate| rate.look(caller, cost, Instant::now()).allowed);
+        let mut may = rated != Some(false);
+        let now = unix_now();
+        let mut taken = Taken { tally, cost: cost.into(), items: Vec::with_capacity(self.quotas.len()) };
+        for (quota, clock) in &self.quotas {
+            let key = self.key(quota, caller);
+            let left = match may {
+                true => tally.take(&key, quota, clock, cost.into(), now).await,
+                false => tally.stands(&key, quota, clock, cost.into(), now),
+            };
+            if may && left.allowed {
+                taken.items.push((key, left));
+            }
+            may &= left.allowed;
+            let name = format!("{}-{}", self.plan.name, quota.period);
+            if !left.allowed {
+                violated.push(name.clone());
+                wait = wait.max(Duration::from_secs(left.reset));
+            }
+            let (limit, window) = (quota.count.get(), quota.period.seconds());
+            in_force.push(Standing { name, limit, window, left: limit.saturating_sub(left.used), reset: left.reset });
+        }
         if let Some(rate) = &self.rate {
+            let at = Instant::now();
             let decision = if may { rate.take(caller, cost, at) } else { rate.look(caller, cost, at) };
             may &= decision.allowed;
             if !decision.allowed {
-                violated.push(self.plan.name.clone());
-                wait = decision.retry_after;
+                violated.insert(0, self.plan.name.clone());
+                wait = wait.max(decision.retry_after);
             }
-            in_force.push(Standing {
+            let standing = Standing {
                 name: self.plan.name.clone(),
                 limit: decision.limit.into(),
                 window: seconds(decision.window),
                 left: decision.remaining.into(),
                 reset: seconds(decision.reset),
-            });
-        }
-        for (key, (quota, clock)) in quotas() {
-            let Left { allowed, used, reset } = match may {
-                true => counter.take(key, quota, clock, cost.into(), now),
-                false => counter.look(key, quota, clock, cost.into(), now),
             };
-            let name = format!("{}-{}", self.plan.name, quota.period);
-            if !allowed {
-                violated.push(name.clone());
-                wait = wait.max(Duration::from_secs(reset));
+            in_force.insert(0, standing);
+        }
+        match may {
+            true => taken.items.clear(),
+            false => {
+                let standings = in_force.iter_mut().skip(usize::from(self.rate.is_some()));
+                standings.zip(&taken.items).for_each(|(standing, _)| standing.left += u64::from(cost));
             }
-            let (limit, window) = (quota.count.get(), quota.period.seconds());
-            in_force.push(Standing { name, limit, window, left: limit.saturating_sub(used), reset });
         }
         if !violated.is_empty() {
             wait += (wait / 10).min(MAX_JITTER).mul_f64(rand::rng().random_range(0.0..1.0));
@@ -118,10 +140,10 @@ impl Limit {
     }
 
     /// How it stands with a caller's quotas.
-    pub(crate) fn shown(&self, caller: &str, counter: &Counter) -> Vec<admin::QuotaUse> {
+    pub(crate) fn shown(&self, caller: &str, tally: &Tally) -> Vec<admin::QuotaUse> {
         let now = unix_now();
         let shown = |(quota, clock): &(Quota, Clock)| {
-            let Left { used, reset, .. } = counter.look(&self.key(quota, caller), quota, clock, 0, now);
+            let Left { used, reset, .. } = tally.stands(&self.key(quota, caller), quota, clock, 0, now);
             let (limit, period) = (quota.count.get(), quota.period.to_string());
             admin::QuotaUse { plan: self.plan.name.clone(), period, limit, used, resets_in_s: reset }
         };
@@ -136,6 +158,19 @@ impl Limit {
     /// Another number of calls is the same quota; another time is another one.
     fn key(&self, quota: &Quota, caller: &str) -> String {
         format!("{} {} {caller}", self.plan.name, quota.period)
+    }
+}
+
+/// What was taken of quotas for a call that may not pass in the end, or whose caller goes while it waits: then it is given back.
+struct Taken<'a> {
+    tally: &'a Tally,
+    cost: u64,
+    items: Vec<(String, Left)>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.items.iter().for_each(|(key, left)| self.tally.give_back(key, *left, self.cost));
     }
 }
 
@@ -171,38 +206,39 @@ fn fields(in_force: &[Standing]) -> HeaderMap {
 mod tests {
     use super::*;
 
-    #[test]
-    fn all_policies_in_force_are_told_and_the_first_that_forbids_costs_nothing() {
+    #[tokio::test]
+    async fn all_policies_in_force_are_told_and_the_first_that_forbids_costs_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let counter = Counter::new(dir.path().join("quota.redb"));
         counter.begin(true);
+        let tally = tally::tests::alone(counter);
         let plan = "name = \"p\"\nrate = \"1/h\"\nburst = 3\nquota = [\"10/24h\", \"4/7d\"]";
         let limit = Limit::new(&toml::from_str::<Plan>(plan).unwrap());
-        let first = limit.take("a", 1, &counter);
+        let first = limit.take("a", 1, &tally).await;
         let field = |name: &str| first.fields[name].to_str().unwrap().to_owned();
         assert_eq!(field("ratelimit-policy"), "\"p\";q=3;w=10800, \"p-1d\";q=10;w=86400, \"p-7d\";q=4;w=604800");
         assert!(field("ratelimit").starts_with("\"p\";r=2;t=3600, \"p-1d\";r=9;t="), "{}", field("ratelimit"));
         assert!(first.violated.is_empty());
         // Twice as dear: the rate is used up, and then forbids without a quota noticing.
-        assert!(limit.take("a", 2, &counter).violated.is_empty());
-        let refused = limit.take("a", 1, &counter);
+        assert!(limit.take("a", 2, &tally).await.violated.is_empty());
+        let refused = limit.take("a", 1, &tally).await;
         assert_eq!(refused.violated, ["p"]);
         assert!(refused.retry_after >= Duration::from_secs(3599) && refused.retry_after <= Duration::from_secs(3660));
-        assert_eq!(limit.shown("a", &counter).iter().map(|q| q.used).collect::<Vec<_>>(), [3, 3]);
-        assert_eq!(limit.take("b", 5, &counter).violated, ["p", "p-7d"], "more than there ever is");
+        assert_eq!(limit.shown("a", &tally).iter().map(|q| q.used).collect::<Vec<_>>(), [3, 3]);
+        assert_eq!(limit.take("b", 5, &tally).await.violated, ["p", "p-7d"], "more than there ever is");
 
         // Whichever forbids it, the others notice nothing.
         for quotas in ["[\"100/30d\", \"3/36h\"]", "[\"3/36h\", \"100/30d\"]"] {
             let limit = Limit::new(&toml::from_str::<Plan>(&format!("name = \"r\"\nquota = {quotas}")).unwrap());
             for _ in 0..9 {
-                limit.take(quotas, 1, &counter);
+                limit.take(quotas, 1, &tally).await;
             }
-            assert_eq!(limit.shown(quotas, &counter).iter().map(|q| q.used).collect::<Vec<_>>(), [3, 3]);
+            assert_eq!(limit.shown(quotas, &tally).iter().map(|q| q.used).collect::<Vec<_>>(), [3, 3]);
         }
 
         let slow = Limit::new(&toml::from_str::<Plan>("name = \"q\"\nquota = \"2/month\"").unwrap());
-        assert!(slow.take("a", 2, &counter).violated.is_empty());
-        assert_eq!(slow.take("a", 1, &counter).violated, ["q-month"]);
-        assert!(slow.take("b", 1, &counter).violated.is_empty(), "each caller has its own");
+        assert!(slow.take("a", 2, &tally).await.violated.is_empty());
+        assert_eq!(slow.take("a", 1, &tally).await.violated, ["q-month"]);
+        assert!(slow.take("b", 1, &tally).await.violated.is_empty(), "each caller has its own");
     }
 }

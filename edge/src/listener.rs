@@ -12,7 +12,7 @@ use quinn::crypto::rustls::QuicServerConfig;
 use rustls::crypto::CryptoProvider;
 use starling_http::{
     Body, Drain, Problem, ProxyError, Shelf, Transport,
-    accept::{self, Room, TcpPlaces, TcpRoom},
+    accept::{self, Place, Room, TcpPlaces, TcpRoom},
     h3,
     shared_port::OwnedBy,
     tcp::{self, Control, Limits, Socket, Speaks},
@@ -23,8 +23,9 @@ use tokio_rustls::TlsAcceptor;
 use crate::{
     acme::{self, Challenges},
     certificates::Certificates,
+    config::Network,
     gateway::{Arrival, Gateway, PublicProtocol},
-    route,
+    proxy_protocol, route,
 };
 
 /// Connections of a listener.
@@ -47,6 +48,8 @@ const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 const STANDING_BYTES: u64 = 64 << 20;
 /// How long a connection may have no request.
 const IDLE: Duration = Duration::from_secs(60);
+/// How long a balancer may take to say whose a connection is.
+const TELL_CARRIED: Duration = Duration::from_secs(2);
 /// What TLS may keep that the client does not take, in bytes.
 const TLS_BUFFER_BYTES: usize = 32 << 10;
 
@@ -68,9 +71,10 @@ pub(crate) fn shelf(workers: usize) -> Shelf {
     Shelf::new(STANDING_BYTES / workers as u64, STREAM_WINDOW_BYTES.into())
 }
 
-/// Room for connections over TCP, on all workers.
-pub(crate) fn places() -> TcpPlaces {
-    TCP_ROOM.places()
+/// Room for connections over TCP, on all workers. Those that come from `carriers` say first whose they are.
+pub(crate) fn places(carriers: &[Network]) -> TcpPlaces {
+    let carriers = carriers.to_vec();
+    TCP_ROOM.places().carried_by(move |from| carriers.iter().any(|network| network.contains(from)))
 }
 
 fn limits(shelf: Shelf, control: Control) -> Limits {
@@ -122,16 +126,44 @@ pub(crate) fn quic_endpoint(
 pub(crate) async fn serve_tcp(
     listener: TcpListener,
     places: TcpPlaces,
+    carriers: Arc<[Network]>,
     tls: TlsAcceptor,
     gateway: Gateway,
     shelf: Shelf,
     drain: Drain,
 ) {
-    let of = drain.clone();
-    accept::tcp(listener, places, drain, move |stream, client| {
-        serve_tls(stream, client, tls.clone(), gateway.clone(), shelf.clone(), of.clone())
+    let (of, all) = (drain.clone(), places.clone());
+    accept::tcp(listener, places, drain, move |stream, from| {
+        let is_carried = carriers.iter().any(|network| network.contains(from.ip()));
+        let (tls, gateway, shelf, drain, all) = (tls.clone(), gateway.clone(), shelf.clone(), of.clone(), all.clone());
+        async move {
+            if !is_carried {
+                return serve_tls(stream, from, tls, gateway, shelf, drain).await;
+            }
+            let Some((stream, client, _place)) = uncarried(stream, from, &all).await else { return };
+            serve_tls(stream, client, tls, gateway, shelf, drain).await;
+        }
     })
     .await;
+}
+
+/// Whose a connection is that a balancer has made, and that one's place; `None` if it does not say so in time, or there is no place.
+/// Until then the connection is the balancer's own.
+async fn uncarried(mut stream: Socket, from: SocketAddr, places: &TcpPlaces) -> Option<(Socket, SocketAddr, Place)> {
+    let own = places.of_one(from.ip())?;
+    let told = tokio::time::timeout(TELL_CARRIED, proxy_protocol::read(&mut stream)).await;
+    drop(own);
+    match told {
+        Ok(Ok(client)) => {
+            let client = client.unwrap_or(from);
+            Some((stream, client, places.of_one(client.ip())?))
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(%from, %error, "a connection that should say whose it is");
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway: Gateway, shelf: Shelf, drain: Drain) {
@@ -163,7 +195,7 @@ pub(crate) async fn serve_quic(
     drain: Drain,
 ) {
     let leaves = drain.begun_as_a_whole();
-    let accepting = accept::quic(endpoint.clone(), ROOM.shared_by(endpoints), move |connection| {
+    let accepting = accept::quic(endpoint.clone(), ROOM.shared_by(endpoints), drain.clone(), move |connection| {
         let (gateway, shelf, drain) = (gateway.clone(), shelf.clone(), drain.clone());
         async move {
             let _ = drain.clone().spawn(serve_h3(connection, gateway, shelf, drain)).await;
@@ -194,16 +226,32 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
 }
 
 /// Answers plain HTTP with the way to HTTPS; and authorities with what they look for.
-pub(crate) async fn serve_redirect(listener: TcpListener, challenges: Challenges, public_port: u16, drain: Drain) {
-    let of = drain.clone();
-    accept::tcp(listener, places(), drain, move |stream, _| {
-        let challenges = challenges.clone();
-        let answer = move |request| {
-            let challenges = challenges.clone();
-            async move { redirect(request, &challenges, public_port) }
-        };
-        let limits = limits(shelf(1), stream.control());
-        tcp::serve(stream, Speaks::Http1, limits, of.clone(), answer)
+pub(crate) async fn serve_redirect(
+    listener: TcpListener,
+    carriers: Arc<[Network]>,
+    challenges: Challenges,
+    public_port: u16,
+    drain: Drain,
+) {
+    let (of, all) = (drain.clone(), places(&carriers));
+    accept::tcp(listener, all.clone(), drain, move |stream, from| {
+        let is_carried = carriers.iter().any(|network| network.contains(from.ip()));
+        let (challenges, drain, all) = (challenges.clone(), of.clone(), all.clone());
+        async move {
+            let (stream, _place) = match is_carried {
+                true => {
+                    let Some((stream, _, place)) = uncarried(stream, from, &all).await else { return };
+                    (stream, Some(place))
+                }
+                false => (stream, None),
+            };
+            let answer = move |request| {
+                let challenges = challenges.clone();
+                async move { redirect(request, &challenges, public_port) }
+            };
+            let limits = limits(shelf(1), stream.control());
+            tcp::serve(stream, Speaks::Http1, limits, drain, answer).await;
+        }
     })
     .await;
 }

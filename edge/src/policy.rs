@@ -1,34 +1,47 @@
 //! The rules of an edge: which route a request takes, who may, how often, and in which version.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    borrow::Borrow,
+    collections::BTreeMap,
+    ops::Deref,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use starling_http::{Problem, ProxyError};
-use starling_node::StateDir;
-use starling_protocol::admin;
+use starling_node::{
+    Announced, AnnouncedVersion, StateDir,
+    config::{Date, Link},
+};
+use starling_protocol::{Name, admin};
 
 use crate::{
-    config::{self, AuthMethod, EdgeSections, Jwks, Preflight, Route},
+    config::{self, AuthMethod, EdgeSections, HopsField, Jwks, Network, Preflight, Route, VersionInfo},
     cors,
     jwks::{Keys, Looks},
     jwt,
     limits::Limit,
-    route::{self, Routes},
-    version::{Found, Picker, Versions},
+    room::{Room, Seat},
+    route::{self, Query, Routes, Sought},
+    version::{self, Found, KnownVersions, Picker, Versions},
 };
 
 /// The rules that a reload replaces as one.
+#[derive(Clone)]
 pub(crate) struct Policy {
-    routes: Routes<Route>,
+    routes: Arc<Routes<Ruled>>,
+    /// Nothing has been published that the edge could go by.
+    awaits: bool,
+    /// Whose word counts for who a client is.
+    pub(crate) trusted_hops: Arc<[Network]>,
+    pub(crate) trusted_field: HopsField,
     versions: Versions,
-    /// By the route's path, to be shown.
-    version_names: HashMap<String, Vec<String>>,
+    /// What the versions were made of: sections, and which there are.
+    of_versions: Arc<[config::Version]>,
+    known_versions: Vec<KnownVersions>,
     pub(crate) plans: BTreeMap<String, Arc<Limit>>,
-    pub(crate) jwt: Option<jwt::Verifier>,
+    pub(crate) jwt: Option<Arc<jwt::Verifier>>,
     /// What `jwt` was made of.
     of_jwt: Option<config::Jwt>,
 }
@@ -37,20 +50,27 @@ impl Policy {
     /// Compiles the configuration. Plans that did not change keep their counters from `former`.
     ///
     /// Needs a runtime, where keys are fetched.
-    pub(crate) fn new(sections: &EdgeSections, former: Option<&Self>, state: &StateDir) -> Result<Self, String> {
+    pub(crate) fn new(
+        sections: &EdgeSections,
+        former: Option<&Self>,
+        state: &StateDir,
+        announced: &Announced,
+    ) -> Result<Self, String> {
         let plans = sections.plan.iter().map(|plan| {
             let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
             (plan.name.clone(), kept.unwrap_or_else(|| Arc::new(Limit::new(plan))))
         });
+        let routes = Routes::new(sections.route.iter().map(|route| Ruled::new(route, former)));
+        let known = known_versions(&sections.version, &routes, announced);
         Ok(Self {
             plans: plans.collect(),
-            routes: Routes::new(sections.route.iter().cloned()),
-            versions: Versions::new(&sections.version),
-            version_names: sections
-                .version
-                .iter()
-                .map(|v| (v.route.clone(), v.versions.keys().cloned().collect()))
-                .collect(),
+            awaits: sections.edge.config.is_some() && sections.route.is_empty(),
+            routes: Arc::new(routes),
+            trusted_hops: sections.edge.trusted_hops.clone().into(),
+            trusted_field: sections.edge.trusted_field,
+            versions: Versions::new(sections.version.iter().zip(&known)),
+            of_versions: sections.version.clone().into(),
+            known_versions: known,
             jwt: match &sections.jwt {
                 Some(config) => {
                     // Keys that are fetched stay: only those of a file may be others now.
@@ -67,7 +87,8 @@ impl Policy {
                         let told = route.claim_headers.iter().map(|(_, claim)| claim.clone());
                         route.claims.keys().cloned().chain(told).collect::<Vec<_>>()
                     };
-                    Some(jwt::Verifier::new(keys, sections.route.iter().flat_map(of_route).collect()))
+                    let claims = sections.route.iter().flat_map(of_route).collect();
+                    Some(Arc::new(jwt::Verifier::new(keys, claims)))
                 }
                 None => None,
             },
@@ -75,13 +96,25 @@ impl Policy {
         })
     }
 
+    /// The same with what nodes announce now; `None` if that changes nothing.
+    pub(crate) fn with(&self, announced: &Announced) -> Option<Self> {
+        let known = known_versions(&self.of_versions, &self.routes, announced);
+        (known != self.known_versions).then(|| Self {
+            versions: Versions::new(self.of_versions.iter().zip(&known)),
+            known_versions: known,
+            ..self.clone()
+        })
+    }
+
     /// Where a request goes, by the path as the client wrote it, without its query.
-    pub(crate) fn aim(&self, host: &str, written: &str) -> Result<Aim<'_>, Problem> {
+    pub(crate) fn aim(&self, sought: &Sought<'_>, written: &str) -> Result<Aim<'_>, Problem> {
+        if self.routes.is_too_long(sought.query) {
+            return Err(unreadable("the query has more parameters than routes are looked for by"));
+        }
         let canonical = route::canonical_path(written);
         if let Ok(path) = &canonical {
-            let Some(found) = self.versions.find(&self.routes, host, path) else {
-                let detail = "no route leads there";
-                return Err(Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail));
+            let Some(found) = self.versions.find(&self.routes, sought, path) else {
+                return Err(self.nowhere(sought, path));
             };
             if !found.route.raw_path || path == written {
                 let Found { route, path, picker, named } = found;
@@ -89,12 +122,40 @@ impl Policy {
             }
         }
         let [kept, split] = route::readings(written).map_err(unreadable)?;
-        let find = |path| self.versions.find(&self.routes, host, path);
+        let find = |path| self.versions.find(&self.routes, sought, path);
         match find(&kept).zip(find(&split)) {
             Some((Found { route, picker, .. }, other)) if route.raw_path && std::ptr::eq(route, other.route) => {
                 Ok(Aim { route, path: written.to_owned(), picker, named: None })
             }
             _ => Err(unreadable(canonical.err().unwrap_or("the path can be read as that of another route"))),
+        }
+    }
+
+    /// The fields by which routes differ that a path may take.
+    pub(crate) fn varies_by(&self, sought: &Sought<'_>, written: &str) -> Vec<HeaderName> {
+        match self.routes.differ_by_fields() {
+            true => self.routes.fields(sought, &route::canonical_path(written).unwrap_or(written.into())),
+            false => Vec::new(),
+        }
+    }
+
+    fn nowhere(&self, sought: &Sought<'_>, path: &str) -> Problem {
+        if self.awaits {
+            let detail = "nothing has been published for this edge yet";
+            return Problem::proxy(StatusCode::SERVICE_UNAVAILABLE, ProxyError::DestinationUnavailable, detail);
+        }
+        let methods = self.routes.methods(sought, path);
+        let allowed = methods.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
+        match HeaderValue::try_from(&allowed) {
+            Ok(allow) if !methods.is_empty() => {
+                let detail = format!("there it takes one of these methods: {allowed}");
+                let problem = Problem::policy(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", detail);
+                problem.with_header(header::ALLOW, allow)
+            }
+            _ => {
+                let detail = "no route leads there";
+                Problem::proxy(StatusCode::NOT_FOUND, ProxyError::DestinationNotFound, detail)
+            }
         }
     }
 
@@ -114,14 +175,64 @@ impl Policy {
     }
 
     /// Routes with the names of their versions, most specific first.
-    pub(crate) fn shown(&self) -> impl Iterator<Item = (&Route, &[String])> {
-        self.routes.iter().map(|route| (route, self.versions_of(route)))
+    pub(crate) fn shown(&self) -> impl Iterator<Item = (&Route, Vec<String>)> {
+        self.routes.iter().map(|ruled| (&ruled.route, self.versions_of(ruled)))
+    }
+}
+
+/// A route, and what is under way on it.
+#[derive(Debug, Clone)]
+pub(crate) struct Ruled {
+    route: Route,
+    /// Room for requests, if it has an end.
+    room: Option<Arc<Room>>,
+}
+
+impl Ruled {
+    /// What is under way stays so over a reload.
+    fn new(route: &Route, former: Option<&Policy>) -> Self {
+        let is_same = |known: &&Ruled| {
+            (&known.host, &known.path, &known.conditions) == (&route.host, &route.path, &route.conditions)
+        };
+        let former = former.and_then(|former| former.routes.iter().find(is_same)).and_then(|known| known.room.clone());
+        let room = route.max_concurrency.map(|most| match former {
+            Some(room) => {
+                room.resize(most);
+                room
+            }
+            None => Room::new(most),
+        });
+        Self { route: route.clone(), room }
+    }
+
+    /// A place for one more request; `None` beside it if none is needed.
+    pub(crate) fn enter(&self, caller: impl FnOnce() -> String) -> Result<Option<Seat>, Problem> {
+        let Some(room) = &self.room else { return Ok(None) };
+        room.enter(&caller()).map(Some).ok_or_else(|| {
+            let detail = "as many requests as the route takes, of one caller or of all, are under way";
+            let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "too-many-requests-at-once", detail);
+            problem.retry_after(Duration::from_secs(1))
+        })
+    }
+}
+
+impl Deref for Ruled {
+    type Target = Route;
+
+    fn deref(&self) -> &Route {
+        &self.route
+    }
+}
+
+impl Borrow<Route> for Ruled {
+    fn borrow(&self) -> &Route {
+        &self.route
     }
 }
 
 /// Where a request goes.
 pub(crate) struct Aim<'a> {
-    pub(crate) route: &'a Route,
+    pub(crate) route: &'a Ruled,
     /// What the service gets, but for a prefix that is to be taken off.
     pub(crate) path: String,
     pub(crate) picker: Option<&'a Picker>,
@@ -143,21 +254,34 @@ impl Policy {
         let mut told = admin::Explanation { method: method.to_string(), url: asked.url.clone(), ..Default::default() };
         let refused =
             |problem: Problem| Some(admin::RefusedRequest { status: problem.status.as_u16(), why: problem.detail });
-        let Aim { route, path, picker, named } = match self.aim(&route::bare_host(authority.as_str()), uri.path()) {
+        let host = route::bare_host(authority.as_str());
+        let (matched, query) = (matched(&method, &fields), Query::new(uri.query()));
+        let sought = Sought { host: &host, method: &matched, headers: &fields, query: &query };
+        let Aim { route, path, picker, named } = match self.aim(&sought, uri.path()) {
             Ok(aim) => aim,
             Err(problem) => {
                 told.refused = refused(problem);
                 return Ok(told);
             }
         };
-        let seen = if route.strip_prefix { route::below(&route.path, &path) } else { &path };
-        let seen = uri.query().map_or(seen.to_owned(), |query| format!("{seen}?{query}"));
-        told.route = Some(shown(route, self.versions_of(route)));
+        let seen = route.target(&path);
+        let seen = uri.query().map_or(seen.to_string(), |query| format!("{seen}?{query}"));
+        told.route = Some(shown(route, &self.versions_of(route)));
         told.because = format!(
             "the most specific route whose host is {} and whose path, in whole segments, is {} or above",
             route.host, path
         );
-        told.path = Some(seen);
+        let conditions = route.conditions.words();
+        if !conditions.is_empty() {
+            told.because += &format!(", and which asks for {}", conditions.join(" and "));
+        }
+        told.path = Some(seen).filter(|_| route.service.is_some());
+        told.redirected = route.location(&path, uri.query()).map(|(status, to)| format!("{} {to}", status.as_u16()));
+        if let Some(maintenance) = &route.maintenance {
+            let (status, why) = (StatusCode::SERVICE_UNAVAILABLE.as_u16(), maintenance.detail.clone());
+            told.refused = Some(admin::RefusedRequest { status, why });
+            return Ok(told);
+        }
         if cors::is_preflight(&method, &fields) && (route.cors.is_some() || route.preflight == Preflight::Pass) {
             told.because += "; a preflight needs no credentials here";
         }
@@ -165,10 +289,24 @@ impl Policy {
         if let Some(limit) = route.plan.as_ref().and_then(|name| self.plans.get(name)) {
             told.limits = limit.words();
         }
-        if let Some(picker) = picker {
-            match picker.pick(named.as_deref(), uri.query(), &fields, SystemTime::now()) {
+        if let (Some(picker), Some(service)) = (picker, &route.service) {
+            let asked = version::Asked {
+                named: named.as_deref(),
+                path: &path,
+                service,
+                query: uri.query(),
+                headers: &fields,
+                caller: &String::new,
+                now: SystemTime::now(),
+            };
+            match picker.pick(&asked) {
                 Ok(picked) => {
-                    told.version_by = Some(picked.by.map_or("the default".to_owned(), ToString::to_string));
+                    let weights = picker.weights().filter(|_| picked.by.is_none());
+                    told.version_by = Some(match (picked.by, &weights) {
+                        (Some(by), _) => by.to_string(),
+                        (None, Some(weights)) => format!("weight: {weights}"),
+                        (None, None) => "the default".into(),
+                    });
                     told.version = Some(picked.version);
                     let text = |value: &HeaderValue| value.to_str().unwrap_or_default().to_owned();
                     told.fields = picked.headers.iter().map(|(name, value)| (name.to_string(), text(value))).collect();
@@ -179,8 +317,48 @@ impl Policy {
         Ok(told)
     }
 
-    fn versions_of(&self, route: &Route) -> &[String] {
-        self.version_names.get(&route.path).map_or(&[], Vec::as_slice)
+    fn versions_of(&self, route: &Route) -> Vec<String> {
+        let same = |section: &config::Version| route::segments(&section.route).eq(route::segments(&route.path));
+        let at = self.of_versions.iter().position(same);
+        match (at, &route.service) {
+            (Some(at), Some(service)) => self.known_versions[at].names(service),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// The versions that there are, for each section.
+fn known_versions(sections: &[config::Version], routes: &Routes<Ruled>, announced: &Announced) -> Vec<KnownVersions> {
+    let info = |told: &AnnouncedVersion| VersionInfo {
+        // A node's word: only what a file could say goes into a field.
+        deprecated: told.deprecated.and_then(Date::at),
+        sunset: told.sunset.and_then(Date::at),
+        link: told.link.clone().and_then(|link| Link::try_from(link).ok()),
+        successor: None,
+    };
+    let of_service = |service: &Name| {
+        let told = announced.versions.get(service).into_iter().flatten();
+        told.filter(|(name, _)| config::is_version(name)).map(|(name, told)| (name.clone(), info(told))).collect()
+    };
+    let known = |section: &config::Version| match section.versions.here() {
+        Some(versions) => KnownVersions::Listed(versions.clone()),
+        None => {
+            let below = routes.iter().filter(|route| route::covers(&section.route, &route.path));
+            let services = below.filter_map(|route| route.service.clone());
+            let by_service = services.map(|service| (service.clone(), of_service(&service))).collect();
+            KnownVersions::Announced { by_service, settled: announced.settled }
+        }
+    };
+    sections.iter().map(known).collect()
+}
+
+/// The method by which a request's route is found: of a preflight, that of the request to come; and tunnels begin as GET did.
+pub(crate) fn matched(method: &Method, fields: &HeaderMap) -> Method {
+    let asked = fields.get(header::ACCESS_CONTROL_REQUEST_METHOD).filter(|_| cors::is_preflight(method, fields));
+    match asked.and_then(|asked| asked.to_str().ok()?.parse().ok()) {
+        Some(asked) => asked,
+        None if *method == Method::CONNECT => Method::GET,
+        None => method.clone(),
     }
 }
 
@@ -193,7 +371,10 @@ pub(crate) fn shown(route: &Route, versions: &[String]) -> admin::Route {
     admin::Route {
         host: route.host.to_string(),
         path: route.path.clone(),
+        conditions: route.conditions.words(),
         service: route.service.clone(),
+        redirect: route.redirect.as_ref().map(|redirect| redirect.to.to_string()),
+        maintenance: route.maintenance.is_some(),
         auth: route.auth.iter().map(name).collect(),
         plan: route.plan.clone(),
         versions: versions.to_vec(),

@@ -1,49 +1,190 @@
 //! From a host and a path to a route, over one spelling of each path.
 
-use std::{borrow::Borrow, borrow::Cow};
+use std::{
+    borrow::{Borrow, Cow},
+    cmp::Reverse,
+    collections::HashMap,
+    sync::OnceLock,
+};
+
+use http::{HeaderMap, HeaderName, Method, header};
+use percent_encoding::percent_decode_str;
 
 use crate::config::{Host, Route};
 
-/// Routes, or whatever carries one, in the order in which they are tried.
+/// Routes, or whatever carries one, most specific first, and where to look for them.
 #[derive(Debug, Clone)]
-pub(crate) struct Routes<T>(Vec<T>);
+pub(crate) struct Routes<T> {
+    all: Vec<T>,
+    /// By name.
+    exact: HashMap<String, Tree>,
+    /// By domain with its dot in front, longest first.
+    under: Vec<(String, Tree)>,
+    any: Tree,
+    /// Whether any of them asks for fields, or for parameters of the query.
+    by_fields: bool,
+    by_query: bool,
+}
+
+/// Routes of a host by the segments of their paths.
+#[derive(Debug, Clone, Default)]
+struct Tree {
+    /// By number, those that ask for more first.
+    here: Vec<usize>,
+    below: HashMap<String, Tree>,
+}
+
+/// What a request says that decides on its route.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sought<'a> {
+    /// As [`bare_host`] makes it.
+    pub(crate) host: &'a str,
+    /// Of a preflight, that of the request to come.
+    pub(crate) method: &'a Method,
+    pub(crate) headers: &'a HeaderMap,
+    pub(crate) query: &'a Query<'a>,
+}
+
+impl Sought<'_> {
+    /// Whether it is a preflight for a request that will have a field.
+    pub(crate) fn announces(&self, name: &HeaderName) -> bool {
+        let names = self.headers.get_all(header::ACCESS_CONTROL_REQUEST_HEADERS).iter();
+        self.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
+            && names
+                .filter_map(|names| names.to_str().ok())
+                .flat_map(|names| names.split(','))
+                .any(|n| n.trim() == name)
+    }
+}
+
+/// A query, taken apart when somebody wants to know, and once.
+#[derive(Debug)]
+pub(crate) struct Query<'a> {
+    text: Option<&'a str>,
+    parameters: OnceLock<Vec<(String, String)>>,
+}
+
+impl<'a> Query<'a> {
+    pub(crate) fn new(text: Option<&'a str>) -> Self {
+        Self { text, parameters: OnceLock::new() }
+    }
+
+    /// Names and values, without their escapes.
+    pub(crate) fn parameters(&self) -> &[(String, String)] {
+        let plain = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
+        self.parameters.get_or_init(|| {
+            let pairs = self.text.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+            let pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+            pairs.map(|(name, value)| (plain(name), plain(value))).collect()
+        })
+    }
+
+    /// Whether it has more than routes are looked for by.
+    fn is_too_long(&self) -> bool {
+        self.text.is_some_and(|text| text.bytes().filter(|byte| *byte == b'&').count() >= MAX_PARAMETERS)
+    }
+}
+
+/// Parameters of a query by which a route is looked for, where routes ask for some.
+const MAX_PARAMETERS: usize = 1000;
 
 impl<T: Borrow<Route>> Routes<T> {
-    /// Takes routes in any order. No two may have the same host and path, which `config::check` sees to.
+    /// Takes routes in any order. No two may have the same host, path and conditions, which `config::check` sees to.
     pub(crate) fn new(routes: impl IntoIterator<Item = T>) -> Self {
-        let mut routes: Vec<T> = routes.into_iter().collect();
-        routes.sort_by_key(|route| {
-            let Route { host, path, .. } = route.borrow();
+        let mut all: Vec<T> = routes.into_iter().collect();
+        all.sort_by_key(|route| {
+            let Route { host, path, conditions, .. } = route.borrow();
             let host = match host {
                 Host::Exact(_) => (2, 0),
                 Host::Under(domain) => (1, domain.len()),
                 Host::Any => (0, 0),
             };
-            std::cmp::Reverse((host, depth(path)))
+            Reverse((host, depth(path), conditions.count()))
         });
-        Self(routes)
+        let (mut exact, mut under, mut any) = (HashMap::new(), HashMap::new(), Tree::default());
+        for (nth, route) in all.iter().enumerate() {
+            let Route { host, path, .. } = route.borrow();
+            let tree: &mut Tree = match host {
+                Host::Exact(name) => exact.entry(name.clone()).or_default(),
+                Host::Under(domain) => under.entry(domain.clone()).or_default(),
+                Host::Any => &mut any,
+            };
+            let place = segments(path).fold(tree, |tree, segment| tree.below.entry(segment.to_owned()).or_default());
+            place.here.push(nth);
+        }
+        let mut under: Vec<(String, Tree)> = under.into_iter().collect();
+        under.sort_by_key(|(domain, _)| Reverse(domain.len()));
+        let by_fields = all.iter().any(|route| !route.borrow().conditions.headers.is_empty());
+        let by_query = all.iter().any(|route| !route.borrow().conditions.query.is_empty());
+        Self { all, exact, under, any, by_fields, by_query }
     }
 
-    /// The route of a request: of those that match both host and path, the one with the most specific host (a name,
-    /// then the longest wildcard, then `*`), and among these the longest path.
+    /// The route of a request: of those that match host, path and conditions, the one with the most specific host (a name, then
+    /// the longest wildcard, then `*`), among these the longest path, and then the most conditions.
     ///
-    /// `host` may carry a port and any letter case; `path` must have come through [`canonical_path`].
-    pub(crate) fn find(&self, host: &str, path: &str) -> Option<&T> {
-        let host = bare_host(host);
-        self.0.iter().find(|route| {
-            let route: &Route = (*route).borrow();
-            let host_matches = match &route.host {
-                Host::Any => true,
-                Host::Under(domain) => host.len() > domain.len() && host.ends_with(domain.as_str()),
-                Host::Exact(name) => *name == host,
-            };
-            host_matches && covers(&route.path, path)
-        })
+    /// `path` must have come through [`canonical_path`].
+    pub(crate) fn find(&self, sought: &Sought<'_>, path: &str) -> Option<&T> {
+        self.at(sought.host, path, |route| route.conditions.hold(sought))
+    }
+
+    /// The methods that lead somewhere, where that of a request is all that does not fit.
+    pub(crate) fn methods(&self, sought: &Sought<'_>, path: &str) -> Vec<Method> {
+        let mut methods = Vec::new();
+        self.at(sought.host, path, |route| {
+            if route.conditions.hold_but_for_method(sought) {
+                methods.extend(route.conditions.methods.iter().cloned());
+            }
+            false
+        });
+        methods.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        methods.dedup();
+        methods
+    }
+
+    /// The fields by which routes at a host and above a path differ.
+    pub(crate) fn fields(&self, sought: &Sought<'_>, path: &str) -> Vec<HeaderName> {
+        let mut fields = Vec::new();
+        self.at(sought.host, path, |route| {
+            fields.extend(route.conditions.headers.iter().map(|(name, _)| name.clone()));
+            false
+        });
+        fields.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        fields.dedup();
+        fields
+    }
+
+    /// Whether any two differ by fields.
+    pub(crate) fn differ_by_fields(&self) -> bool {
+        self.by_fields
+    }
+
+    /// Whether a query is longer than one by which a route can be found.
+    pub(crate) fn is_too_long(&self, query: &Query<'_>) -> bool {
+        self.by_query && query.is_too_long()
+    }
+
+    /// The first at a host and above a path that `takes` it.
+    fn at(&self, host: &str, path: &str, mut takes: impl FnMut(&Route) -> bool) -> Option<&T> {
+        let under =
+            self.under.iter().filter(|(domain, _)| host.len() > domain.len() && host.ends_with(domain.as_str()));
+        let trees = self.exact.get(host).into_iter().chain(under.map(|(_, tree)| tree)).chain([&self.any]);
+        for tree in trees {
+            let mut above = vec![tree];
+            for segment in segments(path) {
+                let Some(below) = above[above.len() - 1].below.get(segment) else { break };
+                above.push(below);
+            }
+            let mut routes = above.iter().rev().flat_map(|tree| &tree.here).map(|nth| &self.all[*nth]);
+            if let Some(found) = routes.find(|route| takes((*route).borrow())) {
+                return Some(found);
+            }
+        }
+        None
     }
 
     /// All of them, most specific first.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
-        self.0.iter()
+        self.all.iter()
     }
 }
 
@@ -189,6 +330,58 @@ mod tests {
         toml::from_str(&format!("host = {host:?}\npath = {path:?}\nservice = \"s\"\nauth = []")).unwrap()
     }
 
+    fn find<'r>(routes: &'r Routes<Route>, host: &str, path: &str) -> Option<&'r Route> {
+        let (host, headers) = (bare_host(host), HeaderMap::new());
+        routes.find(&Sought { host: &host, method: &Method::GET, headers: &headers, query: &Query::new(None) }, path)
+    }
+
+    #[test]
+    fn of_one_path_the_route_that_asks_for_more_wins() {
+        let with = |path: &str, conditions: &str| -> Route {
+            toml::from_str(&format!("path = {path:?}\nservice = \"s\"\nauth = []\nmatch = {{ {conditions} }}")).unwrap()
+        };
+        let routes = Routes::new([
+            with("/", ""),
+            with("/a", "methods = [\"GET\"]"),
+            with("/a", "methods = [\"POST\"], headers = { x-beta = \"1\" }"),
+            with("/a/b", "query = { q = \"1\" }"),
+            with("/c", "methods = [\"PUT\", \"DELETE\"]"),
+        ]);
+        let mut beta = HeaderMap::new();
+        beta.insert("x-beta", "1".parse().unwrap());
+        let none = HeaderMap::new();
+        for (method, path, headers, query, want) in [
+            ("GET", "/a", &none, None, Some(("/a", 1))),
+            ("POST", "/a", &none, None, Some(("/", 0))),
+            ("POST", "/a/x", &beta, None, Some(("/a", 2))),
+            ("GET", "/a/b/c", &none, Some("q=1"), Some(("/a/b", 1))),
+            ("GET", "/a/b/c", &none, Some("q=2"), Some(("/a", 1))),
+            ("DELETE", "/a/b", &none, None, Some(("/", 0))),
+        ] {
+            let method = method.parse().unwrap();
+            let found = routes.find(&Sought { host: "h", method: &method, headers, query: &Query::new(query) }, path);
+            let found = found.map(|route| (route.path.as_str(), route.conditions.count()));
+            assert_eq!(found, want, "{method} {path} {query:?}");
+        }
+        let post = Sought { host: "h", method: &Method::POST, headers: &none, query: &Query::new(None) };
+        let only = Routes::new([with("/c", "methods = [\"PUT\", \"DELETE\"]")]);
+        assert!(only.find(&post, "/c/1").is_none());
+        assert_eq!(only.methods(&post, "/c/1"), [Method::DELETE, Method::PUT]);
+        assert!(only.methods(&post, "/d").is_empty());
+    }
+
+    /// Of many routes none is looked at but those on the way.
+    #[test]
+    fn a_thousand_routes_are_found_as_one() {
+        let hosts = (0..1000).map(|n| route(&format!("h{n}.example"), "/"));
+        let paths = (0..1000).map(|n| route("*", &format!("/p{n}/x")));
+        let routes = Routes::new(hosts.chain(paths));
+        for n in 0..1000 {
+            assert_eq!(find(&routes, "other", &format!("/p{n}/x/1")).unwrap().path, format!("/p{n}/x"));
+            assert_eq!(find(&routes, &format!("h{n}.example"), "/p1/x").unwrap().path, "/");
+        }
+    }
+
     #[test]
     fn the_most_specific_route_wins() {
         let routes = Routes::new([
@@ -215,11 +408,11 @@ mod tests {
             ("[::1]:443", "/x", "[::1]/"),
             ("[::1]", "/x", "[::1]/"),
         ] {
-            let found = routes.find(host, path).map(|route| format!("{}{}", route.host, route.path));
+            let found = find(&routes, host, path).map(|route| format!("{}{}", route.host, route.path));
             assert_eq!(found.as_deref(), Some(want), "{host}{path}");
         }
-        assert!(Routes::new([route("a.example", "/a")]).find("a.example", "/").is_none());
-        assert!(Routes::new([route("a.example", "/")]).find("b.example", "/").is_none());
+        assert!(find(&Routes::new([route("a.example", "/a")]), "a.example", "/").is_none());
+        assert!(find(&Routes::new([route("a.example", "/")]), "b.example", "/").is_none());
     }
 
     #[test]

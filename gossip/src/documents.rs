@@ -8,7 +8,7 @@ use std::{
 use starling_protocol::{DocumentEdition, DocumentHash, MAX_DOCUMENTS, MeshDocument, Name, SignedDocument};
 
 /// How far a version may be ahead of the one before: a slip of the hand must not use up all numbers.
-const MAX_LEAP: u64 = 1 << 20;
+pub const MAX_LEAP: u64 = 1 << 20;
 
 /// Why a document is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +42,14 @@ pub enum DocumentError {
         /// Which document.
         kind: Name,
         /// The version refused.
+        version: u64,
+    },
+    /// Another one of that version is there, and goes before it.
+    #[error("another edition of {kind} version {version} is there already: look at it, and publish again")]
+    Twin {
+        /// Which document.
+        kind: Name,
+        /// The version of both.
         version: u64,
     },
     /// More kinds than a mesh may have.

@@ -313,6 +313,8 @@ impl Gossip {
             self.settled_at = now;
             let items = Items { documents: vec![signed], ..Items::default() };
             self.outgoing.push(Outgoing::Push { fanout: PUSH, items });
+        } else if self.documents.all().all(|held| held.hash != signed.hash()) {
+            return Err(DocumentError::Twin { kind: claimed.kind, version: claimed.version });
         }
         Ok(())
     }

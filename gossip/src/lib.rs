@@ -26,7 +26,7 @@ mod twins;
 
 pub use actor::{Durable, GossipHandle, spawn};
 pub use config::{Announcement, Config, Credentials, Memory, Profile, RecordError};
-pub use documents::{DocumentError, DocumentView};
+pub use documents::{DocumentError, DocumentView, MAX_LEAP};
 pub use gossip::Gossip;
 pub use membership::Ident;
 pub use outgoing::{Counters, Detail, ForgetError, Outgoing, Reach, Sync, Target, Via};

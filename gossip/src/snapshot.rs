@@ -308,13 +308,7 @@ mod tests {
         let mut id = [0; 16];
         id[..2].copy_from_slice(&n.to_be_bytes());
         let addr = ([127, 0, 0, 1], 1000 + n).into();
-        let service = ServiceRecord {
-            name: "orders".parse().unwrap(),
-            version: String::new(),
-            protocol: Protocol::Http1,
-            weight: 100,
-            state: starling_protocol::ServiceState::Up,
-        };
+        let service = ServiceRecord::new("orders".parse().unwrap(), Protocol::Http1);
         let record = NodeRecord {
             id: NodeId(id),
             generation: 1,

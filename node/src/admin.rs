@@ -4,8 +4,8 @@ mod caller;
 mod view;
 
 use std::{
-    convert::Infallible, fs, future::Future, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
-    time::Duration,
+    convert::Infallible, fs, future::Future, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, pin::Pin,
+    sync::Arc, time::Duration,
 };
 
 use bytes::Bytes;
@@ -58,8 +58,11 @@ pub trait ExtraRoutes: Send + Sync {
     fn readings(&self) -> Vec<Levels>;
 
     /// Answers a request, or `None` if the path is not its own.
-    fn answer(&self, method: &Method, path: &str, body: &Bytes) -> Option<(StatusCode, serde_json::Value)>;
+    fn answer<'a>(&'a self, method: &'a Method, path: &'a str, body: &'a Bytes) -> ExtraAnswer<'a>;
 }
+
+/// An answer that may take its time.
+pub type ExtraAnswer<'a> = Pin<Box<dyn Future<Output = Option<(StatusCode, serde_json::Value)>> + Send + 'a>>;
 
 /// Serves on a TCP listener for as long as the process lives: a draining node still answers its operator. When it is `ended`,
 /// because another process answers, connections end with the next answer.
@@ -141,7 +144,9 @@ async fn answer<S: Subject>(request: Request<hyper::body::Incoming>, subject: &S
     };
     let path = parts.uri.path();
     let extra = subject.extra();
-    if let Some((status, value)) = extra.and_then(|extra| extra.answer(&parts.method, path, &body)) {
+    if let Some(extra) = extra
+        && let Some((status, value)) = extra.answer(&parts.method, path, &body).await
+    {
         return json(status, &value);
     }
     match (parts.method.as_str(), path) {

@@ -1,13 +1,16 @@
 //! A node's configuration: plain structs as in the TOML file, and diagnostics with lines.
 
+mod lifecycle;
+
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use http::HeaderMap;
 use serde::{Deserialize, Deserializer, de, de::DeserializeOwned};
 use starling_gossip::Profile;
-use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol};
+use starling_protocol::{ADMIN_PORT, MESH_PORT, Name, OUTBOUND_PORT, Protocol, ServiceRecord};
 use toml::de::DeTable;
 
+pub use self::lifecycle::{Date, Link};
 use crate::{HedgeSettings, LimitSettings, RepeatSettings, RetrySettings, observe::otlp};
 
 /// Everything that a node can be told.
@@ -219,6 +222,15 @@ pub struct ServiceConfig {
     /// API version of this instance.
     #[serde(default)]
     pub version: String,
+    /// Since when, or from when on, that version should not be used any more.
+    #[serde(default)]
+    pub deprecated: Option<Date>,
+    /// From when on it is gone.
+    #[serde(default)]
+    pub sunset: Option<Date>,
+    /// Where that is explained.
+    #[serde(default)]
+    pub link: Option<Link>,
     /// Share of calls; 100 is normal.
     #[serde(default = "normal_weight")]
     pub weight: u16,
@@ -249,6 +261,15 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
+    /// Says in a record what may change while the node runs.
+    pub(crate) fn tell(&self, record: &mut ServiceRecord) {
+        record.version.clone_from(&self.version);
+        record.weight = self.weight;
+        record.deprecated = self.deprecated.map_or(0, Date::unix);
+        record.sunset = self.sunset.map_or(0, Date::unix);
+        record.link = self.link.as_ref().map_or_else(String::new, |link| link.as_str().to_owned());
+    }
+
     /// A service with everything else as usual.
     pub fn new(name: Name, addr: SocketAddr) -> Self {
         Self {
@@ -256,6 +277,9 @@ impl ServiceConfig {
             addr,
             protocol: CheckedProtocol::default(),
             version: String::new(),
+            deprecated: None,
+            sunset: None,
+            link: None,
             weight: normal_weight(),
             health: None,
             allow_remote: false,
@@ -511,6 +535,17 @@ impl Config {
             }
             if service.version.len() > 32 {
                 problem(format!("service[{i}].version"), "longer than 32 bytes; shorten it".into());
+            }
+            let has_end = service.deprecated.is_some() || service.sunset.is_some() || service.link.is_some();
+            if service.version.is_empty() && has_end {
+                let what = "only a version is deprecated, or gone some day: give it one";
+                problem(format!("service[{i}].version"), what.into());
+            }
+            if let (Some(deprecated), Some(sunset)) = (service.deprecated, service.sunset)
+                && sunset < deprecated
+            {
+                let what = "sunset is before deprecated (RFC 9745 §4); swap the dates";
+                problem(format!("service[{i}].sunset"), what.into());
             }
             let is_http = matches!(service.protocol.0, Protocol::Http1 | Protocol::H2c);
             match service.health.as_ref().map(|health| health.path.as_deref()) {

@@ -19,7 +19,7 @@ mod takeover;
 pub mod config;
 pub mod web;
 
-pub use admin::{ExtraRoutes, rfc3339};
+pub use admin::{ExtraAnswer, ExtraRoutes, rfc3339};
 pub use call::{
     Call, CallError, Carried, Fault, HedgeAfter, HedgeSettings, LimitSettings, Limits, MadeByNode, MeshClient,
     RepeatSettings, RetrySettings, Sent,
@@ -31,8 +31,9 @@ pub use identity::{
     unix_now,
 };
 pub use mesh::{
+    announced::{Announced, AnnouncedVersion, Announcements},
     documents::Documents,
-    fleet::{Colleague, Fleet},
+    fleet::{Answering, Colleague, Fleet},
 };
 pub use observe::{
     observer::{Answered, Observed, Observer},

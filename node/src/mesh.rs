@@ -1,5 +1,6 @@
 //! What gossip needs of the world: links to other members, questions to all of them, documents on disk.
 
+pub(crate) mod announced;
 pub(crate) mod documents;
 pub(crate) mod fleet;
 pub(crate) mod links;

@@ -40,7 +40,7 @@ use crate::{
         renewal, unix_now,
     },
     inbound::{Inbound, condition::Condition, health},
-    mesh::{fleet::Fleet, links::Links, reachability},
+    mesh::{announced::Announcements, fleet::Fleet, links::Links, reachability},
     observe::{
         caller_name,
         otlp::{self, Collectors, Export, ExportCounts},
@@ -364,6 +364,11 @@ impl Node {
     pub fn fleet(&self) -> Fleet {
         let running = &self.running;
         Fleet::new(running.links.clone(), running.gossip.clone(), running.identity.id())
+    }
+
+    /// The versions of services, to follow.
+    pub fn announcements(&self) -> Announcements {
+        Announcements::new(&self.running.gossip)
     }
 
     /// Name of the node.

@@ -243,6 +243,15 @@ pub struct Service {
     pub name: Name,
     /// API version, empty if not told.
     pub version: String,
+    /// Since when, or from when on, that should not be used any more; RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deprecated: Option<String>,
+    /// From when on it is gone; RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sunset: Option<String>,
+    /// Where that is explained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
     /// Its instances, by node name.
     pub instances: Vec<ServiceInstance>,
     /// Attempts beyond the first at calls of the answering node's to it, in any version: after a failure.
@@ -383,8 +392,17 @@ pub struct Route {
     pub host: String,
     /// Path prefix.
     pub path: String,
-    /// Service that answers.
-    pub service: Name,
+    /// What a request must have besides, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<String>,
+    /// Service that answers, unless it is a redirect.
+    pub service: Option<Name>,
+    /// Where requests are sent instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirect: Option<String>,
+    /// Whether requests are put off.
+    #[serde(default)]
+    pub maintenance: bool,
     /// Any of these lets a caller in; empty means public.
     pub auth: Vec<String>,
     /// Plan that limits it, if any.
@@ -482,6 +500,9 @@ pub struct Explanation {
     /// Why that one.
     #[serde(default)]
     pub because: String,
+    /// Where the request is sent instead of to a service, behind the status.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected: Option<String>,
     /// Path and query that the service sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
@@ -544,6 +565,9 @@ pub struct Key {
     pub plan: Option<String>,
     /// When it was made, RFC 3339 in UTC.
     pub created: String,
+    /// Whether it holds on all edges.
+    #[serde(default)]
+    pub published: bool,
     /// The whole key, in the answer to its creation and never again.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub key: Option<String>,

@@ -2,10 +2,13 @@
 
 use bytes::Bytes;
 
-use crate::{frame::kinds, wire::message};
+use crate::{
+    frame::kinds,
+    wire::{message, nested},
+};
 
 // Each is answered by the one behind it.
-kinds!(10 ShowChallenge, 11 ChallengeShown, 12 FindCertificate, 13 FoundCertificate);
+kinds!(10 ShowChallenge, 11 ChallengeShown, 12 FindCertificate, 13 FoundCertificate, 14 AskCounts, 15 TellCounts);
 
 /// Asks to show an authority what it looks for while it finds out whether a host's name is the asking edge's (RFC 8555 §8).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,3 +64,66 @@ impl std::fmt::Debug for FoundCertificate {
             .finish_non_exhaustive()
     }
 }
+
+/// What an edge has to say and to ask about the counts of quotas, many at once.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AskCounts {
+    /// What it would take of counters that the asked edge owns. Done when all that it knows is heard.
+    pub takes: Vec<TakeCount>,
+    /// What it knows of counters.
+    pub knows: Vec<KnownCount>,
+    /// Counters that it would know of what the asked edge knows.
+    pub finds: Vec<String>,
+}
+message!(AskCounts { 1 takes, 2 knows, 3 finds });
+
+/// Asks for a lease: calls that an edge may let through by itself, counted as used from now on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TakeCount {
+    /// Which counter: plan, time and caller.
+    pub key: String,
+    /// The part of time for which it is counted: its begin, in seconds since 1970.
+    pub part: u64,
+    /// From which part on what was counted counts, in seconds since 1970.
+    pub since: u64,
+    /// How much may be counted, all in all.
+    pub limit: u64,
+    /// How much is of use; less is not to be given.
+    pub least: u64,
+    /// How much would be taken.
+    pub most: u64,
+}
+message!(TakeCount { 1 key, 2 part, 3 since, 4 limit, 5 least, 6 most });
+
+/// What is known of a counter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownCount {
+    /// Which counter.
+    pub key: String,
+    /// By parts of time and processes that count, as edges keep it: what two edges know is merged by the larger numbers.
+    pub counts: Bytes,
+}
+message!(KnownCount { 1 key, 2 counts });
+
+/// The answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TellCounts {
+    /// In the order of what was to be taken.
+    pub taken: Vec<TakenCount>,
+    /// What is known of what was to be found; not there if it is nothing.
+    pub found: Vec<KnownCount>,
+    /// Whether some of it was left out, because it is too much.
+    pub cut: bool,
+}
+message!(TellCounts { 1 taken, 2 found, 3 cut });
+
+/// A lease, or none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TakenCount {
+    /// How much is given; 0 if there is not enough.
+    pub taken: u64,
+    /// What is known of the counter now, as in [`KnownCount`].
+    pub counts: Bytes,
+}
+message!(TakenCount { 1 taken, 2 counts });
+nested!(TakeCount, KnownCount, TakenCount);

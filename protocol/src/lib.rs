@@ -24,7 +24,10 @@ pub use close::CloseCode;
 pub use document::{
     DocumentEdition, DocumentHash, DocumentState, MAX_DOCUMENT_BYTES, MAX_DOCUMENTS, MeshDocument, SignedDocument,
 };
-pub use fleet::{ChallengeShown, FindCertificate, FoundCertificate, ShowChallenge};
+pub use fleet::{
+    AskCounts, ChallengeShown, FindCertificate, FoundCertificate, KnownCount, ShowChallenge, TakeCount, TakenCount,
+    TellCounts,
+};
 pub use frame::{FrameHeader, Framed, MAX_FRAME_HEADER_BYTES, Unsupported, frame, frame_header, frame_of};
 pub use gossip::{
     Delta, DialBack, DialledBack, DocumentSight, Inspect, Items, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES, MemberHealth,
@@ -37,8 +40,8 @@ pub use join::{
 pub use name::{InvalidName, MeshName, Name, NodeId, service_of_host};
 pub use packet::{Life, MAX_PACKET_BYTES, News, Packet, PacketError, Purpose};
 pub use record::{
-    Capabilities, IssuerProof, MAX_LABEL_BYTES, MAX_RECORD_BYTES, MAX_SERVICES, MAX_WEIGHT, NodeKind, NodeRecord,
-    Phase, Protocol, RecordEdition, ServiceRecord, ServiceState, SignedRecord, is_label,
+    Capabilities, IssuerProof, MAX_LABEL_BYTES, MAX_LINK_BYTES, MAX_RECORD_BYTES, MAX_SERVICES, MAX_WEIGHT, NodeKind,
+    NodeRecord, Phase, Protocol, RecordEdition, ServiceRecord, ServiceState, SignedRecord, is_label,
 };
 pub use strike::{SignedStrike, Strike};
 pub use token::{Grants, JoinToken, NamePattern, TokenClaims, TokenError};

@@ -16,6 +16,8 @@ pub const MAX_SERVICES: usize = 128;
 pub const MAX_WEIGHT: u16 = 1000;
 /// Longest zone or version of a service, in bytes.
 pub const MAX_LABEL_BYTES: usize = 64;
+/// Longest link of a service's version, in bytes.
+pub const MAX_LINK_BYTES: usize = 512;
 /// Most certificates of a record that are read; two are right.
 const MAX_CERTIFICATES: usize = 8;
 /// The format of records that this version writes.
@@ -180,11 +182,31 @@ pub struct ServiceRecord {
     pub weight: u16,
     /// Whether it can be called now.
     pub state: ServiceState,
+    /// Since when, or from when on, that version should not be used any more (RFC 9745), in seconds since 1970; 0 if not told.
+    pub deprecated: u64,
+    /// From when on it is gone (RFC 8594), in seconds since 1970; 0 if not told.
+    pub sunset: u64,
+    /// Where that is explained: an absolute URI. Empty if not told.
+    pub link: String,
 }
 
-message!(ServiceRecord { 1 name, 2 version, 3 protocol, 4 weight, 5 state });
+message!(ServiceRecord { 1 name, 2 version, 3 protocol, 4 weight, 5 state, 6 deprecated, 7 sunset, 8 link });
 
 impl ServiceRecord {
+    /// A service that can be called, with everything else as usual: no version, and the usual share.
+    pub fn new(name: Name, protocol: Protocol) -> Self {
+        Self {
+            name,
+            version: String::new(),
+            protocol,
+            weight: 100,
+            state: ServiceState::Up,
+            deprecated: 0,
+            sunset: 0,
+            link: String::new(),
+        }
+    }
+
     /// Whether this version can call it.
     pub fn is_callable(&self) -> bool {
         self.state == ServiceState::Up && self.weight > 0 && !matches!(self.protocol, Protocol::Unknown(_))
@@ -373,6 +395,10 @@ impl SignedRecord {
         if !is_label(&record.zone) || record.services.iter().any(|service| !is_label(&service.version)) {
             return wrong("a zone or a version that is no label");
         }
+        let is_link = |link: &str| link.len() <= MAX_LINK_BYTES && link.bytes().all(|byte| byte.is_ascii_graphic());
+        if !record.services.iter().all(|service| is_link(&service.link)) {
+            return wrong("a link that is none");
+        }
         let ip = record.addr.ip();
         let broadcast = ip == std::net::Ipv4Addr::BROADCAST;
         if record.addr.port() == 0 || ip.is_unspecified() || ip.is_multicast() || broadcast {
@@ -397,8 +423,7 @@ mod tests {
     use crate::wire::put_field;
 
     fn service(name: &str) -> ServiceRecord {
-        let (version, protocol, state) = ("v1".into(), Protocol::H2c, ServiceState::Up);
-        ServiceRecord { name: name.parse().unwrap(), version, protocol, weight: 100, state }
+        ServiceRecord { version: "v1".into(), ..ServiceRecord::new(name.parse().unwrap(), Protocol::H2c) }
     }
 
     fn record() -> NodeRecord {
@@ -469,11 +494,13 @@ mod tests {
         let many = (0..=MAX_SERVICES).map(|n| service(&format!("s{n}"))).collect();
         let escape = NodeRecord { zone: "\x1b[2J".into(), ..record() };
         let version = ServiceRecord { version: "v\u{202e}1".into(), ..service("orders") };
+        let link = ServiceRecord { link: "https://a.example/\u{1b}[2J".into(), ..service("orders") };
         for bad in [
             twice,
             NodeRecord { services: many, ..record() },
             escape,
             NodeRecord { services: vec![version], ..record() },
+            NodeRecord { services: vec![link], ..record() },
             NodeRecord { zone: "z".repeat(65), ..record() },
         ] {
             assert!(signed(SignedRecord::encode_body(&bad)).peek().is_err(), "{bad:?}");

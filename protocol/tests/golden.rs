@@ -7,11 +7,12 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use starling_protocol::{
-    Answer, Application, Capabilities, Delta, DialBack, DialledBack, DocumentEdition, DocumentHash, DocumentSight,
-    DocumentState, Floor, Grant, Grants, Inspect, IssuerProof, Items, Join, JoinToken, Ledger, Life, MemberHealth,
-    MemberState, MeshDocument, News, NodeId, NodeKind, NodeRecord, Packet, Phase, Ping, Pong, Protocol, Purpose,
-    Refusal, Relayed, Renew, Reservation, ServiceRecord, ServiceState, Sight, SignedAnswer, SignedDocument,
-    SignedRecord, SignedReservation, SignedStrike, Strike, Summary, TokenClaims, Unsupported, View, Word,
+    Answer, Application, AskCounts, Capabilities, ChallengeShown, Delta, DialBack, DialledBack, DocumentEdition,
+    DocumentHash, DocumentSight, DocumentState, FindCertificate, Floor, FoundCertificate, Grant, Grants, Inspect,
+    IssuerProof, Items, Join, JoinToken, KnownCount, Ledger, Life, MemberHealth, MemberState, MeshDocument, News,
+    NodeId, NodeKind, NodeRecord, Packet, Phase, Ping, Pong, Protocol, Purpose, Refusal, Relayed, Renew, Reservation,
+    ServiceRecord, ServiceState, ShowChallenge, Sight, SignedAnswer, SignedDocument, SignedRecord, SignedReservation,
+    SignedStrike, Strike, Summary, TakeCount, TakenCount, TellCounts, TokenClaims, Unsupported, View, Word,
     admin::MemberStatus, encode, frame,
 };
 
@@ -28,11 +29,9 @@ fn name(text: &str) -> starling_protocol::Name {
 
 fn record() -> NodeRecord {
     let service = |name_: &str, protocol, state| ServiceRecord {
-        name: name(name_),
         version: "v2".into(),
-        protocol,
-        weight: 100,
         state,
+        ..ServiceRecord::new(name(name_), protocol)
     };
     NodeRecord {
         id: id(1),
@@ -53,15 +52,55 @@ fn record() -> NodeRecord {
     }
 }
 
+/// A node whose service says how long it will be there.
+fn record_of_versions() -> NodeRecord {
+    let mut record = record();
+    record.services.truncate(1);
+    let service = &mut record.services[0];
+    (service.deprecated, service.sunset) = (1_767_225_600, 1_798_761_600);
+    service.link = "https://example.com/news".into();
+    record
+}
+
+fn show_challenge() -> ShowChallenge {
+    let text = |text: &str| text.to_owned();
+    ShowChallenge {
+        host: text("api.example.com"),
+        token: text("evaGxfADs6pSRb2LAv9IZ"),
+        authorization: text("evaGxfADs6pSRb2LAv9IZ.nP1qzpXGymHBrUEepNY9HCsQk7K8KhOypzEt62jcerQ"),
+        over_tls: true,
+    }
+}
+
+fn found_certificate() -> FoundCertificate {
+    FoundCertificate { wanted: true, ordering: true, failures: 2, pem: vec![0x2d; 4].into() }
+}
+
+/// What is known of a counter: a part of time, who counts, taken and returned.
+fn counts() -> bytes::Bytes {
+    [1_800_000_000u64, 7, 40, 2].into_iter().flat_map(u64::to_be_bytes).collect::<Vec<_>>().into()
+}
+
+fn ask_counts() -> AskCounts {
+    let (key, part) = ("free day consumer acme".to_owned(), 1_800_000_000);
+    AskCounts {
+        takes: vec![TakeCount { key: key.clone(), part, since: part, limit: 1000, least: 1, most: 3 }],
+        knows: vec![KnownCount { key: key.clone(), counts: counts() }],
+        finds: vec![key],
+    }
+}
+
+fn tell_counts() -> TellCounts {
+    TellCounts {
+        taken: vec![TakenCount { taken: 3, counts: counts() }],
+        found: vec![KnownCount { key: "free day consumer acme".into(), counts: counts() }],
+        cut: true,
+    }
+}
+
 /// A node in front of services that are no HTTP.
 fn record_of_carriers() -> NodeRecord {
-    let service = |text, protocol| ServiceRecord {
-        name: name(text),
-        version: String::new(),
-        protocol,
-        weight: 100,
-        state: ServiceState::Up,
-    };
+    let service = |text, protocol| ServiceRecord::new(name(text), protocol);
     NodeRecord { services: vec![service("db", Protocol::Tcp), service("dns", Protocol::Udp)], ..record() }
 }
 
@@ -212,6 +251,12 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("dial-back", frame(&DialBack {})),
         ("dialled-back", frame(&DialledBack { why: Some("no answer in time".into()) })),
         ("unsupported", frame(&Unsupported { kind: 300 })),
+        ("show-challenge", frame(&show_challenge())),
+        ("challenge-shown", frame(&ChallengeShown {})),
+        ("find-certificate", frame(&FindCertificate { id: "a1b2".into(), newer_than: 1_800_000_000 })),
+        ("found-certificate", frame(&found_certificate())),
+        ("ask-counts", frame(&ask_counts())),
+        ("tell-counts", frame(&tell_counts())),
         ("join", frame(&join)),
         ("renew", frame(&Renew { csr: vec![0xc5; 4].into(), chain: vec![vec![0xc1; 4].into()] })),
         ("relayed", frame(&Relayed { kind: 16, request: vec![1, 2, 3].into() })),
@@ -226,6 +271,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("packet-ping-request", packet(Purpose::PingRequest(life(4))).encode()),
         ("packet-dead", packet(Purpose::Dead).encode()),
         ("record-of-carriers", SignedRecord::encode_body(&record_of_carriers()).to_vec()),
+        ("record-of-versions", SignedRecord::encode_body(&record_of_versions()).to_vec()),
         ("token", JoinToken::new(claims(), [0x5e; 32]).to_string().into_bytes()),
     ]
 }
@@ -285,6 +331,10 @@ fn read(message: &str, bytes: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
             let signed = SignedRecord { body: bytes.to_vec().into(), ..signed_record() };
             assert_eq!(signed.peek()?, record_of_carriers());
         }
+        "record-of-versions" => {
+            let signed = SignedRecord { body: bytes.to_vec().into(), ..signed_record() };
+            assert_eq!(signed.peek()?, record_of_versions());
+        }
         "items" => read_items(&body(bytes)?)?,
         "summary" => assert_eq!(body::<Summary>(bytes)?.members, members()),
         "delta" => read_items(&body::<Delta>(bytes)?.items)?,
@@ -295,6 +345,12 @@ fn read(message: &str, bytes: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
         "dial-back" => assert_eq!(body::<DialBack>(bytes)?, DialBack::default()),
         "dialled-back" => assert_eq!(body::<DialledBack>(bytes)?.why.as_deref(), Some("no answer in time")),
         "unsupported" => assert_eq!(body::<Unsupported>(bytes)?.kind, 300),
+        "show-challenge" => assert_eq!(body::<ShowChallenge>(bytes)?, show_challenge()),
+        "challenge-shown" => assert_eq!(body::<ChallengeShown>(bytes)?, ChallengeShown {}),
+        "find-certificate" => assert_eq!(body::<FindCertificate>(bytes)?.newer_than, 1_800_000_000),
+        "found-certificate" => assert_eq!(body::<FoundCertificate>(bytes)?, found_certificate()),
+        "ask-counts" => assert_eq!(body::<AskCounts>(bytes)?, ask_counts()),
+        "tell-counts" => assert_eq!(body::<TellCounts>(bytes)?, tell_counts()),
         "join" => {
             let application: Application = decode(&body::<Join>(bytes)?.application)?;
             assert_eq!(TokenClaims::decode_in_full(&application.claims)?, claims());

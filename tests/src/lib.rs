@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use starling_chaos::{Client, Cluster, Process, free_port, wait_for};
+use starling_chaos::{Client, Cluster, Process, free_port, self_signed, wait_for};
 use starling_protocol::admin;
 
 /// The binary, built if need be: `cargo test` alone does not build another package's binary.
@@ -99,6 +99,30 @@ pub async fn sample(dir: &Path, name: &str) -> (Process, SocketAddr) {
     let process = Process::start(binary(), args, &dir.join(format!("{name}.service.log"))).expect("the sample starts");
     listening(addr).await;
     (process, addr)
+}
+
+/// Where an edge is called: its public address, the certificate that it shows, and the part of its file that says so.
+pub struct Front {
+    /// A free port.
+    pub listen: SocketAddr,
+    /// For clients to trust.
+    pub cert: PathBuf,
+    /// `[edge]` and `[[certificate]]`; other sections come behind it.
+    pub sections: String,
+}
+
+impl Front {
+    /// For that host, with `more` in `[edge]`. The certificate is the same for all in a directory.
+    pub fn new(dir: &Path, host: &str, more: &str) -> Self {
+        let (listen, cert, key) = (free_port(), dir.join("edge.pem"), dir.join("edge.key"));
+        if !cert.exists() {
+            self_signed(&[host], &cert, &key).expect("a certificate");
+        }
+        let sections = format!(
+            "[edge]\nlisten = \"{listen}\"\n{more}\n[[certificate]]\nhosts = [\"{host}\"]\ncert = {cert:?}\nkey = {key:?}\n"
+        );
+        Self { listen, cert, sections }
+    }
 }
 
 /// A server that misbehaves in the given way, as `clients/broken_server.py` can. Needs a Python, any.

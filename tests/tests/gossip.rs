@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use starling_chaos::{Client, Cluster, NodeSpec, Process, wait_for};
 use starling_protocol::{
     DocumentHash, Framed, IssuerProof, Items, Life, MAX_DOCUMENT_BYTES, MAX_GOSSIP_FRAME_BYTES, MAX_PUSH_BYTES,
-    MAX_RECORD_BYTES, MAX_SERVICES, MeshDocument, NodeKind, NodeRecord, Protocol, Purpose, ServiceRecord, ServiceState,
+    MAX_RECORD_BYTES, MAX_SERVICES, MeshDocument, NodeKind, NodeRecord, Protocol, Purpose, ServiceRecord,
     SignedDocument, SignedRecord, admin::MemberStatus, frame, frame_of, put_varint,
 };
 use starling_tests::{
@@ -155,8 +155,7 @@ fn record(signed: SignedRecord) -> Items {
 }
 
 fn service(name: &str) -> ServiceRecord {
-    let (version, protocol, state) = (String::new(), Protocol::Http1, ServiceState::Up);
-    ServiceRecord { name: name.parse().unwrap(), version, protocol, weight: 100, state }
+    ServiceRecord::new(name.parse().unwrap(), Protocol::Http1)
 }
 
 /// Records that nobody may believe, and what is wrong with them.

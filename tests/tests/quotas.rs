@@ -1,4 +1,4 @@
-//! Quotas by the day and longer, on one edge: the same over every protocol, and over whatever happens to the process.
+//! Quotas by the day and longer: the same over every protocol, over whatever happens to the process, and over several edges.
 
 use std::{
     net::SocketAddr,
@@ -8,9 +8,9 @@ use std::{
 
 use bytes::Bytes;
 use http::Request;
-use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
+use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, wait_for};
 use starling_protocol::admin::QuotaUse;
-use starling_tests::{binary, is_known, sample};
+use starling_tests::{Front, binary, is_known, sample};
 
 const HOST: &str = "api.example.com";
 /// For whatever is waited for.
@@ -18,13 +18,18 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 struct Stage {
     cluster: Cluster,
-    listen: SocketAddr,
+    /// Of each edge.
+    listen: Vec<SocketAddr>,
     cert: PathBuf,
     _service: Process,
 }
 
 impl Stage {
     async fn set() -> Self {
+        Self::with_edges(&["edge"]).await
+    }
+
+    async fn with_edges(names: &[&str]) -> Self {
         // A day, or a month, may begin at any full hour somewhere.
         let past = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 3600;
         if past > 3600 - 120 {
@@ -33,16 +38,7 @@ impl Stage {
         let mut cluster = Cluster::start(binary()).await.unwrap();
         let (service, addr) = sample(cluster.dir(), "orders").await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();
-        let (cert, key) = (cluster.dir().join("edge.pem"), cluster.dir().join("edge.key"));
-        self_signed(&[HOST], &cert, &key).unwrap();
-        let listen = free_port();
-        let sections = format!(
-            r#"[edge]
-listen = "{listen}"
-[[certificate]]
-hosts = ["{HOST}"]
-cert = {cert:?}
-key = {key:?}
+        let rules = r#"
 [[plan]]
 name = "free"
 rate = "100/s"
@@ -52,6 +48,9 @@ quota = ["10/day", "100/7d"]
 name = "public"
 quota = "6/month"
 time_zone = "Europe/Berlin"
+[[plan]]
+name = "shared"
+quota = ["60/day", "1000/7d"]
 [[plan]]
 name = "looks"
 quota = "1/day"
@@ -73,14 +72,26 @@ service = "orders"
 auth = []
 plan = "public"
 [[route]]
+path = "/shared"
+service = "orders"
+auth = []
+plan = "shared"
+[[route]]
 path = "/looks"
 service = "orders"
 auth = []
 plan = "looks"
-"#
-        );
-        cluster.add_edge("edge", &sections).await.unwrap();
-        is_known(&cluster, "edge", "orders", 1).await;
+"#;
+        let (mut listen, mut cert) = (Vec::new(), PathBuf::new());
+        for name in names {
+            let front = Front::new(cluster.dir(), HOST, "");
+            cluster.add_edge(name, &(front.sections + rules)).await.unwrap();
+            listen.push(front.listen);
+            cert = front.cert;
+        }
+        for name in names {
+            is_known(&cluster, name, "orders", 1).await;
+        }
         Self { cluster, listen, cert, _service: service }
     }
 
@@ -89,7 +100,11 @@ plan = "looks"
     }
 
     async fn run(&self, args: &[&str]) -> String {
-        let admin = format!("http://{}", self.cluster.node("edge").admin);
+        self.run_at("edge", args).await
+    }
+
+    async fn run_at(&self, edge: &str, args: &[&str]) -> String {
+        let admin = format!("http://{}", self.cluster.node(edge).admin);
         self.cluster.run(&[args, &["--admin", &admin]].concat()).await.unwrap()
     }
 
@@ -100,9 +115,13 @@ plan = "looks"
     }
 
     async fn ask(&self, door: Door, path: &str, key: &str) -> Answer {
+        self.ask_at(0, door, path, key).await
+    }
+
+    async fn ask_at(&self, edge: usize, door: Door, path: &str, key: &str) -> Answer {
         let client = Client::trusting(&self.cert).unwrap();
         let request = Request::get(format!("https://{HOST}{path}")).header("x-api-key", key);
-        client.send(door, self.listen, request.body(Bytes::new()).unwrap()).await.unwrap()
+        client.send(door, self.listen[edge], request.body(Bytes::new()).unwrap()).await.unwrap()
     }
 
     async fn restart(&mut self) {
@@ -201,4 +220,53 @@ async fn counts_survive_kills_upgrades_and_a_damaged_file() {
     assert_eq!(stage.ask(Door::Http1, "/orders", &key).await.status, 200);
     assert!(stage.cluster.node("edge").process.log().contains("the counts of quotas are damaged"));
     assert!(file.with_extension("redb.damaged").exists());
+}
+
+#[tokio::test]
+async fn several_edges_let_pass_what_one_would() {
+    const EDGES: [&str; 3] = ["edge", "edge-2", "edge-3"];
+    let mut stage = Stage::with_edges(&EDGES).await;
+    // What an edge holds in a lease counts until it has lain for some seconds.
+    let all_tell = async |stage: &Stage, day: u64, week: u64| {
+        wait_for("all edges tell the same", LIMIT, || async {
+            let mut all = Vec::new();
+            for edge in EDGES {
+                let told = stage.run_at(edge, &["quota", "show", "--address=127.0.0.1", "-o", "json"]).await;
+                let quotas: Vec<QuotaUse> = serde_json::from_str(&told).unwrap();
+                all.extend(quotas.iter().filter(|q| q.plan == "shared").map(|q| q.used));
+            }
+            (all == [day, week].repeat(EDGES.len())).then_some(()).ok_or(format!("{all:?}"))
+        })
+        .await
+        .unwrap();
+    };
+    let passed = async |stage: &Stage, edges: &[usize], calls: usize| {
+        let mut passed = 0;
+        for (edge, door) in edges.iter().cycle().zip(Door::PUBLIC.into_iter().cycle().skip(1)).take(calls) {
+            let answer = stage.ask_at(*edge, door, "/shared", "").await;
+            assert!(matches!(answer.status, 200 | 429), "{answer:?}");
+            assert!(answer.header("ratelimit").contains("\"shared-7d\";r="), "{answer:?}");
+            passed += u64::from(answer.status == 200);
+        }
+        passed
+    };
+    assert_eq!(passed(&stage, &[0, 1, 2], 45).await, 45);
+    all_tell(&stage, 45, 45).await;
+    // One dies without a word. The others know what it has let through, and go on.
+    let dies = "edge-2";
+    // A second is what may be lost with it.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    stage.cluster.kill(dies).await.unwrap();
+    assert_eq!(passed(&stage, &[0, 2], 10).await, 10);
+    // It comes again, and knows what the others have let through meanwhile.
+    stage.cluster.restart(dies).await.unwrap();
+    is_known(&stage.cluster, dies, "orders", 1).await;
+    all_tell(&stage, 55, 55).await;
+    assert_eq!(passed(&stage, &[1, 0, 2], 20).await, 5);
+    // What the day forbids takes nothing of the week.
+    all_tell(&stage, 60, 60).await;
+    // Whoever resets it does so for all.
+    stage.run_at("edge-3", &["quota", "reset", "--address=127.0.0.1"]).await;
+    all_tell(&stage, 0, 0).await;
+    assert_eq!(passed(&stage, &[0, 1, 2], 3).await, 3);
 }

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
-use starling_tests::{binary, client_script, is_known, nginx_at, python, run, sample};
+use starling_tests::{Front, binary, client_script, is_known, nginx_at, python, run, sample};
 use tokio::task::JoinSet;
 
 /// For whatever is waited for.
@@ -108,16 +108,9 @@ impl Stage {
         let server = format!("listen {told}; location / {{ return 200 \"{answer}\"; }}");
         let telling = nginx_at(&cluster.dir().join("told"), told, &server).await?;
         cluster.add(&NodeSpec::named("b").serving(format!("told={told}"))).await.unwrap();
-        let (cert, key) = (cluster.dir().join("edge.pem"), cluster.dir().join("edge.key"));
-        self_signed(&[HOST], &cert, &key).unwrap();
-        let listen = free_port();
-        let sections = format!(
-            r#"[edge]
-listen = "{listen}"
-[[certificate]]
-hosts = ["{HOST}"]
-cert = {cert:?}
-key = {key:?}
+        let Front { listen, cert, sections } = Front::new(cluster.dir(), HOST, "");
+        let rules = format!(
+            r#"
 [[route]]
 service = "orders"
 auth = ["jwt"]
@@ -138,7 +131,7 @@ algorithms = ["ES256", "RS256", "EdDSA"]
             port = issuer.addr.port(),
             ca = issuer.dir.join("issuer.pem"),
         );
-        cluster.add_edge("edge", &sections).await.unwrap();
+        cluster.add_edge("edge", &(sections + &rules)).await.unwrap();
         is_known(&cluster, "edge", "orders", 1).await;
         Some(Self { cluster, issuer, listen, cert, _services: [service, telling] })
     }

@@ -22,17 +22,17 @@ pub(crate) async fn run(args: &DocumentsArgs) -> Result<(), Failure> {
             let file = &publish.file;
             let content =
                 std::fs::read(file).map_err(|e| Failure::failed(format!("cannot read {}: {e}", file.display())))?;
-            if content.len() > MAX_DOCUMENT_BYTES {
-                let (length, file) = (content.len(), file.display());
-                return Err(Failure::failed(format!(
-                    "{file} has {length} bytes; a document has at most {MAX_DOCUMENT_BYTES}"
-                )));
-            }
             let expires = publish.expires_in.map(|time| unix_now() + time.as_secs());
-            issue(&publish.edition, content, expires, false).await
+            told(&issue(&publish.edition, content, expires, false).await?)
         }
-        Some(DocumentsCommand::Delete(delete)) => issue(&delete.edition, Vec::new(), None, true).await,
+        Some(DocumentsCommand::Delete(delete)) => told(&issue(&delete.edition, Vec::new(), None, true).await?),
     }
+}
+
+fn told(edition: &DocumentEdition) -> Result<(), Failure> {
+    println!("{} version {} {}", edition.kind, edition.version, edition.hash);
+    eprintln!("see it get round with: starling documents");
+    Ok(())
 }
 
 async fn list(client: &ClientArgs) -> Result<(), Failure> {
@@ -68,7 +68,16 @@ async fn list(client: &ClientArgs) -> Result<(), Failure> {
 }
 
 /// Signs the next edition and hands it to a node.
-async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, deleted: bool) -> Result<(), Failure> {
+pub(super) async fn issue(
+    args: &EditionArgs,
+    content: Vec<u8>,
+    expires: Option<u64>,
+    deleted: bool,
+) -> Result<DocumentEdition, Failure> {
+    if content.len() > MAX_DOCUMENT_BYTES {
+        let (kind, length) = (&args.kind, content.len());
+        return Err(Failure::failed(format!("{kind} has {length} bytes; a document has at most {MAX_DOCUMENT_BYTES}")));
+    }
     let key = Admin::require(&StateDir::existing(&args.state)?)?;
     let known: Vec<Document> = admin::ask(&args.client.admin, Method::GET, "/v1/documents", None).await?;
     let known = known.iter().find(|document| document.kind == args.kind);
@@ -77,9 +86,10 @@ async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, delet
     }
     let document = MeshDocument {
         kind: args.kind.clone(),
-        version: args.edition.unwrap_or_else(|| known.map_or(0, |k| k.version) + 1),
+        version: args.edition.unwrap_or_else(|| known.map_or(0, |k| k.version).saturating_add(1)),
         previous: known.and_then(|k| k.hash.parse().ok()).unwrap_or_default(),
-        not_before: unix_now(),
+        // At once, whatever the time is where it is read.
+        not_before: 0,
         expires,
         deleted,
         content: content.into(),
@@ -87,8 +97,5 @@ async fn issue(args: &EditionArgs, content: Vec<u8>, expires: Option<u64>, delet
     };
     let signed: SignedDocument = key.sign(&document);
     let body = serde_json::to_value(NewDocument { signed: STANDARD.encode(encode(&signed)) })?;
-    let edition: DocumentEdition = admin::ask(&args.client.admin, Method::POST, "/v1/documents", Some(body)).await?;
-    println!("{} version {} {}", edition.kind, edition.version, edition.hash);
-    eprintln!("see it get round with: starling documents");
-    Ok(())
+    admin::ask(&args.client.admin, Method::POST, "/v1/documents", Some(body)).await
 }

@@ -1,5 +1,7 @@
 //! `starling edge`
 
+pub(super) mod publication;
+
 use std::time::Duration;
 
 use http::Method;
@@ -15,8 +17,11 @@ use crate::{
 };
 
 pub(crate) async fn run(args: &EdgeArgs) -> Result<(), Failure> {
-    if let Some(EdgeCommand::Explain(args)) = &args.command {
-        return explain(args).await;
+    match &args.command {
+        Some(EdgeCommand::Explain(args)) => return explain(args).await,
+        Some(EdgeCommand::Publish(args)) => return publication::publish(args).await,
+        Some(EdgeCommand::Rollback(args)) => return publication::roll_back(args).await,
+        None => {}
     }
     let args = &args.run;
     logging::start();
@@ -65,7 +70,12 @@ async fn explain(args: &ExplainArgs) -> Result<(), Failure> {
     if let Some(route) = &told.route {
         row("route", format!("{} {}", route.host, route.path));
         row("because", told.because.clone());
-        row("service", format!("{}, as {} {}", route.service, told.method, told.path.clone().unwrap_or_default()));
+        if let Some(service) = &route.service {
+            row("service", format!("{service}, as {} {}", told.method, told.path.clone().unwrap_or_default()));
+        }
+        if let Some(redirected) = &told.redirected {
+            row("redirect", redirected.clone());
+        }
         let auth = if route.auth.is_empty() { "nobody is asked".to_owned() } else { route.auth.join(" or ") };
         row("who", auth);
         if let (Some(version), Some(by)) = (&told.version, &told.version_by) {

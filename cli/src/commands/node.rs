@@ -177,7 +177,7 @@ pub(crate) fn read_file(path: &std::path::Path) -> Result<String, Failure> {
     std::fs::read_to_string(path).map_err(|e| Failure::failed(format!("cannot read {}: {e}", path.display())))
 }
 
-/// `NAME=IP:PORT[,version=V][,protocol=P]`
+/// `NAME=IP:PORT[,version=V][,protocol=P][,deprecated=DATE][,sunset=DATE][,link=URL]`
 pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
     let (name, rest) = text.split_once('=').ok_or("use NAME=IP:PORT[,version=V][,protocol=http1|h2c|tcp|udp]")?;
     let mut parts = rest.split(',');
@@ -187,7 +187,13 @@ pub(crate) fn parse_service(text: &str) -> Result<ServiceConfig, String> {
         match part.split_once('=') {
             Some(("version", version)) => service.version = version.to_string(),
             Some(("protocol", protocol)) => service.protocol = CheckedProtocol(protocol.parse()?),
-            _ => return Err(format!("unknown part {part:?}; use version=V or protocol=http1|h2c|tcp|udp")),
+            Some(("deprecated", date)) => service.deprecated = Some(date.to_owned().try_into()?),
+            Some(("sunset", date)) => service.sunset = Some(date.to_owned().try_into()?),
+            Some(("link", link)) => service.link = Some(link.to_owned().try_into()?),
+            _ => {
+                let parts = "version=V, protocol=http1|h2c|tcp|udp, deprecated=DATE, sunset=DATE or link=URL";
+                return Err(format!("unknown part {part:?}; use {parts}"));
+            }
         }
     }
     Ok(service)

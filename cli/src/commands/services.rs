@@ -15,6 +15,7 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
         return output::json(&services, false);
     }
     let wide = args.output == Output::Wide;
+    let has_ends = services.iter().any(|service| service.deprecated.is_some() || service.sunset.is_some());
     let rows = services.iter().flat_map(|service| {
         service.instances.iter().map(move |i| {
             let state = match (i.state, i.ejected) {
@@ -23,6 +24,9 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
                 (state, false) => format!("{state:?}").to_lowercase(),
             };
             let mut row = vec![service.name.to_string(), service.version.clone(), i.node.clone(), state];
+            if has_ends {
+                row.push(end_of(service));
+            }
             if wide {
                 row.extend([i.addr.to_string(), i.zone.clone(), i.protocol.to_string()]);
                 row.extend([i.in_flight.to_string(), i.latency_us.map_or("-".into(), milliseconds)]);
@@ -31,13 +35,27 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
             row
         })
     });
-    let header =
-        ["SERVICE", "VERSION", "NODE", "STATE", "ADDRESS", "ZONE", "PROTOCOL", "IN FLIGHT", "LATENCY", "LIMIT"];
-    output::table(&header[..if wide { header.len() } else { 4 }], rows.collect());
+    let mut header = vec!["SERVICE", "VERSION", "NODE", "STATE"];
+    header.extend(has_ends.then_some("VERSION IS"));
+    if wide {
+        header.extend(["ADDRESS", "ZONE", "PROTOCOL", "IN FLIGHT", "LATENCY", "LIMIT"]);
+    }
+    output::table(&header, rows.collect());
     if wide {
         repeats(&services);
     }
     Ok(())
+}
+
+/// What its nodes say of the end of a version.
+fn end_of(service: &Service) -> String {
+    let day = |date: &Option<String>| date.as_ref().map(|date| date.split('T').next().unwrap_or_default().to_owned());
+    let (deprecated, sunset) = (day(&service.deprecated), day(&service.sunset));
+    let ends = [deprecated.map(|d| format!("deprecated {d}")), sunset.map(|d| format!("gone {d}"))];
+    match ends.into_iter().flatten().collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => "-".into(),
+        ends => ends,
+    }
 }
 
 /// What calls of this node's were repeated, by service: the versions of one have that in common.

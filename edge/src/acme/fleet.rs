@@ -8,7 +8,6 @@ use std::{collections::VecDeque, sync::Mutex, time::Duration};
 
 use bytes::Bytes;
 use rustls::crypto::CryptoProvider;
-use sha2::{Digest, Sha256};
 use starling_node::Fleet;
 use starling_protocol::{ChallengeShown, FindCertificate, FoundCertificate, NodeId, ShowChallenge};
 use tokio::{task::JoinSet, time::Instant};
@@ -17,6 +16,7 @@ use super::{
     challenge::{Challenges, Shown},
     store::Id,
 };
+use crate::rendezvous::score;
 
 /// For how long what another edge asked for is shown.
 const HELD: Duration = Duration::from_secs(5 * 60);
@@ -75,7 +75,7 @@ impl Others {
                 return;
             }
         };
-        let comes_first = found.wanted && score(id, edge) > score(id, own);
+        let comes_first = found.wanted && score(id.as_str(), edge) > score(id.as_str(), own);
         self.before += u32::from(comes_first);
         self.busy |= found.ordering || comes_first && found.failures < MAX_FAILURES;
         if !found.pem.is_empty() {
@@ -118,11 +118,6 @@ pub(super) async fn show_everywhere(fleet: &Fleet, challenges: &[ShowChallenge])
     }
     let all = async { while asked.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(SHOW, all).await;
-}
-
-/// The edge with the highest one has a certificate issued.
-fn score(id: &Id, edge: &NodeId) -> [u8; 32] {
-    Sha256::new().chain_update(id.as_str()).chain_update([0]).chain_update(edge.to_string()).finalize().into()
 }
 
 /// What is shown because other edges asked for it.
@@ -168,7 +163,7 @@ mod tests {
             },
         );
         let mut edges: Vec<NodeId> = (1..=3).map(|n| format!("{n:032x}").parse().unwrap()).collect();
-        edges.sort_by_key(|edge| std::cmp::Reverse(score(&id, edge)));
+        edges.sort_by_key(|edge| std::cmp::Reverse(score(id.as_str(), edge)));
         let [first, second, third] = edges[..] else { panic!("three edges") };
         let says = |wanted, ordering, failures| Ok(FoundCertificate { wanted, ordering, failures, pem: Bytes::new() });
         let heard = |own: &NodeId, answers: &[(NodeId, Result<FoundCertificate, String>)]| {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use http::{HeaderName, header};
 use starling_node::{unix_now, web::Web};
 
-use super::{AuthMethod, ChallengeKind, EdgeSections, Jwks, Plan, Route, Source, VersionSource};
+use super::{AuthMethod, ChallengeKind, EdgeSections, Jwks, Jwt, Network, Plan, Route, Source, Version, VersionSource};
 use crate::{
     cors::Cors,
     jwks::{self, Keys},
@@ -20,10 +20,43 @@ use crate::{
 pub(super) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
     let mut problems = Problems(Vec::new());
     check_certificates(edge, &mut problems);
-    check_plans(edge, &mut problems);
-    check_routes(edge, &mut problems);
-    check_versions(edge, &mut problems);
-    if let Some(jwt) = &edge.jwt {
+    for (key, networks) in [("trusted_hops", &edge.edge.trusted_hops), ("proxy_protocol", &edge.edge.proxy_protocol)] {
+        if networks.iter().any(Network::is_all) {
+            let why = "anybody could say that he is somebody else: name the addresses of the proxies";
+            problems.add(format!("edge.{key}"), why);
+        }
+    }
+    let EdgeSections { route, version, plan, jwt, .. } = edge;
+    if edge.edge.config.is_none() {
+        problems.0.extend(common(route, version, plan, jwt.as_ref()));
+        return problems.0;
+    }
+    let own = [
+        ("route", !route.is_empty()),
+        ("version", !version.is_empty()),
+        ("plan", !plan.is_empty()),
+        ("jwt", jwt.is_some()),
+    ];
+    for (table, _) in own.into_iter().filter(|(_, is_there)| *is_there) {
+        let why =
+            "this comes from the mesh, as edge.config says: put it into what you publish, or leave edge.config out";
+        problems.add(table, why);
+    }
+    problems.0
+}
+
+/// The same of what edges can have in common.
+pub(super) fn common(
+    routes: &[Route],
+    versions: &[Version],
+    plans: &[Plan],
+    jwt: Option<&Jwt>,
+) -> Vec<(String, String)> {
+    let mut problems = Problems(Vec::new());
+    check_plans(plans, &mut problems);
+    check_routes(routes, plans, jwt, &mut problems);
+    check_versions(versions, routes, &mut problems);
+    if let Some(jwt) = jwt {
         match &jwt.jwks {
             Jwks::File(_) => drop(Keys::of_file(jwt).map_err(|why| problems.add("jwt.jwks", why))),
             Jwks::Url(_) => drop(jwks::web(jwt).map_err(|why| problems.add("jwt.ca", why))),
@@ -81,39 +114,75 @@ pub(super) fn doubts(edge: &EdgeSections) -> Vec<(String, String)> {
     doubts
 }
 
-fn check_plans(edge: &EdgeSections, problems: &mut Problems) {
+fn check_plans(plans: &[Plan], problems: &mut Problems) {
     let mut names = BTreeSet::new();
-    for (i, plan) in edge.plan.iter().enumerate() {
+    for (i, plan) in plans.iter().enumerate() {
         if !names.insert(&plan.name) {
             problems.add(format!("plan[{i}].name"), format!("there is another plan {:?}; rename one", plan.name));
         }
     }
 }
 
-fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
-    if edge.route.is_empty() {
+fn check_routes(routes: &[Route], plans: &[Plan], jwt: Option<&Jwt>, problems: &mut Problems) {
+    if routes.is_empty() {
         problems.add("route", "there is no route; add [[route]] with path, service and auth");
     }
-    for (i, route) in edge.route.iter().enumerate() {
+    for (i, route) in routes.iter().enumerate() {
         if let Some(why) = route.cors.as_ref().and_then(Cors::problem) {
             problems.add(format!("route[{i}].cors"), why);
         }
         if let Err(why) = route_path(&route.path) {
             problems.add(format!("route[{i}].path"), why);
         }
-        let same =
-            |other: &Route| other.host == route.host && route::segments(&other.path).eq(route::segments(&route.path));
-        if let Some(j) = edge.route[..i].iter().position(same) {
-            let why =
-                format!("route[{j}] has the same host {} and path {}; change or remove one", route.host, route.path);
-            problems.add(format!("route[{i}].path"), why);
+        let same = |other: &Route| {
+            other.host == route.host
+                && route::segments(&other.path).eq(route::segments(&route.path))
+                && other.conditions.is_like(&route.conditions)
+        };
+        if let Some(j) = routes[..i].iter().position(same) {
+            let (host, path) = (&route.host, &route.path);
+            let (key, why) = match route.conditions.count() {
+                0 => ("path", format!("route[{j}] has the same host {host} and path {path}; change or remove one")),
+                _ => (
+                    "match",
+                    format!(
+                        "a request for host {host} and path {path} may take this and route[{j}]; ask one of them for more"
+                    ),
+                ),
+            };
+            problems.add(format!("route[{i}].{key}"), why);
+        }
+        match (&route.service, &route.redirect) {
+            (None, None) => problems.add(format!("route[{i}].service"), "name the service, or a redirect"),
+            (Some(_), Some(_)) => {
+                problems.add(format!("route[{i}].redirect"), "a route has a service or a redirect; remove one")
+            }
+            _ => {}
+        }
+        let of_path = [("strip_prefix", route.strip_prefix), ("raw_path", route.raw_path)];
+        let others = of_path.into_iter().filter(|(_, is_set)| *is_set && route.rewrite.is_some());
+        for (key, _) in others {
+            problems.add(format!("route[{i}].{key}"), "this does not go with rewrite; remove one of them");
+        }
+        if let Some(to) =
+            route.redirect.as_ref().map(|redirect| redirect.to.to_string()).filter(|to| to.starts_with('/'))
+        {
+            let to = to.split(['?', '*']).next().unwrap_or_default();
+            let catches =
+                |other: &Route| route::depth(&other.path) > route::depth(&route.path) && route::covers(&other.path, to);
+            if route::covers(&route.path, to) && !routes.iter().any(catches) {
+                problems.add(format!("route[{i}].redirect"), format!("it leads to {to}, which is this route's own"));
+            }
+        }
+        if route.redirect.is_some() && (route.raw_path || route.rewrite.is_some()) {
+            problems.add(format!("route[{i}].redirect"), "a redirect does not go with raw_path or rewrite; remove it");
         }
         if let Some(plan) = &route.plan
-            && !edge.plan.iter().any(|known| known.name == *plan)
+            && !plans.iter().any(|known| known.name == *plan)
         {
-            problems.add(format!("route[{i}].plan"), format!("there is no plan {plan:?}; {}", known_plans(&edge.plan)));
+            problems.add(format!("route[{i}].plan"), format!("there is no plan {plan:?}; {}", known_plans(plans)));
         }
-        let plan = edge.plan.iter().find(|plan| route.plan.as_ref() == Some(&plan.name));
+        let plan = plans.iter().find(|plan| route.plan.as_ref() == Some(&plan.name));
         if let Some(plan) = plan {
             let burst = plan.rate.map(|rate| plan.burst(rate).get().into());
             let quotas = plan.quotas.iter().map(|quota| quota.count.get());
@@ -148,7 +217,7 @@ fn check_routes(edge: &EdgeSections, problems: &mut Problems) {
             let why = "only tokens have these: set auth = [\"jwt\"], and give other callers a route of their own";
             problems.add(format!("route[{i}].{key}"), why);
         }
-        if route.auth.contains(&AuthMethod::Jwt) && edge.jwt.is_none() {
+        if route.auth.contains(&AuthMethod::Jwt) && jwt.is_none() {
             problems.add(format!("route[{i}].auth"), "\"jwt\" needs [jwt] with issuer, audience, jwks and algorithms");
         }
     }
@@ -176,32 +245,47 @@ fn route_path(path: &str) -> Result<(), String> {
     }
 }
 
-fn check_versions(edge: &EdgeSections, problems: &mut Problems) {
-    for (i, version) in edge.version.iter().enumerate() {
+fn check_versions(versions: &[Version], routes: &[Route], problems: &mut Problems) {
+    for (i, version) in versions.iter().enumerate() {
         let same = |path: &str| route::segments(path).eq(route::segments(&version.route));
-        if !edge.route.iter().any(|route| same(&route.path)) {
+        if !routes.iter().any(|route| same(&route.path)) {
             let why = format!("no route has the path {:?}; give the path of a [[route]]", version.route);
             problems.add(format!("version[{i}].route"), why);
         }
-        if let Some(j) = edge.version[..i].iter().position(|other| same(&other.route)) {
+        if let Some(j) = versions[..i].iter().position(|other| same(&other.route)) {
             problems
                 .add(format!("version[{i}].route"), format!("version[{j}] is for the same route; put them together"));
         }
-        if let Some(default) = &version.default
-            && !version.versions.contains_key(default)
-        {
-            let known = version.versions.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        if version.default.is_some() && !version.weights.is_empty() {
             problems
-                .add(format!("version[{i}].default"), format!("{default:?} is not in versions; use one of: {known}"));
+                .add(format!("version[{i}].weights"), "weights stand in the place of a default; remove one of them");
+        }
+        if version.sticky && version.weights.is_empty() {
+            let why = "sticky is about weights; add them, such as weights = { v1 = 90, v2 = 10 }, or leave it out";
+            problems.add(format!("version[{i}].sticky"), why);
+        }
+        let listed = version.versions.here();
+        let known = listed.iter().flat_map(|v| v.keys()).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let is_unknown = |name: &&String| listed.is_some_and(|versions| !versions.contains_key(*name));
+        let unknown = |name: &String| format!("{name:?} is not in versions; use one of: {known}");
+        if let Some(default) = version.default.as_ref().filter(is_unknown) {
+            problems.add(format!("version[{i}].default"), unknown(default));
+        }
+        for name in version.weights.keys().filter(is_unknown) {
+            problems.add(format!("version[{i}].weights.{name}"), unknown(name));
         }
         if version.from.contains(&VersionSource::Path)
-            && let Some(raw) =
-                edge.route.iter().find(|route| route.raw_path && route::covers(&version.route, &route.path))
+            && let Some(raw) = routes.iter().find(|route| route.raw_path && route::covers(&version.route, &route.path))
         {
             let why = format!("\"path\" does not go with raw_path on the route {:?}; remove one of them", raw.path);
             problems.add(format!("version[{i}].from"), why);
         }
-        for (name, info) in &version.versions {
+        for (name, info) in listed.into_iter().flatten() {
+            if let Some(successor) = info.successor.as_ref().filter(|other| is_unknown(other) || *other == name) {
+                let why =
+                    if successor == name { "a version does not follow itself".into() } else { unknown(successor) };
+                problems.add(format!("version[{i}].versions.{name}.successor"), why);
+            }
             if let (Some(deprecated), Some(sunset)) = (info.deprecated, info.sunset)
                 && sunset < deprecated
             {

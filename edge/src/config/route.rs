@@ -1,6 +1,7 @@
 //! `[[route]]`: which requests go to which service, and who may send them.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv6Addr},
@@ -9,15 +10,21 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderName, StatusCode};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 use starling_node::{HedgeSettings, LimitSettings, RepeatSettings, RetrySettings};
 use starling_protocol::Name;
 
-use super::{digits, some};
+use super::{
+    action::{Maintenance, Prefix, Redirect},
+    digits,
+    matching::Conditions,
+    some,
+};
 use crate::{
     cors::Cors,
+    route,
     transform::{fields::Edits, size::Size},
 };
 
@@ -34,8 +41,15 @@ pub struct Route {
     /// Prefix of the path, matched on whole segments; `/` if not told.
     #[serde(default = "root")]
     pub path: String,
-    /// The service behind it.
-    pub service: Name,
+    /// What a request must have besides, for the route to be its.
+    #[serde(default, rename = "match")]
+    pub conditions: Conditions,
+    /// The service behind it, unless it is a redirect.
+    pub service: Option<Name>,
+    /// Where requests are sent instead.
+    pub redirect: Option<Redirect>,
+    /// Whether, and how, they are put off.
+    pub maintenance: Option<Maintenance>,
     /// Ways to authenticate, any of which will do. Empty is public, and must be written.
     pub auth: Vec<AuthMethod>,
     /// Name of the plan whose limits hold here; none if not told.
@@ -48,6 +62,13 @@ pub struct Route {
     pub deny: Vec<Network>,
     /// How large a request may be; as large as it likes if not told.
     pub max_request_size: Option<Size>,
+    /// How large an answer may be; as large as it likes if not told.
+    pub max_response_size: Option<Size>,
+    /// Whether answers are compressed that clients can read then.
+    #[serde(default)]
+    pub compress: bool,
+    /// How many requests may be under way at once; as many as come if not told.
+    pub max_concurrency: Option<NonZeroU32>,
     /// What is changed about the fields of a request.
     #[serde(default)]
     pub request_headers: Edits,
@@ -69,6 +90,8 @@ pub struct Route {
     /// Whether the service sees the path without the prefix.
     #[serde(default)]
     pub strip_prefix: bool,
+    /// What the service sees in place of the prefix.
+    pub rewrite: Option<Prefix>,
     /// Whether the service gets the path as it came, with `%2F` and empty segments, instead of in its one spelling.
     #[serde(default)]
     pub raw_path: bool,
@@ -106,6 +129,11 @@ pub struct Route {
 pub struct Network(IpNet);
 
 impl Network {
+    /// Whether it is every address.
+    pub(crate) fn is_all(&self) -> bool {
+        self.0.prefix_len() == 0
+    }
+
     /// Whether an address is one of them. One of IPv4 is one, however it is written.
     pub(crate) fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address.to_canonical())
@@ -190,6 +218,21 @@ pub enum Preflight {
 }
 
 impl Route {
+    /// The path that the service sees, of one in its one spelling, or as it came.
+    pub(crate) fn target<'a>(&self, path: &'a str) -> Cow<'a, str> {
+        match &self.rewrite {
+            Some(prefix) => prefix.with(route::below(&self.path, path)).into(),
+            None if self.strip_prefix => route::below(&self.path, path).into(),
+            None => path.into(),
+        }
+    }
+
+    /// Where a redirect leads for a request with that path and query; `None` if it is none.
+    pub(crate) fn location(&self, path: &str, query: Option<&str>) -> Option<(StatusCode, String)> {
+        let redirect = self.redirect.as_ref()?;
+        Some((redirect.status, redirect.to.of(route::below(&self.path, path), query)))
+    }
+
     /// Its limits of time.
     pub fn limits(&self) -> LimitSettings {
         LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
@@ -311,7 +354,7 @@ pub enum AuthMethod {
     Jwt,
 }
 
-fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+pub(super) fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(d)?;
     let end = text.bytes().take_while(u8::is_ascii_digit).count();
     let unit_ms = match &text[end..] {

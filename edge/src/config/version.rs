@@ -1,14 +1,13 @@
 //! `[[version]]`: the versions of one route's API.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    str::FromStr,
-    time::{Duration, SystemTime},
-};
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use http::HeaderName;
-use serde::{Deserialize, Deserializer, de};
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, MapAccess, Visitor},
+};
+use starling_node::config::{Date, Link};
 
 use super::{LABEL, is_label, some};
 
@@ -23,9 +22,85 @@ pub struct Version {
     pub from: Vec<VersionSource>,
     /// Version of a request that names none; such a request is refused if not told.
     pub default: Option<String>,
-    /// The versions there are; at least one.
-    #[serde(deserialize_with = "versions")]
-    pub versions: BTreeMap<String, VersionInfo>,
+    /// In place of a default, how many of the requests that name none go to which version, in relation to each other.
+    #[serde(default, deserialize_with = "weights")]
+    pub weights: BTreeMap<String, u32>,
+    /// Whether a caller stays with the version that the weights give it.
+    #[serde(default)]
+    pub sticky: bool,
+    /// The versions there are.
+    pub versions: Known,
+}
+
+/// Which versions there are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Known {
+    /// These; at least one.
+    Here(BTreeMap<String, VersionInfo>),
+    /// `"mesh"`: what the nodes announce that serve them.
+    Mesh,
+}
+
+impl Known {
+    /// Those that are listed; `None` if they are in the mesh.
+    pub fn here(&self) -> Option<&BTreeMap<String, VersionInfo>> {
+        match self {
+            Self::Here(versions) => Some(versions),
+            Self::Mesh => None,
+        }
+    }
+}
+
+/// By hand, so that what is wrong in a table has its line.
+impl<'de> Deserialize<'de> for Known {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Known;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"mesh\", or a table such as { v1 = {}, v2 = {} }")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Known, E> {
+                match text {
+                    "mesh" => Ok(Known::Mesh),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Known, A::Error> {
+                let mut versions = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if !is_version(&name) {
+                        return Err(de::Error::custom(format!("{name:?} is not a version name: {LABEL}")));
+                    }
+                    versions.insert(name, map.next_value()?);
+                }
+                match versions.is_empty() {
+                    true => Err(de::Error::custom("there must be a version, such as { v1 = {} }")),
+                    false => Ok(Known::Here(versions)),
+                }
+            }
+        }
+        d.deserialize_any(Reader)
+    }
+}
+
+/// Whether something can be the name of a version. A segment of dots would not survive the path's normal form.
+pub(crate) fn is_version(name: &str) -> bool {
+    is_label(name) && !name.bytes().all(|b| b == b'.')
+}
+
+fn weights<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, u32>, D::Error> {
+    const MAX: u32 = 1_000_000;
+    let weights = BTreeMap::<String, u32>::deserialize(d)?;
+    let wrong = |what: &str| Err(de::Error::custom(what));
+    match weights.values().map(|weight| u64::from(*weight)).sum() {
+        0u64 => wrong("one of the weights must be above 0, such as { v1 = 90, v2 = 10 }"),
+        sum if sum > u64::from(MAX) => wrong("the weights are larger than they need to be: a million together at most"),
+        _ => Ok(weights),
+    }
 }
 
 /// Where a request may name its version.
@@ -103,77 +178,6 @@ pub struct VersionInfo {
     pub sunset: Option<Date>,
     /// Where that is explained.
     pub link: Option<Link>,
-}
-
-/// The start of a day in UTC, in seconds since 1970.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Date(u64);
-
-impl Date {
-    /// Seconds since 1970.
-    pub fn unix(self) -> u64 {
-        self.0
-    }
-}
-
-impl From<Date> for SystemTime {
-    fn from(date: Date) -> Self {
-        Self::UNIX_EPOCH + Duration::from_secs(date.0)
-    }
-}
-
-impl TryFrom<String> for Date {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        unix_of_day(&text).map(Self).ok_or_else(|| format!("{text:?} is not a date since 1970: use \"YYYY-MM-DD\""))
-    }
-}
-
-fn unix_of_day(text: &str) -> Option<u64> {
-    let number = |text: &str, digits| {
-        (text.len() == digits && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse::<u16>().ok())?
-    };
-    let (year, rest) = text.split_once('-')?;
-    let (month, day) = rest.split_once('-')?;
-    let month = time::Month::try_from(u8::try_from(number(month, 2)?).ok()?).ok()?;
-    let day = u8::try_from(number(day, 2)?).ok()?;
-    let date = time::Date::from_calendar_date(number(year, 4)?.into(), month, day).ok()?;
-    date.midnight().assume_utc().unix_timestamp().try_into().ok()
-}
-
-/// An absolute http or https URI that can stand in a Link field (RFC 8288) as it is.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Link(String);
-
-impl Link {
-    /// The URI.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl TryFrom<String> for Link {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        let plain = text.bytes().all(|b| b.is_ascii_graphic() && !b"<>\"\\^`{|}".contains(&b));
-        let absolute = text.parse().is_ok_and(|uri: http::Uri| matches!(uri.scheme_str(), Some("https" | "http")));
-        if plain && absolute {
-            Ok(Self(text))
-        } else {
-            Err(format!("{text:?} is not a link: use an absolute URI such as \"https://example.com/news\""))
-        }
-    }
-}
-
-fn versions<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, VersionInfo>, D::Error> {
-    let versions = BTreeMap::<String, VersionInfo>::deserialize(d)?;
-    if versions.is_empty() {
-        return Err(de::Error::custom("there must be a version, such as { v1 = {} }"));
-    }
-    // A segment of dots would not survive the path's normal form.
-    let bad = versions.keys().find(|name| !is_label(name) || name.bytes().all(|b| b == b'.'));
-    bad.map_or(Ok(()), |name| Err(de::Error::custom(format!("{name:?} is not a version name: {LABEL}"))))?;
-    Ok(versions)
+    /// The version to use instead: the default if not told, where that is not deprecated itself.
+    pub successor: Option<String>,
 }

@@ -1,12 +1,12 @@
-//! What callers have used of their quotas: counted in memory, and kept on disk a second later at most.
+//! What is known of the quotas of callers: in memory, and on disk a second later at most.
 
 use std::{
     collections::{HashMap, HashSet},
     hash::{BuildHasher, RandomState},
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, Once, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, Weak,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -14,7 +14,8 @@ use std::{
 use arc_swap::ArcSwapOption;
 
 use super::{
-    quota::{Clock, Counts, Quota, Span},
+    counts::{Counts, Life},
+    share::Share,
     store::{Store, StoreError},
 };
 
@@ -42,35 +43,42 @@ pub(crate) struct Counter {
     opened: (Mutex<bool>, Condvar),
     /// Another process counts.
     closed: AtomicBool,
-    /// One at a time writes to the store, or forgets what it has.
+    /// One at a time writes to the store.
     saving: Mutex<()>,
-    /// How often something was forgotten.
-    resets: AtomicU64,
+    /// Under what this process counts; that of the one before, if everything it had counted was known first.
+    life: OnceLock<Life>,
+    /// How often callers were forgotten that are on disk.
+    evictions: AtomicU64,
+    /// The shard whose news are told next.
+    turn: AtomicUsize,
 }
 
 #[derive(Default)]
 struct Shard {
     entries: HashMap<String, Entry>,
-    /// Those that have something unsaved.
+    /// Those that are not as they are on disk.
     changed: HashSet<String>,
+    /// Those of which this process has counted something that others do not know.
+    news: HashSet<String>,
 }
 
+/// What is known of one caller's quota.
 #[derive(Default)]
-struct Entry {
-    /// What is on disk, as far as it was read.
-    kept: Counts,
-    /// What is on its way there.
-    saving: Counts,
-    unsaved: Counts,
+pub(super) struct Entry {
+    pub(super) counts: Counts,
+    pub(super) share: Share,
 }
 
-/// How it stands with a caller's quota.
+/// What was done to an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Left {
-    pub(crate) allowed: bool,
-    pub(crate) used: u64,
-    /// Seconds until there is room again, or more of it.
-    pub(crate) reset: u64,
+pub(super) enum Change {
+    Nothing,
+    /// It knows what others have counted.
+    Heard,
+    /// That, and somebody else is to know it, too.
+    PassedOn,
+    /// This process has counted.
+    Counted,
 }
 
 impl Counter {
@@ -85,7 +93,9 @@ impl Counter {
             opened: Default::default(),
             closed: AtomicBool::new(false),
             saving: Mutex::default(),
-            resets: AtomicU64::new(0),
+            life: OnceLock::new(),
+            evictions: AtomicU64::new(0),
+            turn: AtomicUsize::new(0),
         })
     }
 
@@ -109,43 +119,101 @@ impl Counter {
         }
     }
 
-    /// Takes from a caller's quota, unless there is not enough: a refused call costs nothing.
-    pub(crate) fn take(&self, key: &str, quota: &Quota, clock: &Clock, cost: u64, now: u64) -> Left {
-        let span = clock.span(now);
-        self.with(key, |entry| {
-            let allowed = entry.used(span).saturating_add(cost) <= quota.count.get();
-            if allowed {
-                entry.unsaved.add(span.part, cost);
+    /// Under what this process counts.
+    pub(super) fn life(&self) -> Life {
+        *self.life.get_or_init(|| Life(rand::random_range(1..=u64::MAX)))
+    }
+
+    /// Does something with what is known of a caller.
+    pub(super) fn with<T>(&self, key: &str, then: impl FnOnce(&mut Entry) -> (T, Change)) -> T {
+        let mut shard = self.shard(key);
+        while !shard.entries.contains_key(key) {
+            // Read while nobody waits for the lock; what came and went meanwhile is read again.
+            drop(shard);
+            let evictions = self.evictions.load(Relaxed);
+            let store = self.store.load_full();
+            let counts = store.as_ref().and_then(|store| store.get(key)).unwrap_or_default();
+            shard = self.shard(key);
+            let is_same = match (&store, &*self.store.load()) {
+                (Some(store), Some(now)) => Arc::ptr_eq(store, now),
+                (None, None) => true,
+                _ => false,
+            };
+            if is_same && self.evictions.load(Relaxed) == evictions {
+                shard.entries.entry(key.to_owned()).or_insert(Entry { counts, ..Entry::default() });
             }
-            (Left { allowed, used: entry.used(span), reset: entry.all().reset(span, now) }, allowed)
-        })
+        }
+        let Shard { entries, changed, news } = &mut *shard;
+        let entry = entries.get_mut(key).expect("it is there by now");
+        let (result, change) = then(entry);
+        for keys in [
+            (change != Change::Nothing).then_some(changed),
+            matches!(change, Change::Counted | Change::PassedOn).then_some(news),
+        ] {
+            if let Some(keys) = keys.filter(|keys| !keys.contains(key)) {
+                keys.insert(key.to_owned());
+            }
+        }
+        result
     }
 
-    /// How it stands with a caller's quota, and whether a call of that cost may pass.
-    pub(crate) fn look(&self, key: &str, quota: &Quota, clock: &Clock, cost: u64, now: u64) -> Left {
-        let span = clock.span(now);
-        self.with(key, |entry| {
-            let used = entry.used(span);
-            let allowed = used.saturating_add(cost) <= quota.count.get();
-            (Left { allowed, used, reset: entry.all().reset(span, now) }, false)
-        })
+    /// Learns what others have counted.
+    pub(super) fn merge(&self, key: &str, counts: &Counts) {
+        self.with(key, |entry| match entry.counts.merge(counts) {
+            true => ((), Change::Heard),
+            false => ((), Change::Nothing),
+        });
     }
 
-    /// Forgets what callers have used.
-    pub(crate) fn reset(&self, keys: &[String]) -> Result<(), String> {
-        let _one = lock(&self.saving);
-        match &*self.store.load() {
-            Some(store) => store.remove(keys).map_err(|e| e.to_string())?,
-            None if self.begun.is_completed() => return Err("the counts on disk are not there yet; try again".into()),
-            None => {}
+    /// What this process has counted and others are to know, of so many callers at most, all in turn. It is told; where that fails,
+    /// [`Counter::untold`].
+    pub(super) fn news(&self, most: usize) -> Vec<(String, Counts)> {
+        let mut news = Vec::new();
+        let first = self.turn.fetch_add(1, Relaxed);
+        for nth in 0..SHARDS {
+            let mut shard = lock(&self.shards[(first + nth) % SHARDS]);
+            let keys: Vec<String> = shard.news.iter().take(most - news.len()).cloned().collect();
+            for key in keys {
+                shard.news.remove(&key);
+                let counts = shard.entries.get(&key).map(|entry| entry.counts.clone());
+                news.extend(counts.map(|counts| (key, counts)));
+            }
         }
-        self.resets.fetch_add(1, Relaxed);
-        for key in keys {
-            let mut shard = self.shard(key);
-            shard.entries.remove(key);
-            shard.changed.remove(key);
+        news
+    }
+
+    /// Others do not know it after all.
+    pub(super) fn untold(&self, key: &str) {
+        let mut shard = self.shard(key);
+        if shard.entries.contains_key(key) {
+            shard.news.insert(key.to_owned());
         }
-        Ok(())
+    }
+
+    /// Others are to know everything in memory that this process has counted.
+    pub(super) fn tell_all(&self) {
+        let life = self.life();
+        for shard in &self.shards {
+            let Shard { entries, news, .. } = &mut *lock(shard);
+            news.extend(entries.iter().filter(|(_, entry)| entry.counts.has(life)).map(|(key, _)| key.clone()));
+        }
+    }
+
+    /// What is on disk behind a key.
+    pub(super) fn stored_behind(&self, key: Option<&str>, most: usize) -> Vec<(String, Counts)> {
+        self.store.load_full().map_or_else(Vec::new, |store| store.behind(key, most))
+    }
+
+    /// Whether what was counted in former lives is known, or cannot be.
+    pub(super) fn is_open(&self) -> bool {
+        *lock(&self.opened.0) && !self.closed.load(Relaxed)
+    }
+
+    /// Goes through everything in memory of which there may be something to be given back.
+    pub(super) fn for_each_lease(&self, mut look: impl FnMut(&str, &mut Entry)) {
+        for shard in &self.shards {
+            lock(shard).entries.iter_mut().filter(|(_, e)| e.share.has_lease()).for_each(|(key, e)| look(key, e));
+        }
     }
 
     /// Callers whose counts are not on disk yet.
@@ -156,42 +224,31 @@ impl Counter {
     /// Keeps what there is, and lets go of the file: another process counts from here on, or nobody.
     pub(crate) fn close(&self) {
         if !self.closed.swap(true, Relaxed) {
-            self.save();
+            let life = self.life();
+            for shard in &self.shards {
+                let Shard { entries, changed, .. } = &mut *lock(shard);
+                // Whoever counts on has no use for leases of this process.
+                for (key, entry) in entries.iter_mut().filter(|(_, entry)| entry.share.has_lease()) {
+                    entry
+                        .share
+                        .take_all()
+                        .into_iter()
+                        .for_each(|(part, left)| entry.counts.give_back(part, life, left));
+                    changed.insert(key.clone());
+                }
+            }
+            let is_saved = self.save();
             let _one = lock(&self.saving);
-            self.store.store(None);
+            if let Some(store) = self.store.swap(None).filter(|_| is_saved)
+                && let Err(error) = store.leave_life(self.life())
+            {
+                tracing::warn!(%error, "the counts of quotas will have one process more than they need");
+            }
         }
     }
 
     fn shard(&self, key: &str) -> MutexGuard<'_, Shard> {
         lock(&self.shards[self.hasher.hash_one(key) as usize % SHARDS])
-    }
-
-    /// Does something with what is known of a caller; `true` beside the result says that it has changed.
-    fn with<T>(&self, key: &str, then: impl FnOnce(&mut Entry) -> (T, bool)) -> T {
-        let mut shard = self.shard(key);
-        while !shard.entries.contains_key(key) {
-            // Read while nobody waits for the lock; what was forgotten meanwhile must not come back.
-            drop(shard);
-            let resets = self.resets.load(Relaxed);
-            let store = self.store.load_full();
-            let kept = store.as_ref().and_then(|store| store.get(key)).unwrap_or_default();
-            shard = self.shard(key);
-            let is_same = match (&store, &*self.store.load()) {
-                (Some(store), Some(now)) => Arc::ptr_eq(store, now),
-                (None, None) => true,
-                _ => false,
-            };
-            if is_same && self.resets.load(Relaxed) == resets {
-                shard.entries.entry(key.to_owned()).or_insert(Entry { kept, ..Entry::default() });
-            }
-        }
-        let Shard { entries, changed } = &mut *shard;
-        let entry = entries.get_mut(key).expect("it is there by now");
-        let (result, has_changed) = then(entry);
-        if has_changed && !changed.contains(key) {
-            changed.insert(key.to_owned());
-        }
-        result
     }
 
     /// Opens the file, and adds what it has to what was counted before.
@@ -204,8 +261,12 @@ impl Counter {
         self.store.store(Some(store.clone()));
         for shard in &self.shards {
             for (key, entry) in &mut lock(shard).entries {
-                entry.kept = store.get(key).unwrap_or_default();
+                entry.counts.merge(&store.get(key).unwrap_or_default());
             }
+        }
+        // Whoever has counted by now did so under a number of its own, which must not be that of the file.
+        if let Some(before) = store.take_life() {
+            let _ = self.life.set(before);
         }
         Ok(())
     }
@@ -216,28 +277,23 @@ impl Counter {
     }
 
     /// Brings what changed to disk; whether that worked.
-    fn save(&self) -> bool {
+    pub(super) fn save(&self) -> bool {
         let _one = lock(&self.saving);
         let store = self.store.load_full();
         let mut fine = true;
         for shard in &self.shards {
             if let Some(store) = store.as_ref().filter(|_| fine) {
-                let changes = lock(shard).begin_to_save();
-                let saved = match changes.is_empty() {
-                    true => Ok(Vec::new()),
-                    false => store.add(&changes),
-                };
-                let mut shard = lock(shard);
-                match saved {
-                    Ok(saved) => shard.saved(changes.into_iter().map(|(key, _)| key).zip(saved)),
-                    Err(error) => {
-                        tracing::error!(%error, "the counts of quotas cannot be kept; they stay in memory");
-                        shard.not_saved(changes.into_iter().map(|(key, _)| key));
-                        fine = false;
-                    }
+                let changed = lock(shard).begin_to_save();
+                let saved = if changed.is_empty() { Ok(()) } else { store.merge(&changed) };
+                if let Err(error) = saved {
+                    tracing::error!(%error, "the counts of quotas cannot be kept; they stay in memory");
+                    lock(shard).changed.extend(changed.into_iter().map(|(key, _)| key));
+                    fine = false;
                 }
             }
-            make_room(&mut lock(shard));
+            if make_room(&mut lock(shard)) {
+                self.evictions.fetch_add(1, Relaxed);
+            }
         }
         if !fine {
             // It does nothing more after an error, also when there is room on the disk again.
@@ -250,41 +306,19 @@ impl Counter {
 impl Shard {
     fn begin_to_save(&mut self) -> Vec<(String, Counts)> {
         let changed = std::mem::take(&mut self.changed).into_iter();
-        let saving = |key: String| {
-            let entry = self.entries.get_mut(&key)?;
-            entry.saving = std::mem::take(&mut entry.unsaved);
-            Some((key, entry.saving.clone()))
-        };
-        changed.filter_map(saving).collect()
-    }
-
-    fn saved(&mut self, saved: impl Iterator<Item = (String, Counts)>) {
-        for (key, kept) in saved {
-            if let Some(entry) = self.entries.get_mut(&key) {
-                (entry.kept, entry.saving) = (kept, Counts::default());
-            }
-        }
-    }
-
-    fn not_saved(&mut self, keys: impl Iterator<Item = String>) {
-        for key in keys {
-            if let Some(entry) = self.entries.get_mut(&key) {
-                let saving = std::mem::take(&mut entry.saving);
-                entry.unsaved.merge(&saving);
-                self.changed.insert(key);
-            }
-        }
+        changed.filter_map(|key| self.entries.get(&key).map(|entry| entry.counts.clone()).map(|c| (key, c))).collect()
     }
 }
 
-/// Forgets some whose counts are on disk; if those are not enough, because nothing can be kept, whoever comes.
-fn make_room(shard: &mut Shard) {
+/// Forgets some whose counts are on disk; if those are not enough, because nothing can be kept, whoever comes. Whether there were any.
+fn make_room(shard: &mut Shard) -> bool {
     const MAX: usize = MAX_KEYS / SHARDS;
-    let Shard { entries, changed } = shard;
+    let Shard { entries, changed, news } = shard;
+    let before = entries.len();
     if entries.len() > MAX {
         let mut too_many = entries.len() - MAX / 4 * 3;
-        entries.retain(|_, entry| {
-            let stays = too_many == 0 || !entry.unsaved.is_empty();
+        entries.retain(|key, entry| {
+            let stays = too_many == 0 || entry.share.has_lease() || changed.contains(key) || news.contains(key);
             too_many -= usize::from(!stays);
             stays
         });
@@ -296,20 +330,9 @@ fn make_room(shard: &mut Shard) {
             nth % 2 == 0
         });
         changed.retain(|key| entries.contains_key(key));
+        news.retain(|key| entries.contains_key(key));
     }
-}
-
-impl Entry {
-    fn used(&self, span: Span) -> u64 {
-        [&self.kept, &self.saving, &self.unsaved].iter().fold(0, |sum, counts| sum.saturating_add(counts.sum(span)))
-    }
-
-    fn all(&self) -> Counts {
-        let mut all = self.kept.clone();
-        all.merge(&self.saving);
-        all.merge(&self.unsaved);
-        all
-    }
+    entries.len() < before
 }
 
 /// Opens the file, and saves once a second, for as long as anybody counts.
@@ -350,104 +373,79 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use jiff::tz::TimeZone;
-
     use super::*;
+
+    fn counter(path: PathBuf) -> Arc<Counter> {
+        let counter = Counter::new(path);
+        counter.begin(true);
+        counter
+    }
+
+    /// Counts so much, for a part of time; how much there is then.
+    fn add(counter: &Counter, key: &str, count: u64) -> u64 {
+        counter.with(key, |entry| {
+            entry.counts.add(100, counter.life(), count);
+            (sum(&entry.counts), Change::Counted)
+        })
+    }
+
+    fn sum(counts: &Counts) -> u64 {
+        counts.sum(crate::limits::quota::Span { part: 100, since: 100, part_seconds: 100 })
+    }
 
     #[test]
     fn counts_survive_and_are_not_lost_or_doubled() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("quota.redb");
-        let quota = Quota::try_from("10/day").unwrap();
-        let clock = Clock::new(quota.period, TimeZone::UTC);
-        let now = 1_800_000_000;
-        let counter = Counter::new(path.clone());
-        counter.begin(true);
-        let take = |counter: &Counter, key: &str, cost| counter.take(key, &quota, &clock, cost, now);
-        assert_eq!(take(&counter, "a", 3).used, 3);
-        counter.save();
-        assert_eq!(take(&counter, "a", 4).used, 7);
-        assert!(!take(&counter, "a", 4).allowed, "a call that costs more than is left");
-        assert!(take(&counter, "a", 3).allowed && !take(&counter, "a", 1).allowed);
-        assert!(take(&counter, "b", 1).allowed);
-        counter.close();
+        let first = counter(path.clone());
+        assert_eq!(add(&first, "a", 3), 3);
+        first.save();
+        assert_eq!((add(&first, "a", 4), add(&first, "b", 1)), (7, 1));
+        first.close();
 
         // A process that takes over counts before it has the file.
         let next = Counter::new(path.clone());
-        assert!(take(&next, "b", 2).allowed && take(&next, "a", 1).allowed);
+        assert_eq!((add(&next, "b", 2), add(&next, "a", 1)), (2, 1));
         next.begin(true);
-        assert!(!take(&next, "a", 1).allowed, "at once, when it has it");
-        assert_eq!(take(&next, "b", 1).used, 4, "what both have counted");
-        next.reset(&["a".into()]).unwrap();
-        assert_eq!(take(&next, "a", 1).used, 1);
+        assert_eq!((add(&next, "a", 1), add(&next, "b", 1)), (9, 4), "what both have counted");
+        assert_ne!(next.life(), first.life());
         next.close();
-        let last = Counter::new(path);
-        last.begin(true);
-        assert_eq!((take(&last, "a", 1).used, take(&last, "b", 1).used), (2, 5));
+        let last = counter(path);
+        assert_eq!((add(&last, "a", 1), add(&last, "b", 1)), (10, 5));
+        assert_eq!(last.life(), next.life(), "a process in the place of another counts on");
     }
 
     #[test]
     fn many_callers_are_counted_in_little_memory() {
         let dir = tempfile::tempdir().unwrap();
-        let counter = Counter::new(dir.path().join("quota.redb"));
-        counter.begin(true);
-        let quota = Quota::try_from("10/7d").unwrap();
-        let clock = Clock::new(quota.period, TimeZone::UTC);
+        let counter = counter(dir.path().join("quota.redb"));
         for n in 0..MAX_KEYS + 20_000 {
-            counter.take(&format!("caller {n}"), &quota, &clock, 1, 1_800_000_000);
+            add(&counter, &format!("caller {n}"), 1);
         }
+        while !counter.news(usize::MAX).is_empty() {}
         counter.save();
         let known: usize = counter.shards.iter().map(|shard| lock(shard).entries.len()).sum();
         assert!(known <= MAX_KEYS, "{known}");
         for n in (0..MAX_KEYS).step_by(1009) {
-            assert_eq!(counter.look(&format!("caller {n}"), &quota, &clock, 1, 1_800_000_000).used, 1, "{n}");
+            assert_eq!(add(&counter, &format!("caller {n}"), 1), 2, "{n}");
         }
     }
 
-    /// A caller at its limit who asks all the time is the one for whom it is reset.
     #[test]
-    fn a_reset_holds_whoever_asks_meanwhile() {
+    fn news_are_what_this_process_has_counted_and_told_once() {
         let dir = tempfile::tempdir().unwrap();
-        let counter = Counter::new(dir.path().join("quota.redb"));
-        counter.begin(true);
-        let quota = Quota::try_from("10/day").unwrap();
-        let clock = Clock::new(quota.period, TimeZone::UTC);
-        let now = 1_800_000_000;
-        let ended = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !ended.load(Relaxed) {
-                    counter.look("a", &quota, &clock, 1, now);
-                }
-            });
-            for _ in 0..20 {
-                assert!(counter.take("a", &quota, &clock, 10, now).allowed);
-                counter.save();
-                counter.reset(&["a".into()]).unwrap();
-            }
-            ended.store(true, Relaxed);
-        });
-    }
-
-    #[test]
-    fn what_cannot_be_saved_is_saved_later_and_once() {
-        let mut shard = Shard::default();
-        let counts = |part, count| {
-            let mut counts = Counts::default();
-            counts.add(part, count);
-            counts
-        };
-        shard.entries.insert("a".into(), Entry { unsaved: counts(1, 2), ..Entry::default() });
-        shard.changed.insert("a".into());
-        for _ in 0..3 {
-            assert_eq!(shard.begin_to_save(), [("a".to_owned(), counts(1, 2))]);
-            shard.not_saved(["a".to_owned()].into_iter());
-        }
-        assert_eq!(shard.begin_to_save(), [("a".to_owned(), counts(1, 2))]);
-        // Counted while it is written.
-        shard.entries.get_mut("a").unwrap().unsaved.add(1, 5);
-        shard.changed.insert("a".into());
-        shard.saved([("a".to_owned(), counts(1, 2))].into_iter());
-        assert_eq!(shard.begin_to_save(), [("a".to_owned(), counts(1, 5))]);
+        let counter = counter(dir.path().join("quota.redb"));
+        add(&counter, "a", 3);
+        add(&counter, "b", 1);
+        let mut others = Counts::default();
+        others.add(100, Life(7), 5);
+        counter.merge("c", &others);
+        let mut news = [counter.news(1), counter.news(1)].concat();
+        news.sort_by(|a, b| a.0.cmp(&b.0));
+        assert_eq!(news.iter().map(|(key, c)| (key.as_str(), sum(c))).collect::<Vec<_>>(), [("a", 3), ("b", 1)]);
+        assert!(counter.news(9).is_empty());
+        assert_eq!(counter.unsaved(), 3);
+        counter.save();
+        assert_eq!(counter.unsaved(), 0);
     }
 }

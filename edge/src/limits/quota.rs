@@ -8,9 +8,7 @@ use std::{fmt, num::NonZeroU64, sync::Mutex};
 use jiff::{Timestamp, Zoned, tz::TimeZone};
 
 /// Into how many parts a span of time is cut that moves on with the clock.
-const PARTS: u64 = 12;
-/// Parts that are remembered of one; more than a span has, for clocks that jump.
-const MAX_PARTS: usize = 2 * PARTS as usize + 4;
+pub(super) const PARTS: u64 = 12;
 /// Longest such span: a month.
 const MAX_SPAN_S: u64 = 31 * DAY_S;
 const DAY_S: u64 = 24 * 60 * 60;
@@ -100,7 +98,7 @@ pub(crate) struct Span {
     /// What was counted from here on counts.
     pub(crate) since: u64,
     /// How long it takes until something that counts does not any more: all of it in a calendar, the oldest part otherwise.
-    part_seconds: u64,
+    pub(super) part_seconds: u64,
 }
 
 /// A calendar, or a clock, by which calls are counted.
@@ -149,71 +147,14 @@ impl Clock {
     }
 }
 
-/// What was counted, by the part of time for which it was, oldest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Counts(Vec<(u64, u64)>);
-
-impl Counts {
-    /// How much counts.
-    pub(crate) fn sum(&self, span: Span) -> u64 {
-        let counts = self.0.iter().filter(|(part, _)| (span.since..=span.part).contains(part));
-        counts.fold(0, |sum, (_, count)| sum.saturating_add(*count))
-    }
-
-    /// Adds to a part.
-    pub(crate) fn add(&mut self, part: u64, count: u64) {
-        match self.0.binary_search_by_key(&part, |(part, _)| *part) {
-            Ok(at) => self.0[at].1 = self.0[at].1.saturating_add(count),
-            Err(at) => self.0.insert(at, (part, count)),
-        }
-        if self.0.len() > MAX_PARTS {
-            // The one that is farthest from now, on whichever side: a clock that was wrong has left parts that nobody needs.
-            let [first, last] = [self.0[0].0, self.0[self.0.len() - 1].0];
-            self.0.remove(if part - first >= last - part { 0 } else { self.0.len() - 1 });
-        }
-    }
-
-    /// Adds all of another.
-    pub(crate) fn merge(&mut self, other: &Self) {
-        other.0.iter().for_each(|(part, count)| self.add(*part, *count));
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The last part of which there is anything; 0 if there is nothing.
-    pub(crate) fn latest(&self) -> u64 {
-        self.0.last().map_or(0, |(part, _)| *part)
-    }
-
-    /// Seconds until there is room again, or more of it.
-    pub(crate) fn reset(&self, span: Span, now: u64) -> u64 {
-        let oldest = self.0.iter().find(|(part, count)| (span.since..=span.part).contains(part) && *count > 0);
-        let (part, kept) = (oldest.map_or(span.part, |(part, _)| *part), span.part - span.since);
-        (part + kept + span.part_seconds).saturating_sub(now).max(1)
-    }
-
-    /// Sixteen bytes a part.
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        self.0.iter().flat_map(|(part, count)| [part.to_be_bytes(), count.to_be_bytes()]).flatten().collect()
-    }
-
-    /// `None` if it is none.
-    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let (numbers, rest) = bytes.as_chunks::<8>();
-        let (pairs, odd) = numbers.as_chunks::<2>();
-        let mut counts = Self::default();
-        for [part, count] in pairs {
-            counts.add(u64::from_be_bytes(*part), u64::from_be_bytes(*count));
-        }
-        (rest.is_empty() && odd.is_empty()).then_some(counts)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::counts::{Counts, Life},
+        *,
+    };
+
+    const ME: Life = Life(1);
 
     fn clock(period: Period, zone: &str) -> Clock {
         Clock::new(period, TimeZone::get(zone).unwrap())
@@ -262,7 +203,7 @@ mod tests {
         for now in (1_000_000..1_000_000 + 5 * length).step_by(7) {
             let span = clock.span(now);
             if counts.sum(span) < limit {
-                counts.add(span.part, 1);
+                counts.add(span.part, ME, 1);
                 passed.push(now);
             }
         }
@@ -272,7 +213,6 @@ mod tests {
         }
         // And little less than it, in the long run.
         assert!(passed.len() as u64 >= limit * 5 * 11 / 13, "{}", passed.len());
-        assert!(counts.0.len() <= MAX_PARTS);
     }
 
     #[test]
@@ -280,10 +220,10 @@ mod tests {
         for period in [Period::Day, Period::Month, Period::Last(DAY_S)] {
             let clock = clock(period, "UTC");
             let (mut counts, now) = (Counts::default(), unix("2026-11-30T12:00:00Z"));
-            counts.add(clock.span(now).part, 5);
+            counts.add(clock.span(now).part, ME, 5);
             for jump in [3600, 366 * DAY_S] {
                 for other in [now - jump, now + jump] {
-                    counts.add(clock.span(other).part, 1);
+                    counts.add(clock.span(other).part, ME, 1);
                 }
             }
             assert!((5..=7).contains(&counts.sum(clock.span(now))), "{period}: {counts:?}");
@@ -296,12 +236,12 @@ mod tests {
         let clock = clock(Period::Last(3600), "UTC");
         let (mut counts, now) = (Counts::default(), 1_800_000_000);
         for ahead in (3 * 3600..6 * 3600).step_by(60) {
-            counts.add(clock.span(now + ahead).part, 1);
+            counts.add(clock.span(now + ahead).part, ME, 1);
         }
         for minute in 0..120 {
             let span = clock.span(now + 60 * minute);
             let before = counts.sum(span);
-            counts.add(span.part, 1);
+            counts.add(span.part, ME, 1);
             assert_eq!(counts.sum(span), before + 1, "in minute {minute}");
         }
     }
@@ -311,12 +251,12 @@ mod tests {
         let clock = clock(Period::Day, "UTC");
         let mut counts = Counts::default();
         let now = unix("2026-11-30T23:59:00Z");
-        counts.add(clock.span(now).part, 5);
+        counts.add(clock.span(now).part, ME, 5);
         assert_eq!(counts.reset(clock.span(now), now), 60);
         let clock = self::clock(Period::Last(12 * 3600), "UTC");
         let mut counts = Counts::default();
         let now = unix("2026-11-30T12:30:00Z");
-        counts.add(clock.span(now).part, 5);
+        counts.add(clock.span(now).part, ME, 5);
         let again = now + counts.reset(clock.span(now), now);
         assert_eq!(counts.sum(clock.span(again)), 0);
         assert!(counts.sum(clock.span(again - 1)) == 5 && again - now <= 13 * 3600);

@@ -2,15 +2,17 @@
 
 use std::{
     io::ErrorKind::{InvalidData, UnexpectedEof},
+    ops::Bound,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
-use super::quota::Counts;
+use super::counts::{Counts, Life};
 
-const COUNTS: TableDefinition<&str, &[u8]> = TableDefinition::new("counts");
+const COUNTS: TableDefinition<&str, &[u8]> = TableDefinition::new("counts by life");
+const LIFE: TableDefinition<(), u64> = TableDefinition::new("life");
 /// Most that is kept; the longest unused go first.
 const MAX_STORED: u64 = 1_000_000;
 /// Pause between looks whether the process before has let go.
@@ -87,32 +89,59 @@ impl Store {
         })
     }
 
-    /// Adds to what is kept, all or nothing; gives back what there is of each now.
-    pub(crate) fn add(&self, changes: &[(String, Counts)]) -> Result<Vec<Counts>, redb::Error> {
-        let mut writing = self.0.begin_write()?;
-        writing.set_durability(Durability::Immediate)?;
-        let mut now = Vec::with_capacity(changes.len());
-        {
-            let mut table = writing.open_table(COUNTS)?;
-            for (key, change) in changes {
-                let kept = table.get(key.as_str())?.and_then(|bytes| Counts::decode(bytes.value()));
-                let mut counts = kept.unwrap_or_default();
-                counts.merge(change);
-                table.insert(key.as_str(), counts.encode().as_slice())?;
-                now.push(counts);
-            }
-        }
-        writing.commit()?;
-        Ok(now)
+    /// Under what the process before has counted, if everything that it had counted is here. Told once: whoever is killed has counted
+    /// more than is here, and others may know of it.
+    pub(crate) fn take_life(&self) -> Option<Life> {
+        let take = || -> Result<Option<Life>, redb::Error> {
+            let writing = self.0.begin_write()?;
+            let life = writing.open_table(LIFE)?.remove(())?.map(|life| Life(life.value()));
+            writing.commit()?;
+            Ok(life)
+        };
+        take().ok().flatten()
     }
 
-    /// Forgets what is kept of callers.
-    pub(crate) fn remove(&self, keys: &[String]) -> Result<(), redb::Error> {
+    /// Says that everything is here that was counted under that.
+    pub(crate) fn leave_life(&self, life: Life) -> Result<(), redb::Error> {
         let writing = self.0.begin_write()?;
+        writing.open_table(LIFE)?.insert((), life.0)?;
+        Ok(writing.commit()?)
+    }
+
+    /// What is kept behind a key, or from the first on, of so many callers at most.
+    pub(crate) fn behind(&self, key: Option<&str>, most: usize) -> Vec<(String, Counts)> {
+        let read = || -> Result<Vec<(String, Counts)>, redb::Error> {
+            let table = match self.0.begin_read()?.open_table(COUNTS) {
+                Ok(table) => table,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+                Err(error) => return Err(error.into()),
+            };
+            let mut found = Vec::new();
+            let from = key.map_or(Bound::Unbounded, Bound::Excluded);
+            for entry in table.range::<&str>((from, Bound::Unbounded))?.take(most) {
+                let (key, counts) = entry?;
+                found.push((key.value().to_owned(), Counts::decode(counts.value()).unwrap_or_default()));
+            }
+            Ok(found)
+        };
+        read().unwrap_or_else(|error| {
+            tracing::error!(%error, "the counts of quotas cannot be read");
+            Vec::new()
+        })
+    }
+
+    /// Adds what is known to what is kept, all or nothing.
+    pub(crate) fn merge(&self, known: &[(String, Counts)]) -> Result<(), redb::Error> {
+        let mut writing = self.0.begin_write()?;
+        writing.set_durability(Durability::Immediate)?;
         {
             let mut table = writing.open_table(COUNTS)?;
-            for key in keys {
-                table.remove(key.as_str())?;
+            for (key, counts) in known {
+                let kept = table.get(key.as_str())?.and_then(|bytes| Counts::decode(bytes.value()));
+                let mut all = kept.unwrap_or_default();
+                if all.merge(counts) {
+                    table.insert(key.as_str(), all.encode().as_slice())?;
+                }
             }
         }
         Ok(writing.commit()?)
@@ -184,7 +213,7 @@ mod tests {
 
     fn counts(pairs: &[(u64, u64)]) -> Counts {
         let mut counts = Counts::default();
-        pairs.iter().for_each(|(part, count)| counts.add(*part, *count));
+        pairs.iter().for_each(|(part, count)| counts.add(*part, Life(1), *count));
         counts
     }
 
@@ -194,15 +223,17 @@ mod tests {
         let path = dir.path().join("quota.redb");
         let store = Store::open(&path, || false).unwrap();
         assert_eq!(store.get("a"), None);
-        store.add(&[("a".into(), counts(&[(10, 1)])), ("b".into(), counts(&[(10, 7)]))]).unwrap();
-        assert_eq!(store.add(&[("a".into(), counts(&[(10, 2), (20, 3)]))]).unwrap(), [counts(&[(10, 3), (20, 3)])]);
+        store.merge(&[("a".into(), counts(&[(10, 1)])), ("b".into(), counts(&[(10, 7)]))]).unwrap();
+        store.merge(&[("a".into(), counts(&[(10, 2), (20, 3)]))]).unwrap();
+        assert_eq!(store.take_life(), None);
+        store.leave_life(Life(8)).unwrap();
         drop(store);
         let store = Store::open(&path, || false).unwrap();
-        assert_eq!(store.get("a"), Some(counts(&[(10, 3), (20, 3)])));
-        store.remove(&["a".into()]).unwrap();
-        assert_eq!((store.get("a"), store.get("b")), (None, Some(counts(&[(10, 7)]))));
-        store.add(&[("c".into(), counts(&[(5, 1)])), ("d".into(), counts(&[(30, 1)]))]).unwrap();
-        store.prune_to(0, 2).unwrap();
+        assert_eq!(store.get("a"), Some(counts(&[(10, 2), (20, 3)])));
+        assert_eq!((store.take_life(), store.get("b")), (Some(Life(8)), Some(counts(&[(10, 7)]))));
+        assert_eq!(store.take_life(), None);
+        store.merge(&[("c".into(), counts(&[(5, 1)])), ("d".into(), counts(&[(30, 1)]))]).unwrap();
+        store.prune_to(0, 3).unwrap();
         assert_eq!((store.get("c"), store.get("d").is_some()), (None, true), "the longest unused go first");
         store.prune_to(20, 2).unwrap();
         assert_eq!((store.get("b"), store.get("d").is_some()), (None, true), "and what nobody needs");
@@ -219,7 +250,7 @@ mod tests {
                 (format!("p day address {n}"), counts(&[(200, 1)])),
             ]
         });
-        store.add(&all.collect::<Vec<_>>()).unwrap();
+        store.merge(&all.collect::<Vec<_>>()).unwrap();
         let left = |who: &str| (0..10).filter(|n| store.get(&format!("p {who} {n}")).is_some()).count();
         store.prune_to(0, 13).unwrap();
         assert_eq!((left("month consumer"), left("day address")), (10, 3));
@@ -236,7 +267,7 @@ mod tests {
         let good = {
             let store = Store::open(&path, || false).unwrap();
             let many: Vec<_> = (0..5000).map(|n| (format!("key {n}"), counts(&[(10, n)]))).collect();
-            store.add(&many).unwrap();
+            store.merge(&many).unwrap();
             drop(store);
             std::fs::read(&path).unwrap()
         };
@@ -246,7 +277,7 @@ mod tests {
             std::fs::write(&path, bad).unwrap();
             let store = Store::open(&path, || false).unwrap();
             assert!(store.get("key 1").is_none());
-            store.add(&[("a".into(), counts(&[(10, 1)]))]).unwrap();
+            store.merge(&[("a".into(), counts(&[(10, 1)]))]).unwrap();
             assert!(path.with_extension("redb.damaged").exists());
         }
     }

@@ -2,8 +2,9 @@
 
 use std::{
     collections::HashMap,
-    future::Future,
+    future::{Future, poll_fn},
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -32,16 +33,32 @@ impl TcpRoom {
     /// Its places, to be shared by all who accept at one address.
     pub fn places(self) -> TcpPlaces {
         let most = self.connections.min(descriptors() / DESCRIPTORS_OF_ONE);
-        TcpPlaces { free: Arc::new(Semaphore::new(most)), sources: Sources::default(), of_one: self.of_one }
+        let (free, sources) = (Arc::new(Semaphore::new(most)), Sources::default());
+        TcpPlaces { free, sources, of_one: self.of_one, carriers: Arc::new(|_| false) }
     }
 }
 
 /// Places for the connections to one address. Cheap to clone; every clone gives the same.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct TcpPlaces {
     free: Arc<Semaphore>,
     sources: Sources,
     of_one: usize,
+    carriers: Arc<dyn Fn(IpAddr) -> bool + Send + Sync>,
+}
+
+impl TcpPlaces {
+    /// Does not count connections by these addresses, which carry those of others: whoever serves them asks
+    /// [`TcpPlaces::of_one`] for a place as soon as it is told whose they are.
+    #[must_use]
+    pub fn carried_by(self, carriers: impl Fn(IpAddr) -> bool + Send + Sync + 'static) -> Self {
+        Self { carriers: Arc::new(carriers), ..self }
+    }
+
+    /// A place for one more connection of an address, if it has not as many as it may.
+    pub fn of_one(&self, from: IpAddr) -> Option<Place> {
+        self.sources.enter(from, self.of_one)
+    }
 }
 
 /// Of a process's file descriptors, each listener's connections take one in so many at most: each leads to another one, and
@@ -74,12 +91,14 @@ where
         match accepted {
             Ok((stream, from)) => {
                 // Whoever has as many as he may have is not let in, rather than all others.
-                let Some(one_of) = places.sources.enter(from.ip(), places.of_one) else {
+                let is_carrier = (places.carriers)(from.ip());
+                let one_of = if is_carrier { None } else { places.of_one(from.ip()) };
+                if one_of.is_none() && !is_carrier {
                     if full.may_speak() {
                         tracing::warn!(from = %source_of(from.ip()), most = places.of_one, "an address has as many connections as it may");
                     }
                     continue;
-                };
+                }
                 let served = serve(Socket::new(stream), from);
                 drain.spawn(async move {
                     served.await;
@@ -226,8 +245,8 @@ pub fn source_of(ip: IpAddr) -> IpAddr {
 }
 
 /// Accepts connections until the endpoint closes or the future is dropped. Each is served by a task of its own, which
-/// outlives that.
-pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, serve: S)
+/// outlives that. The drain waits for handshakes; from its first step on, what `serve` gives has to see to that by itself.
+pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, drain: Drain, serve: S)
 where
     S: Fn(quinn::Connection) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
@@ -237,12 +256,21 @@ where
     while let Some(incoming) = endpoint.accept().await {
         let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };
         let (serve, connected, full) = (serve.clone(), connected.clone(), full.clone());
+        let mut busy = Some(drain.hold());
         tokio::spawn(async move {
             let shaken = tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await;
             drop(place);
             match shaken {
                 Ok(Ok(connection)) => match connected.enter(connection.remote_address().ip(), room.of_one) {
-                    Some(_place) => serve(connection).await,
+                    Some(_place) => {
+                        let mut serving = pin!(serve(connection));
+                        poll_fn(|cx| {
+                            let served = serving.as_mut().poll(cx);
+                            busy.take();
+                            served
+                        })
+                        .await;
+                    }
                     None => {
                         if lock(&full).may_speak() {
                             let from = source_of(connection.remote_address().ip());

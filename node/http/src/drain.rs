@@ -3,10 +3,15 @@
 use std::{future::Future, time::Duration};
 
 use tokio::task::JoinHandle;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 
 /// How long a connection that drains is kept for one more request, where it cannot be said which ones were taken, or none was.
 const LAST_REQUEST: Duration = Duration::from_secs(1);
+/// How long it takes at most until a connection that has come is looked at.
+const JUST_COME: Duration = Duration::from_millis(100);
 /// What has not ended by itself may say farewell for so long, before it is cut.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -68,6 +73,11 @@ impl Drain {
         self.busy.spawn(task)
     }
 
+    /// Makes the drain wait for as long as this is held.
+    pub(crate) fn hold(&self) -> TaskTrackerToken {
+        self.busy.token()
+    }
+
     /// Whether new work should no longer be taken.
     pub fn has_begun(&self) -> bool {
         self.draining.is_cancelled()
@@ -107,6 +117,8 @@ impl Drain {
     /// The same where the whole goes on, in another process: each connection goes away as a part of it.
     pub async fn finish_connections(&self, patience: Duration) -> bool {
         self.draining.cancel();
+        // Who has come, and was not looked at yet, is not busy yet.
+        tokio::time::sleep(JUST_COME).await;
         self.busy.close();
         let in_time = tokio::time::timeout(patience, self.busy.wait()).await.is_ok();
         if !in_time {

@@ -29,6 +29,8 @@ pub enum ProxyError {
     HttpRequestError,
     /// The service's answer makes no sense.
     HttpProtocolError,
+    /// The service's answer is larger than it may be.
+    HttpResponseBodySize,
     /// The service does not change to the protocol that was asked for.
     HttpUpgradeFailed,
     /// The call goes round in circles.
@@ -49,6 +51,7 @@ impl ProxyError {
             Self::HttpRequestDenied => "http_request_denied",
             Self::HttpRequestError => "http_request_error",
             Self::HttpProtocolError => "http_protocol_error",
+            Self::HttpResponseBodySize => "http_response_body_size",
             Self::HttpUpgradeFailed => "http_upgrade_failed",
             Self::ProxyLoopDetected => "proxy_loop_detected",
             Self::ProxyInternalError => "proxy_internal_error",

@@ -1,10 +1,14 @@
 //! The mesh as JSON.
 
 use starling_gossip::{MemberView, Snapshot};
-use starling_protocol::{MemberHealth, Name, NodeId, NodeKind, Sight, admin};
+use starling_protocol::{MemberHealth, Name, NodeId, NodeKind, ServiceRecord, Sight, admin};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::{call::Calls, inbound::limiter::Figures};
+use crate::{
+    call::Calls,
+    inbound::limiter::Figures,
+    mesh::announced::{Announced, AnnouncedVersion},
+};
 
 /// Seconds since 1970 as RFC 3339 writes them.
 pub fn rfc3339(unix: u64) -> String {
@@ -74,6 +78,8 @@ pub(crate) fn members(snapshot: &Snapshot) -> Vec<admin::Member> {
 /// Services by version, with their instances.
 pub(crate) fn services(snapshot: &Snapshot, calls: &Calls, limits: &[(Name, Figures)]) -> Vec<admin::Service> {
     let mut services: Vec<admin::Service> = Vec::new();
+    let announced = Announced::of(snapshot);
+    let told = |service: &ServiceRecord| announced.versions.get(&service.name)?.get(&service.version).cloned();
     for member in snapshot.members.iter().filter(|m| !m.left) {
         let Some(record) = &member.record else { continue };
         for service in &record.services {
@@ -95,9 +101,13 @@ pub(crate) fn services(snapshot: &Snapshot, calls: &Calls, limits: &[(Name, Figu
                 Some(known) => known.instances.push(instance),
                 None => {
                     let repeats = calls.repeats_of(&service.name);
+                    let AnnouncedVersion { deprecated, sunset, link } = told(service).unwrap_or_default();
                     services.push(admin::Service {
                         name: service.name.clone(),
                         version: service.version.clone(),
+                        deprecated: deprecated.map(rfc3339),
+                        sunset: sunset.map(rfc3339),
+                        link,
                         instances: vec![instance],
                         retries: repeats.retries,
                         hedges: repeats.hedges,

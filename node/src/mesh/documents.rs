@@ -28,7 +28,7 @@ const TRIAL: Duration = Duration::from_secs(30);
 /// Deaths on the trial of an edition that are blamed on it: one can have any cause.
 const DEATHS: u32 = 2;
 /// Kinds that say what is forbidden. They are never left alone: without them, more would be allowed.
-const FAIL_CLOSED: [&str; 3] = ["policy", "revocations", "trust"];
+const FAIL_CLOSED: [&str; 4] = ["keys", "policy", "revocations", "trust"];
 /// How often the clock is looked at, for editions whose time comes or ends.
 const LOOK: Duration = Duration::from_secs(1);
 /// What is known of documents beside their bytes.
@@ -47,6 +47,8 @@ struct DocumentsState {
     table: Mutex<Table>,
     /// A copy for those who must not wait while the table is being stored.
     sights: Mutex<Vec<DocumentSight>>,
+    /// Whether what was kept has been looked at.
+    looked: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -141,39 +143,46 @@ impl Documents {
         };
         let newest = index.floors.keys().filter_map(|kind| read(newest_file(kind))).collect();
         let floors = index.floors.iter().map(|(kind, version)| (kind.clone(), *version)).collect();
-        let documents =
-            Self(Arc::new(DocumentsState { state: state.clone(), table: Mutex::default(), sights: Mutex::default() }));
+        let documents = Self(Arc::new(DocumentsState {
+            state: state.clone(),
+            table: Mutex::default(),
+            sights: Mutex::default(),
+            looked: watch::Sender::default(),
+        }));
         documents.store_index(&index);
         documents.table().index = index;
         Ok((documents, Kept { newest, floors }))
     }
 
-    /// Follows the document of a kind, as `read` makes it from the content. The watch holds `None` until one is in force. An
-    /// edition that `read` refuses, or in which it panics, does not come into force: the one before stays.
-    pub fn follow<T: Send + Sync + 'static>(
-        &self,
-        kind: Name,
-        read: impl Fn(&[u8]) -> Result<T, String> + Send + 'static,
-    ) -> watch::Receiver<Option<Arc<T>>> {
-        let (publish, follow) = watch::channel(None);
+    /// Follows the document of a kind: `read` acts upon its content, and upon its end (`None`): when it was deleted, or its time is
+    /// over. An edition that `read` refuses, or in which it panics, does not come into force: it is given the one before again.
+    pub fn follow(&self, kind: Name, read: impl Fn(Option<&[u8]>) -> Result<(), String> + Send + 'static) {
         let reader: Reader = Box::new(move |content| {
-            let value = content.map(|bytes| catch_unwind(AssertUnwindSafe(|| read(bytes))));
-            let value = match value {
-                Some(Ok(value)) => Some(Arc::new(value?)),
-                Some(Err(_)) => return Err("its reader panicked".into()),
-                None => None,
-            };
-            publish.send_replace(value);
-            Ok(())
+            catch_unwind(AssertUnwindSafe(|| read(content))).unwrap_or_else(|_| Err("its reader panicked".into()))
         });
         let mut table = self.table();
-        if let Some(content) = table.kinds.get(&kind).and_then(|k| k.in_force.as_ref()).map(|d| d.content.clone())
-            && let Err(error) = reader(Some(&content))
+        let Table { kinds, readers, index } = &mut *table;
+        if let Some(known) = kinds.get_mut(&kind)
+            && let Some(document) = known.in_force.clone()
+            && let Err(error) = reader(Some(&document.content))
         {
-            tracing::error!(%kind, error, "the document in force is not understood");
+            // It came before anybody could say so.
+            tracing::error!(%kind, version = document.version, error, "a document is not understood");
+            known.state = DocumentState::Refused;
+            known.trial = None;
+            index.on_trial.remove(&kind);
+            self.store_index(index);
+            let good = self.last_good(&kind).filter(|(_, hash)| *hash != known.newest.hash);
+            known.in_force = good.map(|(document, _)| document);
+            give(std::slice::from_ref(&reader), known.in_force.as_ref().map(|document| &document.content[..]));
         }
-        table.readers.entry(kind).or_default().push(reader);
-        follow
+        readers.entry(kind).or_default().push(reader);
+    }
+
+    /// Waits until what was kept from the life before has been looked at.
+    pub async fn looked_at(&self) {
+        // The sender lives as long as this.
+        let _ = self.0.looked.subscribe().wait_for(|looked| *looked).await;
     }
 
     /// Which edition of each kind this node has, and what it does with it.
@@ -191,6 +200,7 @@ impl Documents {
             if let Err(error) = done {
                 tracing::error!(%error, "mesh documents");
             }
+            self.0.looked.send_replace(true);
             if let Ok(Err(_)) = tokio::time::timeout(LOOK, durable.changed()).await {
                 return;
             }
@@ -220,7 +230,9 @@ impl Documents {
                         let good = self.last_good(&kind);
                         let hash = good.as_ref().map(|(_, hash)| *hash);
                         // The newest is judged below; until then, and if it does not come into force, the last good one holds.
-                        let old = good.filter(|(_, hash)| *hash != view.hash).map(|(document, _)| document);
+                        let document = &view.document;
+                        let is_over = document.deleted || document.expires.is_some_and(|expires| expires <= now);
+                        let old = good.filter(|(_, hash)| *hash != view.hash && !is_over).map(|(document, _)| document);
                         let readers = table.readers.get(&kind).map_or(&[][..], Vec::as_slice);
                         if let Some(old) = &old {
                             give(readers, Some(&old.content));
@@ -386,6 +398,16 @@ mod tests {
         DocumentView { document: Arc::new(document), hash: signed.hash(), signed: Arc::new(signed) }
     }
 
+    /// Follows a number.
+    fn follow(documents: &Documents) -> watch::Receiver<Option<u32>> {
+        let (publish, value) = watch::channel(None);
+        documents.follow("plans".parse().unwrap(), move |content| {
+            publish.send_replace(content.map(number).transpose()?);
+            Ok(())
+        });
+        value
+    }
+
     fn number(bytes: &[u8]) -> Result<u32, String> {
         assert_ne!(bytes, b"bomb");
         std::str::from_utf8(bytes).ok().and_then(|t| t.parse().ok()).ok_or_else(|| "not a number".into())
@@ -399,8 +421,8 @@ mod tests {
     fn editions_come_into_force_when_they_are_understood_and_their_time_has_come() {
         let dir = tempfile::tempdir().unwrap();
         let (documents, _) = Documents::open(&StateDir::open(dir.path()).unwrap()).unwrap();
-        let value = documents.follow("plans".parse().unwrap(), number);
-        let read = || value.borrow().as_deref().copied();
+        let value = follow(&documents);
+        let read = || *value.borrow();
         documents.take([view(1, b"7", false)].into_iter(), 99);
         assert_eq!((state_of(&documents), read()), (DocumentState::Pending, None));
         documents.take([].into_iter(), 100);
@@ -443,11 +465,11 @@ mod tests {
 
         let (second_life, kept) = Documents::open(&state).unwrap();
         assert_eq!((kept.newest.len(), kept.floors[&"plans".parse::<Name>().unwrap()]), (1, 3));
-        let value = second_life.follow("plans".parse().unwrap(), number);
+        let value = follow(&second_life);
         second_life.take([view(2, b"2", false)].into_iter(), 150);
-        assert_eq!((state_of(&second_life), value.borrow().as_deref().copied()), (DocumentState::Quarantined, Some(1)));
+        assert_eq!((state_of(&second_life), *value.borrow()), (DocumentState::Quarantined, Some(1)));
         second_life.take([view(3, b"3", false)].into_iter(), 150);
-        assert_eq!((state_of(&second_life), value.borrow().as_deref().copied()), (DocumentState::Active, Some(3)));
+        assert_eq!((state_of(&second_life), *value.borrow()), (DocumentState::Active, Some(3)));
         second_life.acquit();
         let (third_life, _) = Documents::open(&state).unwrap();
         third_life.take([view(3, b"3", false)].into_iter(), 150);

@@ -1,7 +1,7 @@
 //! The edges of a mesh, and what they ask each other: over the links that gossip has, and only of those that are edges by
 //! their certificates.
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use bytes::Bytes;
 use starling_gossip::GossipHandle;
@@ -11,10 +11,13 @@ use super::links::Links;
 
 /// Answers what other edges ask this one.
 pub trait Colleague: Send + Sync {
-    /// The answer to a question, as a frame; `None` if it is none that is known, or if nobody asks well. Must not block: the links
+    /// The answer to a question of an edge, as a frame; `None` if it is none that is known, or if nobody asks well. Must not block: the links
     /// wait for it.
-    fn answer(&self, kind: u64, body: &Bytes) -> Option<Vec<u8>>;
+    fn answer<'a>(&'a self, from: NodeId, kind: u64, body: &'a Bytes) -> Answering<'a>;
 }
+
+/// An answer that may take its time.
+pub type Answering<'a> = Pin<Box<dyn Future<Output = Option<Vec<u8>>> + Send + 'a>>;
 
 /// The edges of the mesh, as one of them sees them. Cheap to clone.
 #[derive(Clone)]
@@ -42,7 +45,7 @@ impl Fleet {
         edges.map(|member| member.id).collect()
     }
 
-    /// Whether others may be there that are not known yet: this one has just come into the mesh.
+    /// Whether the mesh has been heard; before that, others may be there that are not known.
     pub fn is_settled(&self) -> bool {
         self.gossip.snapshot().introduced
     }
@@ -56,7 +59,7 @@ impl Fleet {
         self.links.ask_edge(ident.ok_or("it is not in the mesh")?, question).await
     }
 
-    /// Says who answers for this one; before that nobody does.
+    /// Says who answers for this one; before that nobody does. Where several do, each is asked until one knows the question.
     pub fn answer_with(&self, colleague: Arc<dyn Colleague>) {
         self.links.answer_edges_with(colleague);
     }

@@ -8,7 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, Mutex, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -92,7 +92,7 @@ struct LinksState {
     /// Whether another process speaks for this node.
     rests: AtomicBool,
     /// Who answers other edges, if this is one.
-    colleague: OnceLock<Arc<dyn Colleague>>,
+    colleagues: RwLock<Vec<Arc<dyn Colleague>>>,
 }
 
 /// How many connections of a peer are served, and what it may still say over them.
@@ -142,7 +142,7 @@ impl Links {
             served: Mutex::default(),
             counters: LinkCounters::default(),
             rests: AtomicBool::new(false),
-            colleague: OnceLock::new(),
+            colleagues: RwLock::default(),
         }))
     }
 

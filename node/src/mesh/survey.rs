@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use starling_gossip::{Durable, MemberView, Snapshot};
-use starling_protocol::{DocumentSight, Name, NodeId, View, admin};
+use starling_gossip::{Durable, MAX_LEAP, MemberView, Snapshot};
+use starling_protocol::{DocumentSight, DocumentState, Name, NodeId, View, admin};
 use tokio::{sync::watch, task::JoinSet};
 
 use crate::{Documents, admin as api, mesh::links::Links};
@@ -61,7 +61,14 @@ pub(crate) async fn documents(
     let answers = ask_all(snapshot, links, own).await;
     // Of each kind the newest edition that anybody has: this node itself may be the one that lacks it.
     let mut sights: BTreeMap<Name, DocumentSight> = BTreeMap::new();
-    for sight in answers.values().flatten().flat_map(|view| &view.documents) {
+    let held = durable.borrow().documents.clone();
+    // What this node has just been given it may not have looked at yet.
+    let own = held.values().map(|view| DocumentSight { edition: view.edition(), state: DocumentState::Pending });
+    let told = answers.values().flatten().flat_map(|view| &view.documents);
+    // Others' word is not verified: nobody numbers the next edition by one that no mesh takes.
+    let floor = |kind: &Name| held.get(kind).map_or(0, |view| view.document.version);
+    let told = told.filter(|sight| sight.edition.version <= floor(&sight.edition.kind).saturating_add(MAX_LEAP));
+    for sight in own.collect::<Vec<_>>().iter().chain(told) {
         let order = |s: &DocumentSight| (s.edition.version, s.edition.hash);
         match sights.get(&sight.edition.kind) {
             Some(known) if order(known) >= order(sight) => {}
@@ -74,7 +81,6 @@ pub(crate) async fn documents(
             *known = sight;
         }
     }
-    let held = durable.borrow().documents.clone();
     let describe = |sight: &DocumentSight| {
         let kind = &sight.edition.kind;
         let nodes: Vec<admin::NodeDocument> =

@@ -67,12 +67,11 @@ pub(super) fn announcement(
         services: config
             .service
             .iter()
-            .map(|s| ServiceRecord {
-                name: s.name.clone(),
-                version: s.version.clone(),
-                protocol: s.protocol.0,
-                weight: s.weight,
-                state: at_first(s, known),
+            .map(|service| {
+                let mut record = ServiceRecord::new(service.name.clone(), service.protocol.0);
+                record.state = at_first(service, known);
+                service.tell(&mut record);
+                record
             })
             .collect(),
         phase: Phase::Up,

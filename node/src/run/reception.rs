@@ -39,7 +39,8 @@ pub(super) struct Reception {
 impl Reception {
     /// Takes those of one of so many `endpoints` that share the room.
     pub(super) async fn accept(self, endpoint: quinn::Endpoint, endpoints: usize) {
-        accept::quic(endpoint, ROOM.shared_by(endpoints), move |connection| self.clone().lead(connection)).await;
+        let drain = self.running.drain.clone();
+        accept::quic(endpoint, ROOM.shared_by(endpoints), drain, move |connection| self.clone().lead(connection)).await;
     }
 
     async fn lead(self, connection: quinn::Connection) {

@@ -41,7 +41,7 @@ impl Running {
                     a.zone = zone;
                     for service in services {
                         if let Some(own) = a.services.iter_mut().find(|s| s.name == service.name) {
-                            (own.version, own.weight) = (service.version, service.weight);
+                            service.tell(own);
                         }
                     }
                 })

@@ -218,13 +218,7 @@ fn announcement(node: usize, serves: bool) -> Announcement {
         zone: String::new(),
         issuer: None,
         services: serves
-            .then(|| ServiceRecord {
-                name: format!("s{}", node % 20).parse().unwrap(),
-                version: String::new(),
-                protocol: Protocol::Http1,
-                weight: 100,
-                state: ServiceState::Up,
-            })
+            .then(|| ServiceRecord::new(format!("s{}", node % 20).parse().unwrap(), Protocol::Http1))
             .into_iter()
             .collect(),
         phase: Phase::Up,

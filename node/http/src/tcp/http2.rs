@@ -55,6 +55,8 @@ where
         .max_concurrent_streams(limits.max_streams)
         .initial_window_size(limits.stream_window_bytes)
         .initial_connection_window_size(limits.stream_window_bytes.saturating_mul(limits.max_streams).min(1 << 30))
+        // A network that was away brings requests and their ends together: as many as the client may have under way are no attack.
+        .max_pending_accept_reset_streams(limits.max_streams as usize)
         .max_header_list_size(MAX_HEAD_BYTES as u32)
         .max_send_buffer_size(MAX_SEND_BUFFER)
         .enable_connect_protocol();

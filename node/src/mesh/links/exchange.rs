@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use quinn::ReadExactError;
 use starling_gossip::{Ident, Sync, Target, Via};
 use starling_protocol::{
@@ -140,9 +141,9 @@ impl Links {
         tokio::time::timeout(EXCHANGE_TIMEOUT, asked).await.unwrap_or_else(|_| Err("no answer in time".into()))
     }
 
-    /// Says who answers other edges; the first who says so stays.
+    /// Says who answers other edges, with whoever does already.
     pub(crate) fn answer_edges_with(&self, colleague: Arc<dyn Colleague>) {
-        let _ = self.0.colleague.set(colleague);
+        self.0.colleagues.write().unwrap_or_else(|e| e.into_inner()).push(colleague);
     }
 
     /// The connection to a member that is there, or a new one.
@@ -231,8 +232,8 @@ impl Links {
                 }
             }
             kind => {
-                let colleague = self.0.colleague.get().filter(|_| is_edge);
-                match colleague.and_then(|colleague| colleague.answer(kind, &request.body)) {
+                let answer = if is_edge { self.answer_edge(peer, kind, &request.body).await } else { None };
+                match answer {
                     Some(answer) => frames::write_bytes(&mut send, &answer).await?,
                     // Of a later version, which can do without.
                     None => frames::write_frame(&mut send, &Unsupported { kind }).await?,
@@ -240,6 +241,16 @@ impl Links {
             }
         }
         Ok(())
+    }
+
+    async fn answer_edge(&self, from: NodeId, kind: u64, body: &Bytes) -> Option<Vec<u8>> {
+        let colleagues = self.0.colleagues.read().unwrap_or_else(|e| e.into_inner()).clone();
+        for colleague in colleagues {
+            if let Some(answer) = colleague.answer(from, kind, body).await {
+                return Some(answer);
+            }
+        }
+        None
     }
 
     /// A message from a peer, as [`Links::read_frame`] reads it; a large one is unfolded while it still counts.

@@ -9,6 +9,7 @@ mod growth;
 mod loss;
 mod marks;
 mod memory;
+mod policy;
 mod tcp;
 
 use std::path::PathBuf;
@@ -59,6 +60,7 @@ enum Section {
     EastWest,
     Loss,
     Edge,
+    Policy,
     Tcp,
     Growth,
     Memory,
@@ -74,6 +76,7 @@ impl Section {
             Self::EastWest => east_west::run(bench, output),
             Self::Loss => loss::run(bench, output),
             Self::Edge => edge::run(bench, output),
+            Self::Policy => policy::run(bench, output),
             Self::Tcp => tcp::run(bench, output),
             Self::Growth => growth::run(bench, output),
             Self::Memory => memory::run(bench, output),

@@ -12,7 +12,7 @@ use crate::certificates::Certificates;
 use crate::http;
 use crate::process::{self, Process};
 use crate::scratch::{self, loopback};
-use crate::target::{HOST, START_LIMIT, Target};
+use crate::target::{HOST, PUBLIC_HOST, START_LIMIT, Target};
 use crate::template;
 
 const EDGE: &str = include_str!("../starling/edge.toml");
@@ -112,17 +112,51 @@ pub(crate) fn start_tunnel(program: &Path, server: SocketAddr, scratch: &Path) -
     Ok(target)
 }
 
+/// What an edge looks at before it passes a call on.
+#[derive(Clone, Copy)]
+pub(crate) enum Rules {
+    /// A key and a rate.
+    KeyAndRate,
+    /// Nothing.
+    None,
+    /// A key, a rate and a quota, which is kept on disk.
+    KeyRateAndQuota,
+    /// Nothing; and there are a thousand routes.
+    ThousandRoutes,
+}
+
+impl Rules {
+    fn sections(self) -> String {
+        let (auth, plan) = match self {
+            Self::None | Self::ThousandRoutes => ("", ""),
+            Self::KeyAndRate | Self::KeyRateAndQuota => ("\"api-key\"", "plan = \"bench\""),
+        };
+        let quota = if let Self::KeyRateAndQuota = self { "quota = \"1000000000/day\"" } else { "" };
+        let route = |path: &str, plan: &str| {
+            format!(
+                "[[route]]\nhost = \"{PUBLIC_HOST}\"\npath = \"{path}\"\nservice = \"web\"\nauth = [{auth}]\n{plan}\n"
+            )
+        };
+        let more = if let Self::ThousandRoutes = self { 999 } else { 0 };
+        let others: String = (0..more).map(|n| route(&format!("/api/v1/things-{n}"), "")).collect();
+        let plans = format!("[[plan]]\nname = \"bench\"\nrate = \"1000000/s\"\n{quota}\n");
+        [route("/", plan), others, plans].concat()
+    }
+}
+
 /// Starts an edge and a node that serves `web`, which is the mesh's issuer too, and waits until the edge can call it.
 ///
 /// Also gives the field that every call to the edge has to carry.
 pub(crate) fn start_edge(
+    name: &'static str,
     program: &Path,
+    rules: Rules,
     backend: u16,
     certificates: &Certificates,
     scratch: &Path,
 ) -> Result<(Target, String)> {
     let version = version(program)?;
-    let dir = scratch.join("starling-edge");
+    let dir = scratch.join(format!("edge-{}", rules as u8));
     std::fs::create_dir(&dir)?;
     let nodes = Node::many(2, 1, &dir)?;
     let [node, edge] = &nodes[..] else { unreachable!("two were asked for") };
@@ -132,7 +166,9 @@ pub(crate) fn start_edge(
     node.wait_until_ready(&mut node_process)?;
     let token = token(program, &node.state, loopback(node.listen), ["--edge"])?;
     let (state, certs) = (edge.state.display().to_string(), certificates.dir());
-    let values: [(&str, &dyn ToString); 7] = [
+    let rules = rules.sections();
+    let values: [(&str, &dyn ToString); 8] = [
+        ("rules", &rules),
         ("state", &state),
         ("mesh_port", &edge.listen),
         ("seed_port", &node.listen),
@@ -151,13 +187,8 @@ pub(crate) fn start_edge(
     let printed = run(program, "keys create", ["keys", "create", "--consumer", "bench", "--admin", &admin])?;
     let key = printed.split_whitespace().find(|word| word.starts_with("sk_")).map(str::to_owned);
     let key = key.with_context(|| format!("starling keys create printed no key: {printed:?}"))?;
-    let mut target = Target {
-        name: "Starling",
-        version,
-        entry: loopback(public),
-        hop: Vec::new(),
-        proxies: vec![edge_process, node_process],
-    };
+    let mut target =
+        Target { name, version, entry: loopback(public), hop: Vec::new(), proxies: vec![edge_process, node_process] };
     target.wait_for_answer_at(loopback(edge.outbound), HOST)?;
     Ok((target, format!("x-api-key: {key}")))
 }

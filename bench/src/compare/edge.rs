@@ -6,6 +6,7 @@ use super::Output;
 use super::bench::{self, Bench};
 use super::grid::Grid;
 use crate::oha::{Oha, Version};
+use crate::starling::Rules;
 use crate::{caddy, envoy, measurement, starling};
 
 /// CPU over every process on the way, and the rate, of each version.
@@ -21,7 +22,8 @@ pub(super) fn lines(version: Version) -> [&'static str; 2] {
 pub(super) fn run(bench: &Bench, output: &mut Output) -> Result<()> {
     let dir = bench.dir()?;
     let (backend, certificates, dir) = (bench.backend_port, &bench.certificates, dir.path());
-    let (ours, key) = starling::start_edge(&bench.starling, backend, certificates, dir).context("Starling's edge")?;
+    let ours = starling::start_edge("Starling", &bench.starling, Rules::KeyAndRate, backend, certificates, dir);
+    let (ours, key) = ours.context("Starling's edge")?;
     let caddy = bench.caddy().and_then(|program| caddy::start(&program, backend, certificates, dir));
     let envoy =
         |sidecar| bench.envoy().and_then(|program| envoy::start_edge(&program, sidecar, backend, certificates, dir));

@@ -296,6 +296,8 @@ pub enum CallKind {
     Connection,
     /// UDP packets, each sent until it is answered.
     Packets,
+    /// Small, idempotent, and counted by the edges for a quota, which may forbid it.
+    Counted,
 }
 
 impl CallKind {
@@ -338,7 +340,8 @@ pub struct Call {
 impl Call {
     /// Whether it has its right answer in time.
     pub fn good(&self) -> bool {
-        self.error.is_none() && matches!(self.status, 101 | 200)
+        let is_forbidden = self.kind == CallKind::Counted && self.status == 429;
+        self.error.is_none() && (matches!(self.status, 101 | 200) || is_forbidden)
     }
 
     /// When it was over, seconds since the start.

@@ -126,6 +126,9 @@ pub struct LoadPlan {
     pub mix: Mix,
     /// Size of what is downloaded and uploaded, in bytes.
     pub bulk_bytes: usize,
+    /// A quota for the counted calls of all clients together, which all edges keep together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quota: Option<QuotaPlan>,
     /// How long the load runs before the first fault, and after the last.
     #[serde(with = "text")]
     pub calm: Duration,
@@ -139,9 +142,20 @@ impl Default for LoadPlan {
             doors: vec![DoorKind::OutboundHttp1, DoorKind::OutboundHttp2, DoorKind::Upstream],
             mix: Mix::default(),
             bulk_bytes: 256 << 10,
+            quota: None,
             calm: Duration::from_secs(5),
         }
     }
+}
+
+/// A quota, and how well it has to be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuotaPlan {
+    /// Calls a day.
+    pub calls: u64,
+    /// How many more may pass, for what edges forget that are killed or cut off.
+    pub over: u64,
 }
 
 /// Kinds of calls, by weight.
@@ -162,11 +176,13 @@ pub struct Mix {
     pub talk: u32,
     /// WebSockets with messages both ways in turn, through the doors that speak HTTP/1.1.
     pub socket: u32,
+    /// Small calls that count for the quota, through the doors of edges.
+    pub counted: u32,
 }
 
 impl Default for Mix {
     fn default() -> Self {
-        Self { get: 16, post: 4, download: 1, upload: 1, stream: 0, talk: 1, socket: 1 }
+        Self { get: 16, post: 4, download: 1, upload: 1, stream: 0, talk: 1, socket: 1, counted: 0 }
     }
 }
 

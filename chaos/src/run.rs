@@ -19,6 +19,7 @@ use starling_protocol::admin::MemberStatus;
 use tokio_util::sync::CancellationToken;
 
 pub use self::litter::sweep;
+pub(crate) use self::mesh::COUNTED;
 use self::{
     active::{Active, Hands},
     mesh::Mesh,

@@ -59,6 +59,7 @@ impl<'a> Tally<'a> {
         ledgers(history, begin, checks);
         left_open(history, checks);
         self.fair(begin, checks);
+        quota(history, begin, checks);
         for step in &self.times.steps {
             let Some(expect) = begin.plan.step(step.step).map(|step| &step.expect) else { continue };
             self.lost(step, expect, checks);
@@ -71,6 +72,24 @@ impl<'a> Tally<'a> {
         }
         self.calm(checks);
     }
+}
+
+/// Whether all edges together let pass what one would, and said so to the rest.
+fn quota(history: &History, begin: &Begin, checks: &mut Vec<Check>) {
+    let Some(quota) = begin.plan.load.quota else { return };
+    let counted = || history.calls().filter(|call| call.kind == CallKind::Counted);
+    let passed = counted().filter(|call| call.status == 200).count() as u64;
+    let refused = counted().filter(|call| call.status == 429).count() as u64;
+    let name = format!("all edges together let {} calls pass, and {} more at most", quota.calls, quota.over);
+    let detail = format!("{passed} passed, {refused} were refused");
+    let outcome = match passed {
+        _ if passed > quota.calls + quota.over => Outcome::Violated,
+        _ if refused == 0 => Outcome::Unknown,
+        // Nobody is refused before the quota is used up, but for what lay in leases, and what was on its way, when a fault began.
+        _ if passed < quota.calls * 90 / 100 => Outcome::Violated,
+        _ => Outcome::Held,
+    };
+    checks.push(Check::of(&name, outcome, detail));
 }
 
 fn owed(call: &Call, begin: &Begin, times: &Times) -> Owed {
@@ -188,7 +207,8 @@ fn ledgers(history: &History, begin: &Begin, checks: &mut Vec<Check>) {
     checks.push(once);
 
     let done = times_done(history);
-    let never: Vec<&Call> = history.calls().filter(|call| call.good() && !done.contains_key(&call.nonce)).collect();
+    let never: Vec<&Call> =
+        history.calls().filter(|call| call.good() && call.status != 429 && !done.contains_key(&call.nonce)).collect();
     let mut acknowledged = Check::of("every call that was acknowledged was done", Outcome::Held, "");
     if let Some(first) = never.first() {
         acknowledged.outcome = if missing.is_empty() { Outcome::Violated } else { Outcome::Unknown };

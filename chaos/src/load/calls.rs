@@ -25,6 +25,7 @@ use super::{door::Door, raw};
 use crate::{
     history::{Call, CallKind, Event, Recorder},
     plan::{DoorKind, LoadPlan, Mix},
+    run::COUNTED,
     service,
 };
 
@@ -135,6 +136,7 @@ fn pick(mix: Mix, door: DoorKind, rng: &mut StdRng) -> CallKind {
         (CallKind::Stream, mix.stream),
         (CallKind::Talk, if door.has_streams() { mix.talk } else { 0 }),
         (CallKind::Socket, if door.has_sockets() { mix.socket } else { 0 }),
+        (CallKind::Counted, if door.is_public() { mix.counted } else { 0 }),
     ];
     let all: u32 = weights.iter().map(|(_, weight)| weight).sum();
     let mut at = rng.random_range(0..all.max(1));
@@ -182,7 +184,7 @@ impl Shared {
     async fn make(&self, call: &mut Call, door: &Door) -> anyhow::Result<()> {
         let (nonce, size) = (call.nonce, self.plan.bulk_bytes);
         let (method, path) = match call.kind {
-            CallKind::Get => (Method::GET, format!("/call/{nonce}")),
+            CallKind::Get | CallKind::Counted => (Method::GET, format!("/call/{nonce}")),
             CallKind::Post => (Method::POST, format!("/call/{nonce}")),
             CallKind::Download => (Method::GET, format!("/bytes/{nonce}/{size}")),
             CallKind::Stream => (Method::GET, format!("/drip/{nonce}/{size}")),
@@ -212,14 +214,18 @@ impl Shared {
                 digest.lock().unwrap_or_else(|e| e.into_inner()).update(chunk);
             }
         };
-        let answer = door.call(&call.service, request.body(body)?, &mut read).await?;
+        let service = if call.kind == CallKind::Counted { COUNTED } else { &call.service };
+        let answer = door.call(service, request.body(body)?, &mut read).await?;
         (call.status, call.by) = (answer.status, served_by(&answer.headers));
+        if call.kind == CallKind::Counted && answer.status == 429 {
+            return Ok(());
+        }
         if answer.status != 200 {
             let start: String = answer.text.chars().take(200).collect();
             bail!("{}: {start}", answer.status);
         }
         let (got, expected) = match call.kind {
-            CallKind::Get | CallKind::Post => (answer.text, nonce.to_string()),
+            CallKind::Get | CallKind::Post | CallKind::Counted => (answer.text, nonce.to_string()),
             CallKind::Upload => (answer.text, format!("{size} {}", service::digest(nonce, size))),
             _ => {
                 let digest = digest.into_inner().unwrap_or_else(|e| e.into_inner());

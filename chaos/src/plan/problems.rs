@@ -141,7 +141,13 @@ fn load(plan: &Plan, found: &mut Found) {
         found.add(found.key("doors"), format!("doors: {door} needs an edge: write edges = 1 under [mesh]"));
     }
     let mix = load.mix;
-    if mix.get + mix.post + mix.download + mix.upload + mix.stream + mix.talk + mix.socket == 0 {
+    if load.quota.is_some() != (mix.counted > 0) {
+        found.add(found.key("quota"), "quota: it goes with mix = { counted = … }; write both, or none".into());
+    }
+    if mix.counted > 0 && !load.doors.iter().any(|door| door.is_public()) {
+        found.add(found.key("mix"), "mix: counted calls need a door of an edge, such as \"edge-http2\"".into());
+    }
+    if mix.get + mix.post + mix.download + mix.upload + mix.stream + mix.talk + mix.socket + mix.counted == 0 {
         found.add(found.key("mix"), "mix: at least one weight above 0".into());
     }
     if load.deadline < Duration::from_millis(100) || load.deadline > Duration::from_secs(600) {

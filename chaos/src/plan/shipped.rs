@@ -30,6 +30,7 @@ plans![
     "hostile-member",
     "addresses",
     "edges",
+    "quotas",
     "disk",
     "thundering-herd",
     "versions",

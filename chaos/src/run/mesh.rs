@@ -23,6 +23,8 @@ use crate::{
     stage::{Place, Slot, Stage},
 };
 
+/// Path and plan of what edges count.
+pub(crate) const COUNTED: &str = "counted";
 const AUTHORITY: &str = "edge-authority.pem";
 /// Name of the public host.
 const HOST: &str = "api.chaos.localhost";
@@ -251,6 +253,13 @@ impl Mesh {
             ));
         }
         sections.push_str("[[plan]]\nname = \"load\"\nrate = \"100000/s\"\nburst = 100000\n");
+        if let (Some(quota), Some(service)) = (plan.load.quota, plan.mesh.services.first()) {
+            let (calls, service) = (quota.calls, &service.name);
+            sections.push_str(&format!(
+                "[[route]]\nhost = \"{HOST}\"\npath = \"/{COUNTED}\"\nservice = \"{service}\"\nstrip_prefix = true\nauth = \
+                 []\nplan = \"{COUNTED}\"\ntimeout = \"30s\"\n\n[[plan]]\nname = \"{COUNTED}\"\nquota = \"{calls}/day\"\n"
+            ));
+        }
         Ok(sections)
     }
 

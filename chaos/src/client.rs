@@ -8,7 +8,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{
     RootCertStore,
-    pki_types::{CertificateDer, ServerName, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
 use tokio::net::TcpStream;
 
@@ -62,12 +62,14 @@ impl Answer {
 #[derive(Debug, Clone)]
 pub struct Client {
     roots: RootCertStore,
+    /// What it shows of itself, in PEM: a chain and its key.
+    shown: Option<(String, String)>,
 }
 
 impl Client {
     /// For doors without TLS.
     pub fn plain() -> Self {
-        Self { roots: RootCertStore::empty() }
+        Self { roots: RootCertStore::empty(), shown: None }
     }
 
     /// Trusts the certificates of a PEM file, and no others.
@@ -76,7 +78,12 @@ impl Client {
         for certificate in CertificateDer::pem_file_iter(pem)? {
             roots.add(certificate?)?;
         }
-        Ok(Self { roots })
+        Ok(Self { roots, shown: None })
+    }
+
+    /// Shows a certificate to servers that ask for one: a chain and its key, in PEM.
+    pub fn showing(self, chain: &str, key: &str) -> Self {
+        Self { shown: Some((chain.to_owned(), key.to_owned())), ..self }
     }
 
     /// GET over plain HTTP/1.1.
@@ -103,10 +110,16 @@ impl Client {
     /// For connections of that protocol.
     pub(crate) fn tls(&self, protocol: &[u8]) -> Result<rustls::ClientConfig> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        let config = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_root_certificates(self.roots.clone())
-            .with_no_client_auth();
+            .with_root_certificates(self.roots.clone());
+        let mut config = match &self.shown {
+            Some((chain, key)) => {
+                let chain = CertificateDer::pem_slice_iter(chain.as_bytes()).collect::<Result<_, _>>()?;
+                config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key.as_bytes())?)?
+            }
+            None => config.with_no_client_auth(),
+        };
         config.alpn_protocols = vec![protocol.to_vec()];
         Ok(config)
     }

@@ -3,6 +3,8 @@
 mod action;
 mod certificate;
 mod check;
+mod client_certificate;
+mod forward;
 mod jwt;
 mod matching;
 mod plan;
@@ -19,6 +21,8 @@ use self::check::check;
 pub(crate) use self::{
     action::Maintenance,
     certificate::{Acme, Certificate, ChallengeKind, Files, Source},
+    client_certificate::{ClientCertificate, NamedBy},
+    forward::Forward,
     jwt::{Jwks, Jwt},
     plan::{Plan, Rate},
     published::Published,
@@ -74,11 +78,13 @@ pub struct EdgeSections {
     pub plan: Vec<Plan>,
     /// Who issues tokens, if anybody.
     pub jwt: Option<Jwt>,
+    /// Who issues certificates to callers, if anybody.
+    pub client_certificate: Option<ClientCertificate>,
 }
 
 impl EdgeSections {
     /// Its tables, by the names of the fields.
-    const TABLES: [&str; 6] = ["edge", "certificate", "route", "version", "plan", "jwt"];
+    const TABLES: [&str; 7] = ["edge", "certificate", "route", "version", "plan", "jwt", "client_certificate"];
 }
 
 /// `[edge]`: the public listeners.
@@ -234,7 +240,7 @@ mod tests {
         let jwt = |lines: &str| format!("{EDGE}[jwt]\nissuer = \"i\"\naudience = [\"a\"]\n{lines}");
         for (text, want) in [
             (route(""), "missing field `auth`"),
-            (route("auth = [\"basic\"]"), "expected `api-key` or `jwt`"),
+            (route("auth = [\"basic\"]"), "expected one of `api-key`, `jwt`, `client-certificate`"),
             (route("auth = []\nservce = 1"), "unknown field `servce`"),
             (route("auth = []\ntimeout = \"10\""), "is not a timeout"),
             (route("auth = []\ntimeout = \"0s\""), "is not a timeout"),

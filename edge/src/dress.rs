@@ -43,8 +43,8 @@ impl Dress<'_> {
                 parts.headers.remove(name);
             }
         }
-        // Also those that the token says nothing about: a client cannot say it in its place.
-        for (name, _) in &self.route.claim_headers {
+        // Also those that nothing is said in: a client cannot say it in their place.
+        for name in self.route.told_headers() {
             parts.headers.remove(name);
         }
         parts.headers.extend(self.told.iter().cloned());
@@ -78,8 +78,18 @@ impl Dress<'_> {
 }
 
 /// Fields that say where a request comes from; a client's own word for it is not passed on.
-const FORWARDED: [&str; 6] =
-    ["x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-real-ip", "forwarded"];
+pub(crate) const FORWARDED: [&str; 10] = [
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-forwarded-port",
+    "x-forwarded-method",
+    "x-forwarded-uri",
+    "x-real-ip",
+    "forwarded",
+    "client-cert",
+    "client-cert-chain",
+];
 
 /// Fields that some services take for the path, which policy has looked at.
 const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];

@@ -16,14 +16,16 @@ use starling_protocol::{
 use crate::{
     access_log::AccessLog,
     acme::{Acme, Challenges, Store},
+    caller::caller_key,
     certificates::{Certificates, Shown},
     config::{EdgeSections, Network, Rate, read_config},
-    gateway::{Gateway, Standing, caller_key},
+    gateway::{Gateway, Standing},
     key_file::{KeyError, KeyFile},
     limits::{Answerer, Counter, Limiter, Tally},
     listener,
     policy::shown,
     rules::Rules,
+    tls::Tls,
     watch::{self, Seen},
 };
 
@@ -95,9 +97,12 @@ impl Edge {
             Some(addr) => ports.tcp(addr, 1).map_err(|e| StartError::bind("the redirect port", addr, e))?.pop(),
             None => None,
         };
-        let tls =
-            listener::tcp_tls(provider.clone(), certificates.clone()).map_err(|e| EdgeError::Config(e.to_string()))?;
-        let quic = listener::quic_config(provider, certificates.clone()).map_err(EdgeError::Config)?;
+        let tls = {
+            let policy = rules.policy();
+            let asked = policy.client_subjects();
+            Tls::new(provider, certificates.clone(), listener::transport(), asked).map_err(EdgeError::Config)?
+        };
+        let tls = Arc::new(tls);
 
         let node = Node::start(config, NodeKind::Edge, place).await?;
         let keys = Arc::new(KeyFile::open(state.clone())?);
@@ -149,6 +154,7 @@ impl Edge {
             tally,
             tunnels: Sources::default(),
             looking: Sources::default(),
+            deciding: Sources::default(),
             failures: Limiter::new(
                 Rate { count: FAILURES_PER_SECOND, window: Duration::from_secs(1) },
                 FAILURES_AT_ONCE,
@@ -170,7 +176,7 @@ impl Edge {
                 rules.announce(announcements.now());
             }
         });
-        let reload = Reload { path, shared: shared.clone(), acme, counter: counter.clone() };
+        let reload = Reload { path, shared: shared.clone(), acme, counter: counter.clone(), tls: tls.clone() };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
         watch::spawn(node.reloader(), path, keys_path, seen);
@@ -182,7 +188,7 @@ impl Edge {
         let mut public = Vec::new();
         for (((worker, shelf), socket), owner) in node.workers().iter().zip(&shelves).zip(sockets).zip(owners) {
             let _runtime = worker.runtime().enter();
-            let endpoint = listener::quic_endpoint(socket, owner, quic.clone())
+            let endpoint = listener::quic_endpoint(socket, owner, &tls)
                 .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
             let gateway = Gateway::on(worker, shared.clone());
             let (shelf, drain) = (shelf.clone(), drain.clone());
@@ -239,6 +245,7 @@ struct Reload {
     shared: Arc<Standing>,
     acme: Arc<Acme>,
     counter: Arc<Counter>,
+    tls: Arc<Tls>,
 }
 
 impl Reload {
@@ -255,7 +262,9 @@ impl Reload {
         };
         let certificates = sections.certificate.clone();
         self.shared.rules.reload(sections, || self.shared.certificates.reload(&certificates))?;
-        if self.shared.rules.policy().has_quotas() {
+        let policy = self.shared.rules.policy();
+        self.tls.ask_for(policy.client_subjects())?;
+        if policy.has_quotas() {
             self.counter.begin(false);
         }
         self.acme.want(&certificates);
@@ -273,7 +282,9 @@ struct Routes {
 impl ExtraRoutes for Routes {
     fn readings(&self) -> Vec<Levels> {
         let (now, certificates) = (unix_now(), self.standing.certificates.shown());
-        let (looks, alone) = (self.standing.rules.policy().looks(), |level| (Vec::new(), level));
+        let policy = self.standing.rules.policy();
+        let (looks, alone) = (policy.looks(), |level| (Vec::new(), level));
+        let revoked_until = policy.client_authorities.as_ref().and_then(|authorities| authorities.current_until());
         let of = |shown: &Shown| vec![("hosts", shown.hosts.join(","))];
         let left = |shown: &Shown| Some((of(shown), shown.until? as i64 - now as i64));
         let failures = |shown: &Shown| Some((of(shown), self.acme.shown(shown.id.as_ref()?)?.failures.into()));
@@ -301,6 +312,12 @@ impl ExtraRoutes for Routes {
                 help: "Edges that are alive and do not say what they have counted of quotas",
                 unit: Unit::Things,
                 points: vec![alone(self.standing.tally.silent() as i64)],
+            },
+            Levels {
+                name: "starling.client_crl_expiry",
+                help: "Seconds until the next list of revoked client certificates is to be there",
+                unit: Unit::Seconds,
+                points: revoked_until.map(|until| alone(until as i64 - now as i64)).into_iter().collect(),
             },
             Levels {
                 name: "starling.jwks_age",

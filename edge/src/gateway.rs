@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use starling_http::{
     Body, Guard, Guarded, Problem, ProxyError,
-    accept::{self, Place, Sources},
+    accept::{Place, Sources},
     is_grpc,
     normal::{self, Origin, Tunnel, number},
 };
@@ -19,14 +19,15 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     access_log::{AccessLog, Entry},
-    api_key,
+    caller::Caller,
     certificates::Certificates,
-    config::{AuthMethod, Maintenance, Network, Preflight, Route},
+    client_certificate::Presented,
+    config::{Maintenance, Network, Preflight, Route},
     cors,
     dress::Dress,
+    forward::{self, Decision},
     grpc_web::Page,
     hops::Hops,
-    jwt::{self, JwtError},
     key_file::KeyFile,
     limits::{Limiter, Outcome, Tally},
     policy::{self, Aim, Policy},
@@ -65,22 +66,8 @@ pub(crate) struct Arrival {
     pub(crate) client: SocketAddr,
     pub(crate) protocol: PublicProtocol,
     pub(crate) sni: Option<String>,
-}
-
-/// Proof that the caller may use the route.
-struct Caller {
-    /// Who; `None` on a public route.
-    consumer: Option<String>,
-    plan: Option<String>,
-    /// What its token says, for the service.
-    told: Vec<(HeaderName, HeaderValue)>,
-}
-
-impl Caller {
-    /// Anybody.
-    fn nobody() -> Self {
-        Self { consumer: None, plan: None, told: Vec::new() }
-    }
+    /// What the client has shown.
+    pub(crate) certificate: Option<Presented>,
 }
 
 /// Proof that the caller is within its limit, and the fields that say so.
@@ -110,6 +97,8 @@ pub(crate) struct Standing {
     pub(crate) failures: Limiter,
     /// Whose tokens wait until their issuer is asked for its keys.
     pub(crate) looking: Sources,
+    /// Whose requests wait until a service has decided about them.
+    pub(crate) deciding: Sources,
     /// Who has WebSockets, and other tunnels.
     pub(crate) tunnels: Sources,
 }
@@ -130,8 +119,6 @@ struct Aside {
 /// Tunnels at a time, and of one address, over all workers: an HTTP/2 connection alone could have a hundred of them.
 const MAX_TUNNELS: usize = 10_000;
 const MAX_TUNNELS_OF_ONE: usize = MAX_TUNNELS / 4;
-/// Tokens of one address that wait for an issuer.
-const MAX_LOOKING_OF_ONE: usize = 64;
 
 impl Gateway {
     pub(crate) fn on(worker: &Worker, standing: Arc<Standing>) -> Self {
@@ -288,10 +275,24 @@ impl Gateway {
                 None => problem,
             });
         }
-        let caller = match is_preflight && route.preflight == Preflight::Pass {
+        let mut caller = match is_preflight && route.preflight == Preflight::Pass {
             true => Caller::nobody(),
-            false => self.authenticate(policy, route, &parts.headers, from).await?,
+            false => self.standing.authenticate(policy, route, &parts.headers, arrival, from).await?,
         };
+        if let Some(forward) = route.forward.as_ref().filter(|_| !is_preflight || route.preflight != Preflight::Pass) {
+            entry.consumer.clone_from(&caller.consumer);
+            let asked = forward::Asked { parts: &parts, method: &method, authority: checked.authority.as_str(), from };
+            match self.decide(forward, &asked, &caller, &entry.request_id).await? {
+                Decision::Passes { consumer, told } => {
+                    caller.consumer = consumer.or(caller.consumer);
+                    caller.told.extend(told);
+                }
+                Decision::Refused(answer) => {
+                    entry.error = Some(format!("{} does not let it pass", forward.service));
+                    return Ok(*answer);
+                }
+            }
+        }
         entry.consumer.clone_from(&caller.consumer);
         if let Some(Size(most)) = route.max_request_size
             && checked.length.is_some_and(|length| length > most)
@@ -299,7 +300,7 @@ impl Gateway {
             return Err(too_large(most));
         }
         // Whoever finds no room is not charged for it.
-        let seat = route.enter(|| caller_key(caller.consumer.as_deref(), from))?;
+        let seat = route.enter(|| caller.key(from))?;
         let admitted = limit(policy, route, &caller, from, &self.standing.tally).await?;
         extra.extend(admitted.fields);
         *room = seat;
@@ -332,7 +333,7 @@ impl Gateway {
                     service: &service,
                     query: parts.uri.query(),
                     headers: &parts.headers,
-                    caller: &|| caller_key(caller.consumer.as_deref(), from),
+                    caller: &|| caller.key(from),
                     now: SystemTime::now(),
                 };
                 let picked = picker.pick(&asked)?;
@@ -346,7 +347,7 @@ impl Gateway {
 
         let page = Page::of(&parts.headers).filter(|_| route.grpc_web);
         let body = body.with_length(checked.length);
-        let body = without_trailers(body, route.claim_headers.iter().map(|(name, _)| name));
+        let body = without_trailers(body, route.told_headers());
         let (body, over) = match route.max_request_size {
             // What goes into a tunnel is no request.
             Some(Size(most)) if checked.tunnel.is_none() => {
@@ -422,114 +423,6 @@ impl Gateway {
         }
         Err(problem)
     }
-
-    async fn authenticate(
-        &self,
-        policy: &Policy,
-        route: &Route,
-        fields: &HeaderMap,
-        client: IpAddr,
-    ) -> Result<Caller, Problem> {
-        if route.auth.is_empty() {
-            return Ok(Caller::nobody());
-        }
-        let mut reason = "credentials are needed".to_string();
-        let mut challenge = HeaderValue::from_static("Bearer");
-        for method in &route.auth {
-            match method {
-                AuthMethod::ApiKey => match api_key::presented(fields) {
-                    Ok(Some(key)) => match self.standing.keys.verify(key) {
-                        Some(key) => {
-                            let consumer = Some(key.consumer.to_string());
-                            return Ok(Caller { consumer, plan: key.plan, told: Vec::new() });
-                        }
-                        None => reason = "the API key is not valid".into(),
-                    },
-                    Ok(None) => {}
-                    Err(why) => reason = why.into(),
-                },
-                AuthMethod::Jwt => match (&policy.jwt, jwt::bearer(fields)) {
-                    (_, Err(why)) => reason = why.into(),
-                    (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => {
-                        match self.verify(verifier, token, client).await? {
-                            Ok(claims) => return permitted(route, claims),
-                            Err(error) => {
-                                reason = error.to_string();
-                                challenge = error.challenge();
-                            }
-                        }
-                    }
-                    _ => {}
-                },
-            }
-        }
-        Err(Problem::policy(StatusCode::UNAUTHORIZED, "unauthorized", reason)
-            .with_header(header::WWW_AUTHENTICATE, challenge))
-    }
-}
-
-impl Gateway {
-    /// Verifies a token, unless too many from that address were bad: each costs a signature's check. Those that were good
-    /// before cost none, and stay good. Waits for the issuer if it may have a new key.
-    async fn verify(
-        &self,
-        verifier: &jwt::Verifier,
-        token: &str,
-        client: IpAddr,
-    ) -> Result<Result<jwt::Claims, JwtError>, Problem> {
-        if let Some(claims) = verifier.remembered(token) {
-            return Ok(Ok(claims));
-        }
-        let (address, now) = (address_key(client), Instant::now());
-        if let Some(after) = self.standing.failures.spent(&address, now) {
-            let detail = "too many tokens that are not valid came from this address";
-            let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
-            return Err(problem.retry_after(after));
-        }
-        let mut verified = verifier.verify(token);
-        if let Err(error) = verified
-            && verifier.may_be_of_a_new_key(token, error)
-        {
-            let Some(_place) = self.standing.looking.enter(client, MAX_LOOKING_OF_ONE) else {
-                let detail = "too many tokens from this address wait for the issuer's keys";
-                let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "no-keys", detail);
-                return Err(problem.retry_after(Duration::from_secs(1)));
-            };
-            if let Some(again) = verifier.verify_again(token).await {
-                verified = again;
-            }
-        }
-        if verified == Err(JwtError::UnknownKey) && verifier.keys().current().is_empty() {
-            let detail = "the issuer has not told its keys yet";
-            let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "no-keys", detail);
-            return Err(problem.retry_after(Duration::from_secs(5)));
-        }
-        if verified.is_err() {
-            self.standing.failures.take(&address, 1, Instant::now());
-        }
-        Ok(verified)
-    }
-}
-
-/// Whether a token lets its bearer use the route (RFC 6750 §3.1).
-fn permitted(route: &Route, claims: jwt::Claims) -> Result<Caller, Problem> {
-    let forbidden = |detail: String, challenge: String| {
-        let problem = Problem::policy(StatusCode::FORBIDDEN, "forbidden", detail);
-        match HeaderValue::try_from(challenge) {
-            Ok(challenge) => problem.with_header(header::WWW_AUTHENTICATE, challenge),
-            Err(_) => problem,
-        }
-    };
-    if let Some(scope) = claims.lacks(&route.scopes) {
-        let challenge = format!("Bearer error=\"insufficient_scope\", scope=\"{}\"", route.scopes.join(" "));
-        return Err(forbidden(format!("the token lacks the scope {scope}"), challenge));
-    }
-    if let Some((claim, _)) = route.claims.iter().find(|(claim, values)| !claims.has(claim, &values.0)) {
-        let challenge = "Bearer error=\"insufficient_scope\"".to_owned();
-        return Err(forbidden(format!("the token's claim {claim} is not one that may do this"), challenge));
-    }
-    let told = route.claim_headers.iter().filter_map(|(name, claim)| Some((name.clone(), claims.field(claim)?)));
-    Ok(Caller { told: told.collect(), consumer: Some(claims.consumer), plan: None })
 }
 
 async fn limit(
@@ -543,8 +436,7 @@ async fn limit(
     let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
         return Ok(Admitted { fields: HeaderMap::new() });
     };
-    let Outcome { violated, retry_after, fields } =
-        limit.take(&caller_key(caller.consumer.as_deref(), client), route.cost.get(), tally).await;
+    let Outcome { violated, retry_after, fields } = limit.take(&caller.key(client), route.cost.get(), tally).await;
     if violated.is_empty() || limit.plan.shadow {
         return Ok(Admitted { fields });
     }
@@ -552,19 +444,6 @@ async fn limit(
     let mut problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "quota-exceeded", detail);
     problem.headers.extend(fields);
     Err(problem.with_member("violated-policies", violated).retry_after(retry_after))
-}
-
-/// Who a caller is to a limit: told apart, so that nobody can be named like an address.
-pub(crate) fn caller_key(consumer: Option<&str>, client: IpAddr) -> String {
-    match consumer {
-        Some(consumer) => format!("consumer {consumer}"),
-        None => format!("address {}", address_key(client)),
-    }
-}
-
-/// An address as the key of a limit.
-fn address_key(client: IpAddr) -> String {
-    accept::source_of(client).to_string()
 }
 
 /// The standard method that a service would take another spelling for; routes would not.
@@ -656,13 +535,5 @@ mod tests {
         assert_ne!(a, b);
         assert_eq!((a.len(), &a[14..15]), (36, "7"));
         assert!(matches!(&a[19..20], "8" | "9" | "a" | "b"), "{a}");
-    }
-
-    #[test]
-    fn one_subscriber_is_one_key() {
-        assert_eq!(address_key("192.0.2.1".parse().unwrap()), "192.0.2.1");
-        assert_eq!(address_key("::ffff:192.0.2.1".parse().unwrap()), "192.0.2.1");
-        let (a, b) = ("2001:db8::1".parse().unwrap(), "2001:db8::ffff:2".parse().unwrap());
-        assert_eq!(address_key(a), address_key(b));
     }
 }

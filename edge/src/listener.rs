@@ -8,8 +8,7 @@ use std::{
 };
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use quinn::crypto::rustls::QuicServerConfig;
-use rustls::crypto::CryptoProvider;
+use rustls_pki_types::CertificateDer;
 use starling_http::{
     Body, Drain, Problem, ProxyError, Shelf, Transport,
     accept::{self, Place, Room, TcpPlaces, TcpRoom},
@@ -18,14 +17,14 @@ use starling_http::{
     tcp::{self, Control, Limits, Socket, Speaks},
 };
 use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
 
 use crate::{
     acme::{self, Challenges},
-    certificates::Certificates,
+    client_certificate::Presented,
     config::Network,
     gateway::{Arrival, Gateway, PublicProtocol},
     proxy_protocol, route,
+    tls::Tls,
 };
 
 /// Connections of a listener.
@@ -81,45 +80,18 @@ fn limits(shelf: Shelf, control: Control) -> Limits {
     Limits { max_streams: MAX_STREAMS, stream_window_bytes: STREAM_WINDOW_BYTES, idle: IDLE, shelf, control }
 }
 
-/// TLS for TCP.
-pub(crate) fn tcp_tls(
-    provider: Arc<CryptoProvider>,
-    certificates: Arc<Certificates>,
-) -> Result<TlsAcceptor, rustls::Error> {
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
-        .with_no_client_auth()
-        .with_cert_resolver(certificates);
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec(), acme::ALPN.to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
-}
-
-/// TLS for QUIC.
-pub(crate) fn quic_config(
-    provider: Arc<CryptoProvider>,
-    certificates: Arc<Certificates>,
-) -> Result<quinn::ServerConfig, String> {
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| e.to_string())?
-        .with_no_client_auth()
-        .with_cert_resolver(certificates);
-    config.alpn_protocols = vec![b"h3".to_vec()];
-    let crypto = QuicServerConfig::try_from(config).map_err(|e| e.to_string())?;
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    server.transport_config(TRANSPORT.config());
-    Ok(server)
+/// How QUIC goes at the public port.
+pub(crate) fn transport() -> Arc<quinn::TransportConfig> {
+    TRANSPORT.config()
 }
 
 /// The endpoint of a worker.
-pub(crate) fn quic_endpoint(
-    socket: UdpSocket,
-    owner: OwnedBy,
-    server: quinn::ServerConfig,
-) -> io::Result<quinn::Endpoint> {
+pub(crate) fn quic_endpoint(socket: UdpSocket, owner: OwnedBy, tls: &Tls) -> io::Result<quinn::Endpoint> {
     let mut config = quinn::EndpointConfig::default();
     config.cid_generator(move || Box::new(owner));
-    quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
+    let endpoint = quinn::Endpoint::new(config, None, socket, Arc::new(quinn::TokioRuntime))?;
+    tls.serve_at(&endpoint);
+    Ok(endpoint)
 }
 
 /// Accepts until the drain.
@@ -127,7 +99,7 @@ pub(crate) async fn serve_tcp(
     listener: TcpListener,
     places: TcpPlaces,
     carriers: Arc<[Network]>,
-    tls: TlsAcceptor,
+    tls: Arc<Tls>,
     gateway: Gateway,
     shelf: Shelf,
     drain: Drain,
@@ -166,9 +138,9 @@ async fn uncarried(mut stream: Socket, from: SocketAddr, places: &TcpPlaces) -> 
     }
 }
 
-async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway: Gateway, shelf: Shelf, drain: Drain) {
+async fn serve_tls(stream: Socket, client: SocketAddr, tls: Arc<Tls>, gateway: Gateway, shelf: Shelf, drain: Drain) {
     let control = stream.control();
-    let accepted = tls.accept_with(stream, |session| session.set_buffer_limit(Some(TLS_BUFFER_BYTES)));
+    let accepted = tls.acceptor().accept_with(stream, |session| session.set_buffer_limit(Some(TLS_BUFFER_BYTES)));
     let Ok(Ok(stream)) = tokio::time::timeout(accept::HANDSHAKE_TIMEOUT, accepted).await else { return };
     let session = stream.get_ref().1;
     let (protocol, speaks) = match session.alpn_protocol() {
@@ -177,7 +149,8 @@ async fn serve_tls(stream: Socket, client: SocketAddr, tls: TlsAcceptor, gateway
         Some(acme::ALPN) => return,
         _ => (PublicProtocol::Http1, Speaks::Http1),
     };
-    let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned) });
+    let certificate = session.peer_certificates().and_then(Presented::of);
+    let arrival = Arc::new(Arrival { client, protocol, sni: session.server_name().map(str::to_owned), certificate });
     tcp::serve(stream, speaks, limits(shelf, control), drain, move |request| {
         let (gateway, arrival) = (gateway.clone(), arrival.clone());
         async move { gateway.answer(request, &arrival).await }
@@ -215,7 +188,10 @@ async fn serve_h3(connection: quinn::Connection, gateway: Gateway, shelf: Shelf,
         .handshake_data()
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
         .and_then(|data| data.server_name);
-    let arrival = Arc::new(Arrival { client: connection.remote_address(), protocol: PublicProtocol::Http3, sni });
+    let chain = connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
+    let certificate = chain.and_then(|chain| Presented::of(&chain));
+    let (client, protocol) = (connection.remote_address(), PublicProtocol::Http3);
+    let arrival = Arc::new(Arrival { client, protocol, sni, certificate });
     let limits =
         h3::server::Limits { shelf, idle: Some(IDLE), order: h3::Order::Mixed, peer: h3::server::Peer::Client };
     h3::server::serve(connection, limits, drain, move |request| {

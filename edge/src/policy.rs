@@ -9,6 +9,7 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use rustls::DistinguishedName;
 use starling_http::{Problem, ProxyError};
 use starling_node::{
     Announced, AnnouncedVersion, StateDir,
@@ -17,6 +18,7 @@ use starling_node::{
 use starling_protocol::{Name, admin};
 
 use crate::{
+    client_certificate::Authorities,
     config::{self, AuthMethod, EdgeSections, HopsField, Jwks, Network, Preflight, Route, VersionInfo},
     cors,
     jwks::{Keys, Looks},
@@ -44,6 +46,8 @@ pub(crate) struct Policy {
     pub(crate) jwt: Option<Arc<jwt::Verifier>>,
     /// What `jwt` was made of.
     of_jwt: Option<config::Jwt>,
+    /// Who issues certificates to callers.
+    pub(crate) client_authorities: Option<Arc<Authorities>>,
 }
 
 impl Policy {
@@ -60,6 +64,12 @@ impl Policy {
             let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
             (plan.name.clone(), kept.unwrap_or_else(|| Arc::new(Limit::new(plan))))
         });
+        let shows = |route: &Route| route.auth.contains(&AuthMethod::ClientCertificate);
+        if sections.client_certificate.is_none() && sections.route.iter().any(shows) {
+            return Err(
+                "routes ask for client certificates: add [client_certificate] with ca to this edge's file".into()
+            );
+        }
         let routes = Routes::new(sections.route.iter().map(|route| Ruled::new(route, former)));
         let known = known_versions(&sections.version, &routes, announced);
         Ok(Self {
@@ -93,6 +103,18 @@ impl Policy {
                 None => None,
             },
             of_jwt: sections.jwt.clone(),
+            client_authorities: match &sections.client_certificate {
+                Some(config) => {
+                    let loaded =
+                        Authorities::load(config).map_err(|(key, why)| format!("client_certificate.{key}: {why}"));
+                    let loaded = loaded?;
+                    if let Some(why) = loaded.doubt() {
+                        tracing::warn!("client_certificate.crl: {why}");
+                    }
+                    Some(Arc::new(loaded))
+                }
+                None => None,
+            },
         })
     }
 
@@ -172,6 +194,11 @@ impl Policy {
     /// How the issuer's keys are fetched, if they are.
     pub(crate) fn looks(&self) -> Option<Looks> {
         self.jwt.as_ref()?.keys().looks()
+    }
+
+    /// Of which authorities' certificates clients are asked for.
+    pub(crate) fn client_subjects(&self) -> &[DistinguishedName] {
+        self.client_authorities.as_ref().map_or(&[], |authorities| authorities.subjects())
     }
 
     /// Routes with the names of their versions, most specific first.
@@ -367,6 +394,7 @@ pub(crate) fn shown(route: &Route, versions: &[String]) -> admin::Route {
     let name = |method: &AuthMethod| match method {
         AuthMethod::ApiKey => "api-key".to_string(),
         AuthMethod::Jwt => "jwt".to_string(),
+        AuthMethod::ClientCertificate => "client-certificate".to_string(),
     };
     admin::Route {
         host: route.host.to_string(),
@@ -376,6 +404,7 @@ pub(crate) fn shown(route: &Route, versions: &[String]) -> admin::Route {
         redirect: route.redirect.as_ref().map(|redirect| redirect.to.to_string()),
         maintenance: route.maintenance.is_some(),
         auth: route.auth.iter().map(name).collect(),
+        forward: route.forward.as_ref().map(|forward| forward.service.clone()),
         plan: route.plan.clone(),
         versions: versions.to_vec(),
     }

@@ -75,6 +75,9 @@ fn named(config: &Path, keys: &Path) -> BTreeSet<PathBuf> {
                 Source::Acme(acme) => files.extend(acme.ca),
             }
         }
+        if let Some(client) = sections.client_certificate {
+            files.extend([client.ca].into_iter().chain(client.crl));
+        }
         if let Some(jwt) = sections.jwt {
             files.extend(jwt.ca);
             if let Jwks::File(file) = jwt.jwks {

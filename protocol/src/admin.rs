@@ -405,6 +405,9 @@ pub struct Route {
     pub maintenance: bool,
     /// Any of these lets a caller in; empty means public.
     pub auth: Vec<String>,
+    /// The service that decides besides whether a request may pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward: Option<Name>,
     /// Plan that limits it, if any.
     pub plan: Option<String>,
     /// API versions, if any.

@@ -7,6 +7,7 @@ use starling_node::{unix_now, web::Web};
 
 use super::{AuthMethod, ChallengeKind, EdgeSections, Jwks, Jwt, Network, Plan, Route, Source, Version, VersionSource};
 use crate::{
+    client_certificate::Authorities,
     cors::Cors,
     jwks::{self, Keys},
     key_pair, route,
@@ -26,9 +27,18 @@ pub(super) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
             problems.add(format!("edge.{key}"), why);
         }
     }
+    if let Some(client) = &edge.client_certificate
+        && let Err((key, why)) = Authorities::load(client)
+    {
+        problems.add(format!("client_certificate.{key}"), why);
+    }
     let EdgeSections { route, version, plan, jwt, .. } = edge;
     if edge.edge.config.is_none() {
         problems.0.extend(common(route, version, plan, jwt.as_ref()));
+        let shows = |route: &Route| route.auth.contains(&AuthMethod::ClientCertificate);
+        if let Some(i) = route.iter().position(shows).filter(|_| edge.client_certificate.is_none()) {
+            problems.add(format!("route[{i}].auth"), "\"client-certificate\" needs [client_certificate] with ca");
+        }
         return problems.0;
     }
     let own = [
@@ -110,6 +120,10 @@ pub(super) fn doubts(edge: &EdgeSections) -> Vec<(String, String)> {
         let found = key_pair::doubts(&pair.cert, &certificate.hosts, unix_now());
         let file = files.cert.display();
         doubts.extend(found.into_iter().map(|why| (format!("certificate[{i}].cert"), format!("{file}: {why}"))));
+    }
+    if let Some(why) = edge.client_certificate.as_ref().and_then(|c| Authorities::load(c).ok()).and_then(|a| a.doubt())
+    {
+        doubts.push(("client_certificate.crl".into(), why));
     }
     doubts
 }
@@ -216,6 +230,19 @@ fn check_routes(routes: &[Route], plans: &[Plan], jwt: Option<&Jwt>, problems: &
         for (key, _) in of_tokens.into_iter().filter(|(_, is_set)| *is_set && route.auth != [AuthMethod::Jwt]) {
             let why = "only tokens have these: set auth = [\"jwt\"], and give other callers a route of their own";
             problems.add(format!("route[{i}].{key}"), why);
+        }
+        if !route.client_names.is_empty() && route.auth != [AuthMethod::ClientCertificate] {
+            let why = "only certificates have these: set auth = [\"client-certificate\"], and give other callers a route of their own";
+            problems.add(format!("route[{i}].client_names"), why);
+        }
+        if route.forward_client_certificate && !route.auth.contains(&AuthMethod::ClientCertificate) {
+            let why = "no caller shows one here: add \"client-certificate\" to auth, or leave it out";
+            problems.add(format!("route[{i}].forward_client_certificate"), why);
+        }
+        let told: Vec<_> = route.told_headers().collect();
+        if let Some(name) = told.iter().enumerate().find(|(at, name)| told[..*at].contains(name)).map(|(_, name)| name)
+        {
+            problems.add(format!("route[{i}].forward"), format!("{name} is told twice; leave one of them out"));
         }
         if route.auth.contains(&AuthMethod::Jwt) && jwt.is_none() {
             problems.add(format!("route[{i}].auth"), "\"jwt\" needs [jwt] with issuer, audience, jwks and algorithms");

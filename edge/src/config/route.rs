@@ -19,6 +19,7 @@ use starling_protocol::Name;
 use super::{
     action::{Maintenance, Prefix, Redirect},
     digits,
+    forward::Forward,
     matching::Conditions,
     some,
 };
@@ -84,6 +85,14 @@ pub struct Route {
     /// Fields in which the service is told claims of the token, by the name of the field.
     #[serde(default, deserialize_with = "claim_headers")]
     pub claim_headers: Vec<(HeaderName, String)>,
+    /// Names that a caller's certificate may have; any if not told.
+    #[serde(default, deserialize_with = "some")]
+    pub client_names: Vec<String>,
+    /// Whether the service is told the caller's certificate (RFC 9440).
+    #[serde(default)]
+    pub forward_client_certificate: bool,
+    /// A service that decides besides whether a request may pass.
+    pub forward: Option<Forward>,
     /// How much of a plan one call takes; 1 if not told.
     #[serde(default = "one")]
     pub cost: NonZeroU32,
@@ -233,6 +242,12 @@ impl Route {
         Some((redirect.status, redirect.to.of(route::below(&self.path, path), query)))
     }
 
+    /// Fields in which the service is told of the caller: what the client says under these names is gone.
+    pub(crate) fn told_headers(&self) -> impl Iterator<Item = &HeaderName> {
+        let forwarded = self.forward.iter().flat_map(|forward| &forward.headers);
+        self.claim_headers.iter().map(|(name, _)| name).chain(forwarded)
+    }
+
     /// Its limits of time.
     pub fn limits(&self) -> LimitSettings {
         LimitSettings { timeout: self.timeout, idle_timeout: self.idle_timeout, total_timeout: self.total_timeout }
@@ -260,26 +275,27 @@ fn scopes<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
 
 fn claim_headers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<(HeaderName, String)>, D::Error> {
     let fields = BTreeMap::<String, String>::deserialize(d)?;
-    let field = |(name, claim): (String, String)| {
-        let name = name.parse::<HeaderName>().map_err(|_| format!("{name:?} is not the name of a field"))?;
-        let text = name.as_str();
-        let of_edge = ["x-real-ip", "x-request-id", "x-api-key"].contains(&text);
-        if !text.starts_with("x-") || text.starts_with("x-forwarded-") || of_edge {
-            return Err(format!(
-                "{name} may have a meaning of its own: use another name with x-, such as \"x-tenant\""
-            ));
-        }
-        // Others are read as `-` by some servers, so that a client could say the same in another spelling.
-        match text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
-            true => Ok((name, claim)),
-            false => Err(format!("{name}: use letters, digits and - only, such as \"x-tenant\"")),
-        }
-    };
+    let field = |(name, claim): (String, String)| named_by_hand(&name).map(|name| (name, claim));
     let fields = fields.into_iter().map(field).collect::<Result<Vec<_>, String>>().map_err(de::Error::custom)?;
     let twice = fields.iter().enumerate().find(|(at, (name, _))| fields[..*at].iter().any(|(other, _)| other == name));
     match twice {
         Some((_, (name, _))) => Err(de::Error::custom(format!("{name} is there twice: remove one"))),
         None => Ok(fields),
+    }
+}
+
+/// A field that an operator makes up, to tell a service something of a caller.
+pub(super) fn named_by_hand(name: &str) -> Result<HeaderName, String> {
+    let name = name.parse::<HeaderName>().map_err(|_| format!("{name:?} is not the name of a field"))?;
+    let text = name.as_str();
+    let of_edge = ["x-real-ip", "x-request-id", "x-api-key"].contains(&text);
+    if !text.starts_with("x-") || text.starts_with("x-forwarded-") || of_edge {
+        return Err(format!("{name} may have a meaning of its own: use another name with x-, such as \"x-tenant\""));
+    }
+    // Others are read as `-` by some servers, so that a client could say the same in another spelling.
+    match text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+        true => Ok(name),
+        false => Err(format!("{name}: use letters, digits and - only, such as \"x-tenant\"")),
     }
 }
 
@@ -352,6 +368,8 @@ pub enum AuthMethod {
     ApiKey,
     /// A token of the issuer in `[jwt]`.
     Jwt,
+    /// A certificate of an authority in `[client_certificate]`.
+    ClientCertificate,
 }
 
 pub(super) fn timeout<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {

@@ -53,8 +53,9 @@ impl Edits {
 }
 
 /// A body without these fields in its trailers: some servers read those like fields of the head.
-pub(crate) fn without_trailers<'a>(body: Body, names: impl ExactSizeIterator<Item = &'a HeaderName>) -> Body {
-    match names.len() == 0 || http_body::Body::is_end_stream(&body) {
+pub(crate) fn without_trailers<'a>(body: Body, names: impl Iterator<Item = &'a HeaderName>) -> Body {
+    let mut names = names.peekable();
+    match names.peek().is_none() || http_body::Body::is_end_stream(&body) {
         true => body,
         false => Body::recoded(WithoutTrailers { body, names: names.cloned().collect() }),
     }

@@ -9,6 +9,7 @@ mod jwt;
 mod matching;
 mod plan;
 mod published;
+mod quota_store;
 mod route;
 pub(crate) mod version;
 
@@ -26,6 +27,7 @@ pub(crate) use self::{
     jwt::{Jwks, Jwt},
     plan::{Plan, Rate},
     published::Published,
+    quota_store::{OnStoreDown, QuotaStore},
     route::{AuthMethod, ForwardHost, Host, Network, Preflight, Route},
     version::{Version, VersionInfo, VersionSource, is_version},
 };
@@ -80,11 +82,14 @@ pub struct EdgeSections {
     pub jwt: Option<Jwt>,
     /// Who issues certificates to callers, if anybody.
     pub client_certificate: Option<ClientCertificate>,
+    /// Where edges count quotas together, if not among themselves.
+    pub quota_store: Option<QuotaStore>,
 }
 
 impl EdgeSections {
     /// Its tables, by the names of the fields.
-    const TABLES: [&str; 7] = ["edge", "certificate", "route", "version", "plan", "jwt", "client_certificate"];
+    const TABLES: [&str; 8] =
+        ["edge", "certificate", "route", "version", "plan", "jwt", "client_certificate", "quota_store"];
 }
 
 /// `[edge]`: the public listeners.

@@ -21,7 +21,7 @@ use crate::{
     config::{EdgeSections, Network, Rate, read_config},
     gateway::{Gateway, Standing},
     key_file::{KeyError, KeyFile},
-    limits::{Answerer, Counter, Limiter, Tally},
+    limits::{Answerer, Counter, Limiter, Members, Tally},
     listener,
     policy::shown,
     rules::Rules,
@@ -138,7 +138,9 @@ impl Edge {
             std::future::pending::<()>().await;
         });
         let fleet = node.fleet();
-        let tally = Tally::new(counter.clone(), Arc::new(fleet.clone()));
+        let members = Members::new(fleet.clone());
+        members.count_in(sections.quota_store.as_ref()).map_err(EdgeError::Config)?;
+        let tally = Tally::new(counter.clone(), Arc::new(members.clone()));
         fleet.answer_with(Arc::new(Answerer(tally.clone())));
         node.while_in_charge(tally.clone().run());
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
@@ -164,6 +166,7 @@ impl Edge {
             standing: shared.clone(),
             acme: acme.clone(),
             counter: counter.clone(),
+            members: members.clone(),
         }));
 
         let mut announcements = node.announcements();
@@ -176,7 +179,14 @@ impl Edge {
                 rules.announce(announcements.now());
             }
         });
-        let reload = Reload { path, shared: shared.clone(), acme, counter: counter.clone(), tls: tls.clone() };
+        let reload = Reload {
+            path,
+            shared: shared.clone(),
+            acme,
+            counter: counter.clone(),
+            tls: tls.clone(),
+            members: members.clone(),
+        };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
         watch::spawn(node.reloader(), path, keys_path, seen);
@@ -246,6 +256,7 @@ struct Reload {
     acme: Arc<Acme>,
     counter: Arc<Counter>,
     tls: Arc<Tls>,
+    members: Members,
 }
 
 impl Reload {
@@ -261,7 +272,11 @@ impl Reload {
             return Err(lines.collect::<Vec<_>>().join("; "));
         };
         let certificates = sections.certificate.clone();
-        self.shared.rules.reload(sections, || self.shared.certificates.reload(&certificates))?;
+        let store = sections.quota_store.clone();
+        self.shared.rules.reload(sections, || {
+            self.members.count_in(store.as_ref())?;
+            self.shared.certificates.reload(&certificates)
+        })?;
         let policy = self.shared.rules.policy();
         self.tls.ask_for(policy.client_subjects())?;
         if policy.has_quotas() {
@@ -277,6 +292,7 @@ struct Routes {
     standing: Arc<Standing>,
     acme: Arc<Acme>,
     counter: Arc<Counter>,
+    members: Members,
 }
 
 impl ExtraRoutes for Routes {
@@ -284,6 +300,7 @@ impl ExtraRoutes for Routes {
         let (now, certificates) = (unix_now(), self.standing.certificates.shown());
         let policy = self.standing.rules.policy();
         let (looks, alone) = (policy.looks(), |level| (Vec::new(), level));
+        let store_silent = self.members.has_store().then(|| self.standing.tally.store_is_silent());
         let revoked_until = policy.client_authorities.as_ref().and_then(|authorities| authorities.current_until());
         let of = |shown: &Shown| vec![("hosts", shown.hosts.join(","))];
         let left = |shown: &Shown| Some((of(shown), shown.until? as i64 - now as i64));
@@ -312,6 +329,12 @@ impl ExtraRoutes for Routes {
                 help: "Edges that are alive and do not say what they have counted of quotas",
                 unit: Unit::Things,
                 points: vec![alone(self.standing.tally.silent() as i64)],
+            },
+            Levels {
+                name: "starling.quota_store_silent",
+                help: "Whether the store of quotas does not answer",
+                unit: Unit::Things,
+                points: store_silent.map(|silent| alone(silent.into())).into_iter().collect(),
             },
             Levels {
                 name: "starling.client_crl_expiry",

@@ -436,7 +436,13 @@ async fn limit(
     let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
         return Ok(Admitted { fields: HeaderMap::new() });
     };
-    let Outcome { violated, retry_after, fields } = limit.take(&caller.key(client), route.cost.get(), tally).await;
+    let Outcome { unknown, violated, retry_after, fields } =
+        limit.take(&caller.key(client), route.cost.get(), tally).await;
+    if unknown && !limit.plan.shadow {
+        let detail = "what is left of the quota cannot be told now";
+        let problem = Problem::policy(StatusCode::SERVICE_UNAVAILABLE, "quota-unknown", detail);
+        return Err(problem.retry_after(Duration::from_secs(1)));
+    }
     if violated.is_empty() || limit.plan.shadow {
         return Ok(Admitted { fields });
     }

@@ -5,6 +5,7 @@ mod counts;
 mod line;
 mod quota;
 mod rate;
+mod redis;
 mod share;
 mod store;
 mod tally;
@@ -25,7 +26,8 @@ pub(crate) use self::{
     counter::Counter,
     quota::{Period, Quota},
     rate::Limiter,
-    tally::{Answerer, Tally},
+    redis::Redis,
+    tally::{Answerer, Members, Tally},
 };
 use self::{quota::Clock, tally::Left};
 use crate::config::Plan;
@@ -42,6 +44,8 @@ pub(crate) struct Limit {
 
 /// What becomes of a call.
 pub(crate) struct Outcome {
+    /// Whether it may not pass, because what is left of a quota cannot be told.
+    pub(crate) unknown: bool,
     /// The policies by which it may not pass; none if it may.
     pub(crate) violated: Vec<String>,
     /// When it may, if it may not now.
@@ -76,7 +80,7 @@ impl Limit {
     /// for sure, never something that a client may choose. Waits for another edge only where a quota's counter is that one's, and
     /// this one's lease of it is used up.
     pub(crate) async fn take(&self, caller: &str, cost: u32, tally: &Arc<Tally>) -> Outcome {
-        let (mut violated, mut wait, mut in_force) = (Vec::new(), Duration::ZERO, Vec::new());
+        let (mut violated, mut wait, mut in_force, mut unknown) = (Vec::new(), Duration::ZERO, Vec::new(), false);
         let rated = self.rate.as_ref().map(|rate| rate.look(caller, cost, Instant::now()).allowed);
         let mut may = rated != Some(false);
         let now = unix_now();
@@ -91,6 +95,10 @@ impl Limit {
                 taken.items.push((key, left));
             }
             may &= left.allowed;
+            if left.unknown {
+                unknown = true;
+                continue;
+            }
             let name = format!("{}-{}", self.plan.name, quota.period);
             if !left.allowed {
                 violated.push(name.clone());
@@ -126,7 +134,7 @@ impl Limit {
         if !violated.is_empty() {
             wait += (wait / 10).min(MAX_JITTER).mul_f64(rand::rng().random_range(0.0..1.0));
         }
-        Outcome { violated, retry_after: wait, fields: fields(&in_force) }
+        Outcome { unknown, violated, retry_after: wait, fields: fields(&in_force) }
     }
 
     /// What it lets a caller do, in words.

@@ -75,6 +75,9 @@ fn named(config: &Path, keys: &Path) -> BTreeSet<PathBuf> {
                 Source::Acme(acme) => files.extend(acme.ca),
             }
         }
+        if let Some(store) = sections.quota_store {
+            files.extend(store.ca.into_iter().chain(store.password_file));
+        }
         if let Some(client) = sections.client_certificate {
             files.extend([client.ca].into_iter().chain(client.crl));
         }

@@ -26,6 +26,10 @@ pub const USER_AGENT: &str = concat!("starling/", env!("CARGO_PKG_VERSION"));
 /// How long one address may take to answer.
 const DIAL: Duration = Duration::from_secs(4);
 
+/// Bytes both ways.
+pub trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Stream for S {}
+
 /// Reaches servers outside the mesh. Cheap to clone.
 #[derive(Clone)]
 pub struct Web {
@@ -91,25 +95,30 @@ impl Web {
         Ok(Self { tls: Some(TlsConnector::from(Arc::new(config))) })
     }
 
+    /// A connection to a server of whatever protocol, over TLS if told; at port `usual` where it names none. Cancel safe.
+    pub async fn stream(&self, to: &Authority, usual: u16, tls: bool) -> Result<Box<dyn Stream>, WebError> {
+        let port = to.port_u16().unwrap_or(usual);
+        let stream = dial(bare(to), port).await.map_err(|e| WebError::Connect(to.clone(), e))?;
+        let _ = stream.set_nodelay(true);
+        if !tls {
+            return Ok(Box::new(stream));
+        }
+        let none = || io::Error::other("nobody is trusted");
+        let connector = self.tls.as_ref().ok_or_else(|| WebError::Tls(to.clone(), none()))?;
+        let stream = connector.connect(server_name(to)?, stream).await.map_err(|e| WebError::Tls(to.clone(), e))?;
+        Ok(Box::new(stream))
+    }
+
     /// A connection to the server of a URL. Cancel safe.
     pub async fn connect(&self, url: &Uri) -> Result<SendRequest<Full<Bytes>>, WebError> {
         let no_url = || WebError::Url(url.clone());
         let authority = url.authority().ok_or_else(no_url)?;
-        let (tls, usual) = match (url.scheme_str(), &self.tls) {
-            (Some("http"), _) => (None, 80),
-            (Some("https"), Some(tls)) => (Some((tls, server_name(authority)?)), 443),
+        let stream = match url.scheme_str() {
+            Some("http") => self.stream(authority, 80, false).await?,
+            Some("https") if self.tls.is_some() => self.stream(authority, 443, true).await?,
             _ => return Err(no_url()),
         };
-        let port = authority.port_u16().unwrap_or(usual);
-        let stream = dial(bare(authority), port).await.map_err(|e| WebError::Connect(authority.clone(), e))?;
-        let _ = stream.set_nodelay(true);
-        match tls {
-            None => converse(authority, stream).await,
-            Some((tls, name)) => {
-                let stream = tls.connect(name, stream).await.map_err(|e| WebError::Tls(authority.clone(), e))?;
-                converse(authority, stream).await
-            }
-        }
+        converse(authority, stream).await
     }
 
     /// Sends a request, whose URL is absolute, on a connection of its own, and reads the whole answer: so many bytes at most,

@@ -10,7 +10,9 @@ use crate::{
     client_certificate::Authorities,
     cors::Cors,
     jwks::{self, Keys},
-    key_pair, route,
+    key_pair,
+    limits::Redis,
+    route,
     transform::fields::Edits,
 };
 
@@ -31,6 +33,19 @@ pub(super) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
         && let Err((key, why)) = Authorities::load(client)
     {
         problems.add(format!("client_certificate.{key}"), why);
+    }
+    if let Some(store) = &edge.quota_store {
+        if let Err(why) = Redis::new(store) {
+            problems.add("quota_store.ca", why);
+        }
+        if let Some(file) = &store.password_file
+            && let Err(why) = std::fs::read_to_string(file)
+        {
+            problems.add("quota_store.password_file", format!("{}: it cannot be read ({why})", file.display()));
+        }
+        if store.password_file.is_some() && store.url.password.is_some() {
+            problems.add("quota_store.password_file", "there is a password in url, too; remove one of them");
+        }
     }
     let EdgeSections { route, version, plan, jwt, .. } = edge;
     if edge.edge.config.is_none() {

@@ -69,13 +69,23 @@ impl Counts {
         }
     }
 
+    /// Part of time, process, what was taken and what was given back, of each that counts.
+    pub(super) fn numbers(&self) -> impl Iterator<Item = (u64, u64, u64, u64)> {
+        self.0.iter().map(|count| (count.part, count.life.0, count.taken, count.returned))
+    }
+
+    /// Learns one of them.
+    pub(super) fn learn(&mut self, part: u64, life: u64, taken: u64, returned: u64) {
+        self.change(part, Life(life), |known| {
+            (known.taken, known.returned) = (known.taken.max(taken), known.returned.max(returned));
+        });
+    }
+
     /// Learns what another copy has; whether there was anything.
     pub(crate) fn merge(&mut self, other: &Self) -> bool {
         let before = self.clone();
         for count in &other.0 {
-            self.change(count.part, count.life, |known| {
-                (known.taken, known.returned) = (known.taken.max(count.taken), known.returned.max(count.returned));
-            });
+            self.learn(count.part, count.life.0, count.taken, count.returned);
         }
         *self != before
     }
@@ -145,9 +155,7 @@ impl Counts {
         let mut all = Self::default();
         for count in counts {
             let [part, life, taken, returned] = count.map(u64::from_be_bytes);
-            all.change(part, Life(life), |known| {
-                (known.taken, known.returned) = (known.taken.max(taken), known.returned.max(returned));
-            });
+            all.learn(part, life, taken, returned);
         }
         (rest.is_empty() && odd.is_empty()).then_some(all)
     }

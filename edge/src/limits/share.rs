@@ -18,6 +18,9 @@ const DENIED: Duration = Duration::from_secs(1);
 /// From which size on a lease is renewed before it is used up.
 const RENEWED_EARLY: u64 = 4;
 
+/// A store, where one is named: it owns every counter, as long as it answers.
+pub(super) const STORE: NodeId = NodeId([0xff; 16]);
+
 /// The edges that count together, as one of them sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Edges {
@@ -60,12 +63,12 @@ impl Edges {
 
     /// Who owns a counter; or would, if this edge did not.
     pub(super) fn owner_beside_own(&self, key: &str) -> Option<NodeId> {
-        self.others().max_by_key(|edge| score(key, edge))
+        self.others().max_by_key(|edge| (*edge == STORE, score(key, edge)))
     }
 
     fn owner(&self, key: &str) -> NodeId {
         let other = self.owner_beside_own(key);
-        other.filter(|other| score(key, other) > score(key, &self.own)).unwrap_or(self.own)
+        other.filter(|other| *other == STORE || score(key, other) > score(key, &self.own)).unwrap_or(self.own)
     }
 
     fn count(&self) -> u64 {
@@ -137,6 +140,11 @@ impl Share {
     /// Whether the owner has to be told first what is known here: it may have come to it since.
     pub(super) fn tells(&mut self, edges: &Edges) -> bool {
         std::mem::replace(&mut self.told, edges.version) != edges.version
+    }
+
+    /// The owner has forgotten something, and is told again.
+    pub(super) fn tell_again(&mut self) {
+        self.told = 0;
     }
 
     /// Whether a call that is counted here is another edge's affair.

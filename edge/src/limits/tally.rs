@@ -21,7 +21,10 @@ use arc_swap::ArcSwap;
 use starling_protocol::{KnownCount, NodeId, TakeCount};
 use tokio::{runtime::Handle, time::Instant};
 
-pub(crate) use self::{answer::Answerer, peers::Peers};
+pub(crate) use self::{
+    answer::Answerer,
+    peers::{Members, Peers},
+};
 use super::{
     counter::{Change, Counter, Entry},
     counts::Counts,
@@ -34,6 +37,8 @@ use super::{
 const LOOK: Duration = Duration::from_millis(200);
 /// How often other edges are told what was counted, and given back what lies.
 const TELL: Duration = Duration::from_secs(1);
+/// How often the store is asked whether it is there, also when nobody calls.
+const GREET: Duration = Duration::from_secs(2);
 /// How long calls wait at the start of the process until the mesh has been heard.
 const START: Duration = Duration::from_secs(3);
 /// How long it is waited for what others have counted: whoever asks for a lease waits, too.
@@ -51,6 +56,8 @@ pub(crate) struct Left {
     pub(crate) reset: u64,
     /// The part of time for which a call is counted.
     part: u64,
+    /// Whether nobody knows, and it is not to pass then.
+    pub(crate) unknown: bool,
 }
 
 /// What all edges have counted.
@@ -103,7 +110,7 @@ impl Tally {
     /// Keeps in touch with the others, for as long as it is polled.
     pub(crate) async fn run(self: Arc<Self>) {
         self.in_charge.store(true, Relaxed);
-        let (mut told, mut known) = (Instant::now(), 0);
+        let (mut told, mut greeted, mut known) = (Instant::now(), None, 0);
         loop {
             self.look();
             let version = self.edges.load().version();
@@ -112,6 +119,10 @@ impl Tally {
                 // Who has come, or has come to a counter, is to know what was counted here meanwhile.
                 self.counter.tell_all();
                 *lock(&self.swept) = Some(String::new());
+            }
+            if greeted.is_none_or(|greeted: Instant| greeted.elapsed() >= GREET) {
+                greeted = Some(Instant::now());
+                self.greet_the_store();
             }
             if changed || told.elapsed() >= TELL {
                 told = Instant::now();
@@ -131,7 +142,7 @@ impl Tally {
     pub(crate) async fn take(self: &Arc<Self>, key: &str, quota: &Quota, clock: &Clock, cost: u64, now: u64) -> Left {
         self.hear_the_mesh().await;
         let (span, until) = (clock.span(now), Instant::now() + DEADLINE);
-        while Instant::now() < until {
+        while Instant::now() < until && !self.waits_for_the_store() {
             let heard = match self.step(key, quota, span, cost, now) {
                 Step::Done(left) => return left,
                 Step::Settle => match self.settle(&[key.to_owned()]).await {
@@ -146,6 +157,12 @@ impl Tally {
             {
                 break;
             }
+        }
+        if self.peers.needs_the_store() {
+            return self.counter.with(key, |entry| {
+                let left = left(&entry.counts, 0, span, now, false);
+                (Left { unknown: true, ..left }, Change::Nothing)
+            });
         }
         // Nobody says anything in time: by what is known here.
         self.counter.with(key, |entry| self.count(entry, quota.count.get(), span, cost, now))
@@ -169,6 +186,11 @@ impl Tally {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Whether nothing may be counted until the store answers again.
+    fn waits_for_the_store(&self) -> bool {
+        self.peers.needs_the_store() && self.store_is_silent()
     }
 
     /// Whether a counter's owner is the same as when it was looked for last.
@@ -296,7 +318,7 @@ impl Tally {
 
 fn left(counts: &Counts, unused: u64, span: Span, now: u64, allowed: bool) -> Left {
     let used = counts.sum(span).saturating_sub(unused);
-    Left { allowed, used, reset: counts.reset(span, now), part: span.part }
+    Left { allowed, used, reset: counts.reset(span, now), part: span.part, unknown: false }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -32,7 +32,7 @@ impl Tally {
             let life = self.counter.life();
             self.counter.with(&key, |entry| (entry.counts.give_back(part, life, count), Change::Counted));
         }
-        if edges.is_alone() && self.silent() == 0 {
+        if edges.is_alone() && lock(&self.silent).is_empty() {
             // Whoever comes later is told then.
             while !self.counter.news(MAX_NEWS).is_empty() {}
             return;
@@ -132,6 +132,9 @@ impl Tally {
             self.counter.with(&take.key, |entry| {
                 entry.share.lease().hear(take, taken.min(take.most), now);
                 let change = if entry.counts.merge(&counts) { Change::Heard } else { Change::Nothing };
+                if entry.counts != counts {
+                    entry.share.tell_again();
+                }
                 ((), change)
             });
         }

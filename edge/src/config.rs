@@ -15,13 +15,14 @@ pub(crate) mod version;
 
 use std::net::SocketAddr;
 
+use http::HeaderValue;
 use serde::{Deserialize, Deserializer, de};
 use starling_node::config::{self, Config, Diagnostic};
 
 use self::check::check;
 pub(crate) use self::{
     action::Maintenance,
-    certificate::{Acme, Certificate, ChallengeKind, Files, Source},
+    certificate::{Acme, Certificate, ChallengeKind, Eab, Files, Source},
     client_certificate::{ClientCertificate, NamedBy},
     forward::Forward,
     jwt::{Jwks, Jwt},
@@ -105,6 +106,8 @@ pub struct Edge {
     /// Whether answers tell of HTTP/3 by Alt-Svc; they do if not told.
     #[serde(default = "yes")]
     pub alt_svc: bool,
+    /// What Strict-Transport-Security tells clients (RFC 6797 §6.1); nothing if not told.
+    pub hsts: Option<Hsts>,
     /// Where routes, plans, versions and the issuer of tokens come from, if not from this file.
     pub config: Option<From>,
     /// Addresses of proxies in front of it, whose word counts for who the client is.
@@ -116,6 +119,26 @@ pub struct Edge {
     /// Addresses whose TCP connections begin with a PROXY protocol header of version 2.
     #[serde(default)]
     pub proxy_protocol: Vec<Network>,
+}
+
+/// A value of Strict-Transport-Security: `max-age=SECONDS`, and `includeSubDomains` and `preload` behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Hsts(pub(crate) HeaderValue);
+
+impl TryFrom<String> for Hsts {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let mut parts = text.split(';').map(str::trim);
+        let age = parts.next().and_then(|part| digits(part.strip_prefix("max-age=")?));
+        let is_known =
+            |part: &str| part.eq_ignore_ascii_case("includeSubDomains") || part.eq_ignore_ascii_case("preload");
+        match HeaderValue::try_from(&text) {
+            Ok(value) if age.is_some() && parts.all(is_known) => Ok(Self(value)),
+            _ => Err(format!("{text:?} is no such value: use one like \"max-age=31536000; includeSubDomains\"")),
+        }
+    }
 }
 
 /// Where proxies say whom they have a request from.
@@ -254,6 +277,8 @@ mod tests {
             (route("auth = []\nhost = \"a.example:443\""), "without a port"),
             (route("auth = []\nhost = \"a.*.example\""), "is not a host"),
             (route("auth = []\nhost = \"*example.com\""), "is not a host"),
+            (format!("{EDGE}hsts = \"31536000\""), "is no such value"),
+            (format!("{EDGE}hsts = \"max-age=1; everywhere\""), "is no such value"),
             (plan("rate = \"0/s\""), "is not a rate"),
             (plan("rate = \"50/d\""), "is not a rate"),
             (plan("rate = \"+5/s\""), "is not a rate"),

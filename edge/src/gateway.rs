@@ -29,7 +29,7 @@ use crate::{
     grpc_web::Page,
     hops::Hops,
     key_file::KeyFile,
-    limits::{Limiter, Outcome, Tally},
+    limits::{Limit, Limiter, Outcome, Tally},
     policy::{self, Aim, Policy},
     room::Seat,
     route::{self, Query, Sought},
@@ -183,6 +183,9 @@ impl Gateway {
                 response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
                 response.headers_mut().remove(header::EXPIRES);
             }
+        }
+        if let Some(hsts) = &policy.hsts {
+            response.headers_mut().insert(header::STRICT_TRANSPORT_SECURITY, hsts.clone());
         }
         // The service's own would lead past us.
         response.headers_mut().remove(header::ALT_SVC);
@@ -381,6 +384,11 @@ impl Gateway {
             Problem { detail: detail.into(), ..Problem::from(error) }
         })?;
         if response.extensions().get::<MadeByNode>().is_none() {
+            if let Some(cost) = cost_of(route, response.headers_mut())
+                && let Some(limit) = plan_of(policy, route, &caller)
+            {
+                extra.extend(limit.charge(&caller.key(from), cost, &self.standing.tally));
+            }
             if route.cors.is_some() {
                 // Which pages may call is the route's to say, where it says so.
                 cors::remove(response.headers_mut());
@@ -425,6 +433,19 @@ impl Gateway {
     }
 }
 
+/// What limits a caller on a route.
+fn plan_of<'a>(policy: &'a Policy, route: &Route, caller: &Caller) -> Option<&'a Arc<Limit>> {
+    let name = caller.plan.as_ref().filter(|name| policy.plans.contains_key(*name)).or(route.plan.as_ref());
+    policy.plans.get(name?)
+}
+
+/// What a call has cost besides what was taken for it, by its service's word, which is for us alone.
+fn cost_of(route: &Route, fields: &mut HeaderMap) -> Option<u32> {
+    let said = fields.remove(route.cost_from.as_ref()?)?;
+    let cost = said.to_str().ok()?.trim().parse::<u32>().ok()?.saturating_sub(route.cost.get());
+    Some(cost).filter(|cost| *cost > 0)
+}
+
 async fn limit(
     policy: &Policy,
     route: &Route,
@@ -432,8 +453,7 @@ async fn limit(
     client: IpAddr,
     tally: &Arc<Tally>,
 ) -> Result<Admitted, Problem> {
-    let name = caller.plan.as_ref().filter(|name| policy.plans.contains_key(*name)).or(route.plan.as_ref());
-    let Some(limit) = name.and_then(|name| policy.plans.get(name)) else {
+    let Some(limit) = plan_of(policy, route, caller) else {
         return Ok(Admitted { fields: HeaderMap::new() });
     };
     let Outcome { unknown, violated, retry_after, fields } =

@@ -29,7 +29,7 @@ pub(crate) use self::{
     redis::Redis,
     tally::{Answerer, Members, Tally},
 };
-use self::{quota::Clock, tally::Left};
+use self::{quota::Clock, rate::Decision, tally::Left};
 use crate::config::Plan;
 
 /// The most that is added to the time after which a caller is to try again, so that not all come back at once.
@@ -99,13 +99,12 @@ impl Limit {
                 unknown = true;
                 continue;
             }
-            let name = format!("{}-{}", self.plan.name, quota.period);
+            let standing = self.standing_of(quota, left);
             if !left.allowed {
-                violated.push(name.clone());
+                violated.push(standing.name.clone());
                 wait = wait.max(Duration::from_secs(left.reset));
             }
-            let (limit, window) = (quota.count.get(), quota.period.seconds());
-            in_force.push(Standing { name, limit, window, left: limit.saturating_sub(left.used), reset: left.reset });
+            in_force.push(standing);
         }
         if let Some(rate) = &self.rate {
             let at = Instant::now();
@@ -115,14 +114,7 @@ impl Limit {
                 violated.insert(0, self.plan.name.clone());
                 wait = wait.max(decision.retry_after);
             }
-            let standing = Standing {
-                name: self.plan.name.clone(),
-                limit: decision.limit.into(),
-                window: seconds(decision.window),
-                left: decision.remaining.into(),
-                reset: seconds(decision.reset),
-            };
-            in_force.insert(0, standing);
+            in_force.insert(0, self.standing(decision));
         }
         match may {
             true => taken.items.clear(),
@@ -135,6 +127,37 @@ impl Limit {
             wait += (wait / 10).min(MAX_JITTER).mul_f64(rand::rng().random_range(0.0..1.0));
         }
         Outcome { unknown, violated, retry_after: wait, fields: fields(&in_force) }
+    }
+
+    /// Takes what a call has cost besides, by its service's word, also more than there is; the fields that say how it stands then.
+    pub(crate) fn charge(&self, caller: &str, cost: u32, tally: &Tally) -> HeaderMap {
+        let (at, now, mut in_force) = (Instant::now(), unix_now(), Vec::new());
+        if let Some(rate) = &self.rate {
+            rate.charge(caller, cost, at);
+            in_force.push(self.standing(rate.look(caller, 0, at)));
+        }
+        for (quota, clock) in &self.quotas {
+            let key = self.key(quota, caller);
+            tally.charge(&key, quota, clock, cost.into(), now);
+            in_force.push(self.standing_of(quota, tally.stands(&key, quota, clock, 0, now)));
+        }
+        fields(&in_force)
+    }
+
+    fn standing(&self, decision: Decision) -> Standing {
+        Standing {
+            name: self.plan.name.clone(),
+            limit: decision.limit.into(),
+            window: seconds(decision.window),
+            left: decision.remaining.into(),
+            reset: seconds(decision.reset),
+        }
+    }
+
+    fn standing_of(&self, quota: &Quota, left: Left) -> Standing {
+        let (limit, window) = (quota.count.get(), quota.period.seconds());
+        let name = format!("{}-{}", self.plan.name, quota.period);
+        Standing { name, limit, window, left: limit.saturating_sub(left.used), reset: left.reset }
     }
 
     /// What it lets a caller do, in words.

@@ -38,6 +38,8 @@ pub(crate) struct Policy {
     /// Whose word counts for who a client is.
     pub(crate) trusted_hops: Arc<[Network]>,
     pub(crate) trusted_field: HopsField,
+    /// Strict-Transport-Security.
+    pub(crate) hsts: Option<HeaderValue>,
     versions: Versions,
     /// What the versions were made of: sections, and which there are.
     of_versions: Arc<[config::Version]>,
@@ -78,6 +80,7 @@ impl Policy {
             routes: Arc::new(routes),
             trusted_hops: sections.edge.trusted_hops.clone().into(),
             trusted_field: sections.edge.trusted_field,
+            hsts: sections.edge.hsts.as_ref().map(|hsts| hsts.0.clone()),
             versions: Versions::new(sections.version.iter().zip(&known)),
             of_versions: sections.version.clone().into(),
             known_versions: known,

@@ -72,7 +72,7 @@ fn named(config: &Path, keys: &Path) -> BTreeSet<PathBuf> {
         for certificate in sections.certificate {
             match certificate.source {
                 Source::Files(Files { cert, key }) => files.extend([cert, key]),
-                Source::Acme(acme) => files.extend(acme.ca),
+                Source::Acme(acme) => files.extend(acme.ca.into_iter().chain(acme.eab.map(|eab| eab.key_file))),
             }
         }
         if let Some(store) = sections.quota_store {

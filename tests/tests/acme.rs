@@ -33,16 +33,22 @@ struct Authority {
 impl Authority {
     /// `None` if there is no pebble here. `settings` are its own, from the environment.
     async fn start(cluster: &Cluster, settings: &[(&str, &str)]) -> Option<Self> {
+        Self::start_as(cluster, settings, serde_json::json!({})).await
+    }
+
+    /// The same with more in its file.
+    async fn start_as(cluster: &Cluster, settings: &[(&str, &str)], more: serde_json::Value) -> Option<Self> {
         let pebble = program("pebble")?;
         let [http, tls, acme, management, dns] = std::array::from_fn(|_| free_port());
         let dir = cluster.dir().to_path_buf();
         self_signed(&["localhost"], &dir.join("pebble.pem"), &dir.join("pebble.key")).unwrap();
-        let config = serde_json::json!({"pebble": {
+        let mut config = serde_json::json!({"pebble": {
             "listenAddress": acme, "managementListenAddress": management,
             "certificate": dir.join("pebble.pem"), "privateKey": dir.join("pebble.key"),
             "httpPort": http.port(), "tlsPort": tls.port(), "ocspResponderURL": "",
             "externalAccountBindingRequired": false, "retryAfter": {"authz": 1, "order": 1},
         }});
+        config["pebble"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         std::fs::write(dir.join("pebble.json"), config.to_string()).unwrap();
         let names = name_server(&dir, dns, ["--address=/#/127.0.0.1".into()]).await?;
         let process = pebble_of(&pebble, &dir, dns, settings);
@@ -335,4 +341,32 @@ async fn one_for_each(cluster: &Cluster, client: &Client, all: &[(&str, SocketAd
         all.iter().map(|(name, _)| cluster.node(name).process.log().matches("a certificate was issued").count());
     let orders: Vec<usize> = orders.collect();
     assert_eq!(orders.iter().sum::<usize>(), hosts.len(), "{orders:?}");
+}
+
+/// An authority that takes accounts only of whom it knows already.
+#[tokio::test]
+async fn an_account_is_bound_to_one_that_the_authority_knows() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    const KEY: &str = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W";
+    let more = serde_json::json!({"externalAccountBindingRequired": true, "externalAccountMACKeys": {"ours": KEY}});
+    let Some(authority) = Authority::start_as(&cluster, &[], more).await else { return };
+    let _service = service(&mut cluster).await;
+    let key = cluster.dir().join("eab.key");
+    // One that the authority has given to nobody.
+    std::fs::write(&key, KEY.to_lowercase()).unwrap();
+    let acme = authority.acme(&format!(", eab = {{ kid = \"ours\", key_file = {key:?} }}"));
+    let section = format!("[[certificate]]\nhosts = [\"{HOST}\"]\nacme = {acme}");
+    edge(&mut cluster, "edge", authority.tls, None, &section).await;
+    wait_for("it is told", LIMIT, || async {
+        let told = &certificates(&cluster, "edge").await[0];
+        let issuance = told.issuance.as_ref().and_then(|issuance| issuance.error.clone()).unwrap_or_default();
+        issuance.contains("external account").then_some(()).ok_or(issuance)
+    })
+    .await
+    .unwrap();
+    // The right one is taken at the next try.
+    std::fs::write(&key, format!("{KEY}\n")).unwrap();
+    let admin = format!("http://{}", cluster.node("edge").admin);
+    cluster.run(&["certificates", "renew", HOST, "--admin", &admin]).await.unwrap();
+    issued(&cluster, "edge").await;
 }

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -35,7 +35,7 @@ impl Redis {
         Some(Self { program, dir, addr, process })
     }
 
-    async fn run(program: &PathBuf, dir: &PathBuf, addr: SocketAddr) -> Process {
+    async fn run(program: &Path, dir: &Path, addr: SocketAddr) -> Process {
         let (port, dir_text) = (addr.port().to_string(), dir.to_string_lossy());
         let args =
             ["--port", &port, "--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", "", "--dir", &dir_text];
@@ -245,7 +245,10 @@ async fn a_wrong_password_is_told_and_a_right_one_is_taken_without_a_restart() {
     assert_eq!(stage.passed(10).await, 10);
     stage.store_is(true).await;
     let log = stage.cluster.node("edge").process.log();
-    assert!(log.contains("the store of quotas does not answer") && log.contains("Password authentication failed"), "{log}");
+    assert!(
+        log.contains("the store of quotas does not answer") && log.contains("Password authentication failed"),
+        "{log}"
+    );
     assert!(!log.contains("correct horse"));
     std::fs::write(stage.cluster.dir().join("redis.password"), PASSWORD).unwrap();
     stage.store_is(false).await;

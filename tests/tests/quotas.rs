@@ -10,7 +10,10 @@ use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, wait_for};
 use starling_protocol::admin::QuotaUse;
-use starling_tests::{Front, binary, is_known, sample};
+use starling_tests::{
+    Front, binary, is_known, sample,
+    service::{self, Service, Speaks},
+};
 
 const HOST: &str = "api.example.com";
 /// For whatever is waited for.
@@ -269,4 +272,58 @@ async fn several_edges_let_pass_what_one_would() {
     stage.run_at("edge-3", &["quota", "reset", "--address=127.0.0.1"]).await;
     all_tell(&stage, 0, 0).await;
     assert_eq!(passed(&stage, &[0, 1, 2], 3).await, 3);
+}
+
+/// Where a service says what a call has cost, that is what it costs.
+#[tokio::test]
+async fn a_service_says_what_a_call_has_cost() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    let service = Service::start(Speaks::Http1, |request, _| async move {
+        let mut answer = service::text(200, "");
+        let cost = request.uri().path().trim_start_matches("/priced/").parse().unwrap();
+        answer.headers_mut().insert("x-cost", cost);
+        answer
+    })
+    .await;
+    cluster.add(&NodeSpec::named("a").serving(format!("priced={}", service.addr))).await.unwrap();
+    let Front { listen, cert, sections } = Front::new(cluster.dir(), HOST, "");
+    let rules = r#"
+[[plan]]
+name = "priced"
+rate = "1/h"
+burst = 1000
+quota = "100/7d"
+[[route]]
+path = "/priced"
+service = "priced"
+auth = []
+plan = "priced"
+cost_from = "x-cost"
+"#;
+    cluster.add_edge("edge", &(sections + rules)).await.unwrap();
+    is_known(&cluster, "edge", "priced", 1).await;
+    let ask = async |door: Door, cost: &str| {
+        let client = Client::trusting(&cert).unwrap();
+        let request = Request::get(format!("https://{HOST}/priced/{cost}")).body(Bytes::new()).unwrap();
+        client.send(door, listen, request).await.unwrap()
+    };
+    let mut left = [1000, 100];
+    for door in Door::PUBLIC {
+        // What makes no sense costs what it would without.
+        for (cost, takes) in [("9", 9), ("0", 1), ("nonsense", 1), ("-5", 1), ("18", 18)] {
+            left = left.map(|left| left - takes);
+            let answer = ask(door, cost).await;
+            let told = answer.header("ratelimit");
+            assert_eq!((answer.status, answer.header("x-cost")), (200, ""), "{door:?} {cost}");
+            let want = [format!("\"priced\";r={};", left[0]), format!("\"priced-7d\";r={};", left[1])];
+            assert!(want.iter().all(|want| told.contains(want)), "{door:?} {cost}: {told}, not {left:?}");
+        }
+    }
+    // The last call may cost more than there is; the next one may not.
+    assert_eq!(ask(Door::Http2, "4294967295").await.status, 200);
+    for door in Door::PUBLIC {
+        let answer = ask(door, "1").await;
+        assert_eq!(answer.status, 429, "{door:?}");
+        assert!(answer.text().contains("[\"priced\",\"priced-7d\"]"), "{}", answer.text());
+    }
 }

@@ -160,6 +160,7 @@ mod tests {
                 email: None,
                 ca: None,
                 challenge: None,
+                eab: None,
             },
         );
         let mut edges: Vec<NodeId> = (1..=3).map(|n| format!("{n:032x}").parse().unwrap()).collect();

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use http::{Request, header};
 use http_body_util::{BodyExt as _, Full};
 use instant_acme::{
-    Account, AuthorizationStatus, BodyWrapper, BytesResponse, CertificateIdentifier, ChallengeType, HttpClient,
-    Identifier, NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
+    Account, AuthorizationStatus, BodyWrapper, BytesResponse, CertificateIdentifier, ChallengeType, ExternalAccountKey,
+    HttpClient, Identifier, NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
 };
 use starling_node::{
     Fleet,
@@ -107,7 +107,9 @@ impl Authority {
             let contact = acme.email.as_ref().map(|email| format!("mailto:{email}"));
             let contact: Vec<&str> = contact.as_deref().into_iter().collect();
             let new = NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
-            let (account, credentials) = builder.create(&new, acme.directory.0.clone(), None).await?;
+            let bound = acme.eab.as_ref().map(|eab| Ok(ExternalAccountKey::new(eab.kid.clone(), &eab.key()?)));
+            let bound = bound.transpose().map_err(IssueError::Own)?;
+            let (account, credentials) = builder.create(&new, acme.directory.0.clone(), bound.as_ref()).await?;
             store.keep_account(acme, &credentials);
             tracing::info!(directory = acme.directory.0, id = account.id(), "there is an account with the authority");
             Ok(account)

@@ -157,7 +157,8 @@ fn tries_name(id: &Id) -> String {
 }
 
 fn account_name(acme: &config::Acme) -> String {
-    let digest = short_digest([acme.directory.0.as_str(), acme.email.as_deref().unwrap_or_default()]);
+    let of_all = [acme.directory.0.as_str(), acme.email.as_deref().unwrap_or_default()];
+    let digest = short_digest(of_all.into_iter().chain(acme.eab.as_ref().map(|eab| eab.kid.as_str())));
     format!("acme/account-{digest}.json")
 }
 
@@ -166,7 +167,13 @@ mod tests {
     use super::*;
 
     fn acme(directory: &str) -> config::Acme {
-        config::Acme { directory: directory.to_owned().try_into().unwrap(), email: None, ca: None, challenge: None }
+        config::Acme {
+            directory: directory.to_owned().try_into().unwrap(),
+            email: None,
+            ca: None,
+            challenge: None,
+            eab: None,
+        }
     }
 
     #[test]

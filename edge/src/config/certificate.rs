@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::Uri;
 use serde::{Deserialize, Deserializer, de};
 
@@ -48,6 +49,37 @@ pub struct Acme {
     pub ca: Option<PathBuf>,
     /// How it sees that the names are ours; whatever works if not told.
     pub challenge: Option<ChallengeKind>,
+    /// The account that we have there by another way, for authorities that ask for one.
+    pub eab: Option<Eab>,
+}
+
+/// `eab = { … }`: what an authority gave out to know whose a new account is (RFC 8555 §7.3.4).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Eab {
+    /// The key's name.
+    #[serde(deserialize_with = "super::text")]
+    pub kid: String,
+    /// File of the key itself, in base64url, as authorities give it.
+    pub key_file: PathBuf,
+}
+
+impl Eab {
+    /// The key.
+    ///
+    /// # Errors
+    /// What is wrong with its file, and what to do.
+    pub(crate) fn key(&self) -> Result<Vec<u8>, String> {
+        let file = self.key_file.display();
+        let text = std::fs::read_to_string(&self.key_file).map_err(|e| format!("{file}: it cannot be read ({e})"))?;
+        let key = BASE64_URL_SAFE_NO_PAD.decode(text.trim().trim_end_matches('=')).unwrap_or_default();
+        match key.is_empty() {
+            true => Err(format!(
+                "{file}: it has no key in base64url; put there what the authority has given, and nothing else"
+            )),
+            false => Ok(key),
+        }
+    }
 }
 
 /// URL of an authority's directory (RFC 8555 §7.1.1).

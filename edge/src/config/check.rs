@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use http::{HeaderName, header};
 use starling_node::{unix_now, web::Web};
 
-use super::{AuthMethod, ChallengeKind, EdgeSections, Jwks, Jwt, Network, Plan, Route, Source, Version, VersionSource};
+use super::{
+    AuthMethod, ChallengeKind, Eab, EdgeSections, Jwks, Jwt, Network, Plan, Route, Source, Version, VersionSource,
+};
 use crate::{
     client_certificate::Authorities,
     cors::Cors,
@@ -116,6 +118,9 @@ fn check_certificates(edge: &EdgeSections, problems: &mut Problems) {
             Source::Acme(acme) => {
                 if let Err(why) = Web::trusting(acme.ca.as_deref()) {
                     problems.add(format!("certificate[{i}].acme"), why.to_string());
+                }
+                if let Some(Err(why)) = acme.eab.as_ref().map(Eab::key) {
+                    problems.add(format!("certificate[{i}].acme.eab.key_file"), why);
                 }
                 if acme.challenge == Some(ChallengeKind::Http) && edge.edge.redirect.is_none() {
                     let why = "http-01 is asked at the redirect port; set edge.redirect = \"0.0.0.0:80\"";
@@ -253,6 +258,10 @@ fn check_routes(routes: &[Route], plans: &[Plan], jwt: Option<&Jwt>, problems: &
         if route.forward_client_certificate && !route.auth.contains(&AuthMethod::ClientCertificate) {
             let why = "no caller shows one here: add \"client-certificate\" to auth, or leave it out";
             problems.add(format!("route[{i}].forward_client_certificate"), why);
+        }
+        if route.cost_from.is_some() && route.plan.is_none() && !route.auth.contains(&AuthMethod::ApiKey) {
+            let why = "nothing is counted here: name a plan, or leave it out";
+            problems.add(format!("route[{i}].cost_from"), why);
         }
         let told: Vec<_> = route.told_headers().collect();
         if let Some(name) = told.iter().enumerate().find(|(at, name)| told[..*at].contains(name)).map(|(_, name)| name)

@@ -96,6 +96,9 @@ pub struct Route {
     /// How much of a plan one call takes; 1 if not told.
     #[serde(default = "one")]
     pub cost: NonZeroU32,
+    /// Field of an answer in which the service says how much the call takes in all; clients do not see it.
+    #[serde(default, deserialize_with = "cost_field")]
+    pub cost_from: Option<HeaderName>,
     /// Whether the service sees the path without the prefix.
     #[serde(default)]
     pub strip_prefix: bool,
@@ -297,6 +300,10 @@ pub(super) fn named_by_hand(name: &str) -> Result<HeaderName, String> {
         true => Ok(name),
         false => Err(format!("{name}: use letters, digits and - only, such as \"x-tenant\"")),
     }
+}
+
+fn cost_field<'de, D: Deserializer<'de>>(d: D) -> Result<Option<HeaderName>, D::Error> {
+    named_by_hand(&String::deserialize(d)?).map(Some).map_err(de::Error::custom)
 }
 
 fn one() -> NonZeroU32 {

@@ -13,6 +13,9 @@ use crate::config::Rate;
 /// Most callers that are remembered, over all shards: about 10 MB with the longest usual keys.
 const MAX_KEYS: usize = 100_000;
 
+/// How long a caller has to earn back at most what calls have cost beyond what there was.
+const MAX_DEBT: Duration = Duration::from_secs(60 * 60);
+
 /// Locks over which the callers are spread, so that cores seldom wait for one another.
 const SHARDS: usize = 16;
 
@@ -66,6 +69,21 @@ impl Limiter {
             shard.insert(key.to_owned(), after);
         }
         decision
+    }
+
+    /// Takes what a call has cost besides, also more than there is: the caller earns it back before the next one.
+    pub(crate) fn charge(&self, key: &str, cost: u32, now: Instant) {
+        let mut shard = self.shard(key);
+        let (_, after) = self.judge(shard.get(key), cost, now);
+        // Whatever a service says, nobody is shut out for good.
+        let after = after.min(now + self.window + MAX_DEBT);
+        match shard.get_mut(key) {
+            Some(known) => *known = after.max(*known),
+            None => {
+                make_room(&mut shard, self.max_keys / SHARDS, now);
+                shard.insert(key.to_owned(), after);
+            }
+        }
     }
 
     /// How it stands with a caller, and whether a call of that cost may pass; takes nothing.
@@ -164,6 +182,19 @@ mod tests {
 
     const fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn what_a_call_has_cost_besides_is_earned_back() {
+        let (limiter, start) = (limiter("10/s", 10), Instant::now());
+        assert!(limiter.take("a", 1, start).allowed);
+        limiter.charge("a", 19, start);
+        assert_eq!(limiter.take("a", 1, start).retry_after, ms(1100));
+        assert!(!limiter.take("a", 1, start + ms(1000)).allowed);
+        assert!(limiter.take("a", 1, start + ms(1100)).allowed);
+        limiter.charge("b", u32::MAX, start);
+        let wait = limiter.look("b", 1, start).retry_after;
+        assert!(wait > MAX_DEBT && wait < MAX_DEBT + ms(1000), "{wait:?}");
     }
 
     #[test]

@@ -235,6 +235,12 @@ impl Tally {
         step
     }
 
+    /// Takes what a call has cost besides, also more than there is. The counter's owner hears of it within a second.
+    pub(crate) fn charge(&self, key: &str, quota: &Quota, clock: &Clock, cost: u64, now: u64) {
+        let (span, cost) = (clock.span(now), cost.min(quota.count.get()));
+        self.counter.with(key, |entry| (entry.counts.add(span.part, self.counter.life(), cost), Change::Counted));
+    }
+
     /// How it stands with a caller's quota as far as is known here, and whether a call of that cost may pass.
     pub(crate) fn stands(&self, key: &str, quota: &Quota, clock: &Clock, cost: u64, now: u64) -> Left {
         let span = clock.span(now);

@@ -2,6 +2,7 @@
 
 use std::{
     net::IpAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,6 +11,7 @@ use starling_http::{Problem, accept};
 
 use crate::{
     api_key,
+    client_certificate::{Authorities, Presented, Refusal},
     config::{AuthMethod, Route},
     gateway::{Arrival, Standing},
     jwt::{self, JwtError},
@@ -55,6 +57,8 @@ impl Standing {
         }
         let mut reason = "credentials are needed".to_string();
         let mut challenge = HeaderValue::from_static("Bearer");
+        // Why a token was not looked at: there may be another way.
+        let mut undecided = None;
         for method in &route.auth {
             match method {
                 AuthMethod::ApiKey => match api_key::presented(fields) {
@@ -71,9 +75,10 @@ impl Standing {
                 AuthMethod::Jwt => match (&policy.jwt, jwt::bearer(fields)) {
                     (_, Err(why)) => reason = why.into(),
                     (Some(verifier), Ok(Some(token))) if !api_key::is_api_key(token) => {
-                        match self.verify(verifier, token, client).await? {
-                            Ok(claims) => return permitted(route, claims),
-                            Err(error) => {
+                        match self.verify(verifier, token, client).await {
+                            Ok(Ok(claims)) => return permitted(route, claims),
+                            Err(problem) => undecided = Some(problem),
+                            Ok(Err(error)) => {
                                 reason = error.to_string();
                                 challenge = error.challenge();
                             }
@@ -87,7 +92,11 @@ impl Standing {
         }
         if route.auth.contains(&AuthMethod::ClientCertificate) {
             let shown = arrival.certificate.as_ref().zip(policy.client_authorities.as_ref());
-            match shown.map(|(certificate, authorities)| (certificate, certificate.name(authorities))) {
+            let named = match shown {
+                Some((certificate, authorities)) => Some((certificate, self.named(certificate, authorities, client)?)),
+                None => None,
+            };
+            match named {
                 Some((certificate, Ok(name))) if is_for(route, &name) => {
                     let told = route.forward_client_certificate.then(|| certificate.field());
                     return Ok(Caller {
@@ -109,8 +118,34 @@ impl Standing {
                 return Err(Problem::policy(StatusCode::FORBIDDEN, "client-certificate", reason));
             }
         }
+        if let Some(problem) = undecided {
+            return Err(problem);
+        }
         Err(Problem::policy(StatusCode::UNAUTHORIZED, "unauthorized", reason)
             .with_header(header::WWW_AUTHENTICATE, challenge))
+    }
+
+    /// Who a certificate names, unless too many from that address were bad: to look at one costs more than to show it.
+    fn named(
+        &self,
+        certificate: &Presented,
+        authorities: &Authorities,
+        client: IpAddr,
+    ) -> Result<Result<Arc<str>, Refusal>, Problem> {
+        if let Some(known) = certificate.known(authorities) {
+            return Ok(known);
+        }
+        let address = address_key(client);
+        if let Some(after) = self.failures.spent(&address, Instant::now()) {
+            let detail = "too many certificates that are not good came from this address";
+            let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
+            return Err(problem.retry_after(after));
+        }
+        let named = certificate.judge(authorities);
+        if named.is_err() {
+            self.failures.take(&address, 1, Instant::now());
+        }
+        Ok(named)
     }
 
     /// Verifies a token, unless too many from that address were bad: each costs a signature's check. Those that were good

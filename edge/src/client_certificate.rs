@@ -7,7 +7,7 @@
 use std::{
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -56,6 +56,12 @@ impl Authorities {
             Some(file) => read_lists(file).map_err(|why| at("crl", file, why))?,
             None => Vec::new(),
         };
+        let issuers: Vec<Vec<u8>> = lists.iter().filter_map(issuer).collect();
+        let is_twice = issuers.iter().enumerate().any(|(nth, issuer)| issuers[..nth].contains(issuer));
+        if let Some(file) = config.crl.as_ref().filter(|_| is_twice) {
+            // Only one of them would be looked at.
+            return Err(at("crl", file, "there are two lists of one issuer; leave the older one out".into()));
+        }
         let current_until = lists.iter().filter_map(current_until).min();
         let builder = WebPkiClientVerifier::builder_with_provider(roots.into(), starling_node::crypto_provider());
         let verifier = builder.with_crls(lists).build().map_err(|error| match &config.crl {
@@ -112,18 +118,22 @@ impl Presented {
         (!chain.is_empty()).then(|| Self { chain: chain.to_vec(), verdict: Mutex::default() })
     }
 
-    /// Who it names, if those authorities vouch for it.
-    pub(crate) fn name(&self, authorities: &Authorities) -> Result<Arc<str>, Refusal> {
-        let mut verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Verdict { edition, at, name }) = &*verdict
-            && *edition == authorities.edition
-            && at.elapsed() < HOLDS
-        {
-            return name.clone();
-        }
+    /// Who it names, if those authorities vouch for it, as was found out a moment ago; `None` if it was not.
+    pub(crate) fn known(&self, authorities: &Authorities) -> Option<Result<Arc<str>, Refusal>> {
+        let verdict = self.verdict();
+        let known = verdict.as_ref().filter(|v| v.edition == authorities.edition && v.at.elapsed() < HOLDS);
+        known.map(|verdict| verdict.name.clone())
+    }
+
+    /// Finds that out.
+    pub(crate) fn judge(&self, authorities: &Authorities) -> Result<Arc<str>, Refusal> {
         let name = authorities.judge(&self.chain);
-        *verdict = Some(Verdict { edition: authorities.edition, at: Instant::now(), name: name.clone() });
+        *self.verdict() = Some(Verdict { edition: authorities.edition, at: Instant::now(), name: name.clone() });
         name
+    }
+
+    fn verdict(&self) -> MutexGuard<'_, Option<Verdict>> {
+        self.verdict.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The field that tells a service of it (RFC 9440 §2.2).
@@ -150,6 +160,8 @@ pub(crate) enum Refusal {
     Purpose,
     #[error("the client certificate names nobody")]
     Nameless,
+    #[error("whether the client certificate is revoked cannot be told: the list of its issuer is not by that issuer")]
+    List,
     #[error("the client certificate is not valid")]
     Unreadable,
 }
@@ -157,7 +169,11 @@ pub(crate) enum Refusal {
 impl Refusal {
     fn of(error: &rustls::Error) -> Self {
         use CertificateError::*;
-        let rustls::Error::InvalidCertificate(error) = error else { return Self::Unreadable };
+        let error = match error {
+            rustls::Error::InvalidCertificate(error) => error,
+            rustls::Error::InvalidCertRevocationList(_) => return Self::List,
+            _ => return Self::Unreadable,
+        };
         match error {
             Expired | ExpiredContext { .. } => Self::Ended,
             NotValidYet | NotValidYetContext { .. } => Self::NotYet,
@@ -229,6 +245,12 @@ fn read_lists(file: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>,
         Ok(lists) => Ok(lists),
         Err(e) => Err(format!("it cannot be read ({e}); {NEXT}")),
     }
+}
+
+/// Whose list it is.
+fn issuer(list: &CertificateRevocationListDer<'_>) -> Option<Vec<u8>> {
+    let (_, list) = CertificateRevocationList::from_der(list).ok()?;
+    Some(list.issuer().as_raw().to_vec())
 }
 
 /// When the next list is to be there, in seconds since 1970.
@@ -320,6 +342,7 @@ mod tests {
             (b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n", None, "ca", "is none"),
             (pem.as_bytes(), Some(&b""[..]), "crl", "no list in it"),
             (pem.as_bytes(), Some(pem.as_bytes()), "crl", "no list in it"),
+            (pem.as_bytes(), Some(list_pem.repeat(2).as_bytes()), "crl", "two lists of one issuer"),
             (pem.as_bytes(), Some(&[0x30, 0x00][..]), "crl", "cannot be used"),
         ] {
             let (at, why) = load(ca, crl).unwrap_err();

@@ -92,9 +92,10 @@ pub(crate) const FORWARDED: [&str; 10] = [
 ];
 
 /// Fields that some services take for the path, which policy has looked at.
-const PATH_OVERRIDES: [&str; 2] = ["x-original-url", "x-rewrite-url"];
+pub(crate) const PATH_OVERRIDES: [&str; 3] = ["x-original-url", "x-original-uri", "x-rewrite-url"];
 /// Fields that some services take for the method.
-const METHOD_OVERRIDES: [&str; 3] = ["x-http-method-override", "x-http-method", "x-method-override"];
+pub(crate) const METHOD_OVERRIDES: [&str; 4] =
+    ["x-http-method-override", "x-http-method", "x-method-override", "x-original-method"];
 
 fn unfit(detail: &'static str) -> Problem {
     Problem::proxy(StatusCode::BAD_REQUEST, ProxyError::HttpRequestError, detail)

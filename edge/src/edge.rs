@@ -268,15 +268,21 @@ impl Reload {
             std::fs::read_to_string(&self.path).map_err(|e| format!("cannot read {}: {e}", self.path.display()))?;
         let (config, problems) = read_config(&text);
         let Some((_, sections)) = config else {
+            // What is revoked is revoked as well; what is wrong with that is among the problems.
+            let _ = self.shared.rules.reload_authorities();
             let lines = problems.iter().map(|p| format!("line {}: {}", p.line, p.problem));
             return Err(lines.collect::<Vec<_>>().join("; "));
         };
         let certificates = sections.certificate.clone();
         let store = sections.quota_store.clone();
-        self.shared.rules.reload(sections, || {
+        let reloaded = self.shared.rules.reload(sections, || {
             self.members.count_in(store.as_ref())?;
             self.shared.certificates.reload(&certificates)
-        })?;
+        });
+        if reloaded.is_err() {
+            let _ = self.shared.rules.reload_authorities();
+            return reloaded;
+        }
         let policy = self.shared.rules.policy();
         self.tls.ask_for(policy.client_subjects())?;
         if policy.has_quotas() {

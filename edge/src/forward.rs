@@ -12,7 +12,14 @@ use starling_http::{Body, Guarded, Problem, ProxyError};
 use starling_node::{Call, Carried, LimitSettings, MadeByNode, RepeatSettings, trace::Origin};
 use starling_protocol::headers;
 
-use crate::{api_key, caller::Caller, config::Forward, dress::FORWARDED, gateway::Gateway, hops, jwt};
+use crate::{
+    api_key,
+    caller::Caller,
+    config::{Forward, Route},
+    dress::{FORWARDED, METHOD_OVERRIDES, PATH_OVERRIDES},
+    gateway::Gateway,
+    hops, jwt,
+};
 
 /// Longest body of its answer.
 const MAX_BODY: usize = 64 << 10;
@@ -36,8 +43,9 @@ pub(crate) enum Decision {
 /// What is decided about.
 pub(crate) struct Asked<'a> {
     pub(crate) parts: &'a request::Parts,
-    /// As routes see it.
-    pub(crate) method: &'a Method,
+    pub(crate) route: &'a Route,
+    /// Path and query, in the spelling that the route was found by.
+    pub(crate) target: &'a str,
     pub(crate) authority: &'a str,
     pub(crate) from: IpAddr,
 }
@@ -48,9 +56,9 @@ impl Asked<'_> {
         let mut fields = self.parts.headers.clone();
         let about_body = |name: &HeaderName| name.as_str().starts_with("content-") || OF_THE_REQUEST.contains(name);
         let gone: Vec<_> = fields.keys().filter(|name| about_body(name)).cloned().collect();
-        let gone = gone.into_iter().chain(FORWARDED.into_iter().map(HeaderName::from_static));
-        gone.for_each(|name| drop(fields.remove(name)));
-        for name in &forward.headers {
+        let said = FORWARDED.into_iter().chain(PATH_OVERRIDES).chain(METHOD_OVERRIDES).map(HeaderName::from_static);
+        gone.into_iter().chain(said).for_each(|name| drop(fields.remove(name)));
+        for name in self.route.told_headers().chain(&forward.consumer) {
             fields.remove(name);
         }
         // A key of ours is for us alone.
@@ -59,15 +67,15 @@ impl Asked<'_> {
             fields.remove(header::AUTHORIZATION);
         }
         fields.extend(caller.told.iter().cloned());
-        let uri = self.parts.uri.path_and_query().map_or("/", |target| target.as_str());
+        let method = if self.parts.method == Method::CONNECT { &Method::GET } else { &self.parts.method };
         let (from, forwarded) = (self.from.to_canonical().to_string(), hops::forwarded(self.from, self.authority));
         let set: [(&'static str, &str); 7] = [
             ("forwarded", &forwarded),
             ("x-forwarded-for", &from),
             ("x-forwarded-proto", "https"),
             ("x-forwarded-host", self.authority),
-            ("x-forwarded-method", self.method.as_str()),
-            ("x-forwarded-uri", uri),
+            ("x-forwarded-method", method.as_str()),
+            ("x-forwarded-uri", self.target),
             ("x-request-id", request_id),
         ];
         for (name, value) in set.into_iter().chain(caller.consumer.as_deref().map(|name| (headers::CONSUMER, name))) {
@@ -96,7 +104,8 @@ impl Gateway {
         let mut question = asked.question(forward, caller, request_id)?;
         let mut observed = self.observer.outgoing(&Method::GET, question.headers_mut(), Origin::Ours);
         observed.is_for(forward.service.as_str());
-        let limits = LimitSettings { total_timeout: Some(forward.timeout), ..LimitSettings::default() };
+        let within = Some(forward.timeout);
+        let limits = LimitSettings { timeout: within, total_timeout: within, ..LimitSettings::default() };
         let limits = limits.of(question.headers());
         let (service, repeats) = (forward.service.clone(), RepeatSettings::default());
         let call = Call { service, version: None, request: question, limits, repeats };

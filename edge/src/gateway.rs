@@ -114,6 +114,8 @@ struct Aside {
     place: Option<Place>,
     /// What the request takes of its route's.
     room: Option<Seat>,
+    /// Whether the answer is a service's that decides, and not that of the one behind.
+    is_refused: bool,
 }
 
 /// Tunnels at a time, and of one address, over all workers: an HTTP/2 connection alone could have a hundred of them.
@@ -154,7 +156,7 @@ impl Gateway {
         };
         let mut aside = Aside::default();
         let passed = self.pass(request, (arrival, client), &policy, &mut entry, &mut aside, &mut observed).await;
-        let is_refused = passed.is_err();
+        let is_refused = passed.is_err() || aside.is_refused;
         let mut response = match passed {
             Ok(response) => response,
             Err(problem) => {
@@ -167,7 +169,7 @@ impl Gateway {
                 Response::from_parts(head, Guarded::from(body))
             }
         };
-        let Aside { fields, place, room, edits } = aside;
+        let Aside { fields, place, room, edits, .. } = aside;
         for (name, value) in &fields {
             // The service may vary and link by itself; the rest is ours to say.
             if matches!(*name, header::VARY | header::LINK) {
@@ -210,7 +212,7 @@ impl Gateway {
         (arrival, from): (&Arrival, IpAddr),
         policy: &Policy,
         entry: &mut Entry,
-        Aside { fields: extra, place, room, edits }: &mut Aside,
+        Aside { fields: extra, place, room, edits, is_refused }: &mut Aside,
         observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
         let (mut parts, body) = request.into_parts();
@@ -284,7 +286,15 @@ impl Gateway {
         };
         if let Some(forward) = route.forward.as_ref().filter(|_| !is_preflight || route.preflight != Preflight::Pass) {
             entry.consumer.clone_from(&caller.consumer);
-            let asked = forward::Asked { parts: &parts, method: &method, authority: checked.authority.as_str(), from };
+            let written = parts.uri.path();
+            // What the service gets, but for a version and a prefix: nobody else's reading of the path counts.
+            let seen = match route.raw_path {
+                true => written.into(),
+                false => route::canonical_path(written).unwrap_or(written.into()),
+            };
+            let target = parts.uri.query().map_or(seen.to_string(), |query| format!("{seen}?{query}"));
+            let authority = checked.authority.as_str();
+            let asked = forward::Asked { parts: &parts, route, target: &target, authority, from };
             match self.decide(forward, &asked, &caller, &entry.request_id).await? {
                 Decision::Passes { consumer, told } => {
                     caller.consumer = consumer.or(caller.consumer);
@@ -292,7 +302,16 @@ impl Gateway {
                 }
                 Decision::Refused(answer) => {
                     entry.error = Some(format!("{} does not let it pass", forward.service));
-                    return Ok(*answer);
+                    *is_refused = true;
+                    let (mut head, body) = answer.into_parts();
+                    if route.cors.is_some() {
+                        cors::remove(&mut head.headers);
+                    }
+                    let body = match Page::of(&parts.headers).filter(|_| route.grpc_web) {
+                        Some(page) => body.map_body(|body| page.leave(&mut head.headers, body)),
+                        None => body,
+                    };
+                    return Ok(Response::from_parts(head, body));
                 }
             }
         }

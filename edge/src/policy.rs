@@ -61,6 +61,7 @@ impl Policy {
         former: Option<&Self>,
         state: &StateDir,
         announced: &Announced,
+        client_authorities: Option<Arc<Authorities>>,
     ) -> Result<Self, String> {
         let plans = sections.plan.iter().map(|plan| {
             let kept = former.and_then(|f| f.plans.get(&plan.name)).filter(|limit| limit.plan == *plan).cloned();
@@ -69,7 +70,7 @@ impl Policy {
         let shows = |route: &Route| route.auth.contains(&AuthMethod::ClientCertificate);
         if sections.client_certificate.is_none() && sections.route.iter().any(shows) {
             return Err(
-                "routes ask for client certificates: add [client_certificate] with ca to this edge's file".into()
+                "routes ask for client certificates: add [client_certificate] with ca to this edge's file, and publish again".into()
             );
         }
         let routes = Routes::new(sections.route.iter().map(|route| Ruled::new(route, former)));
@@ -106,18 +107,7 @@ impl Policy {
                 None => None,
             },
             of_jwt: sections.jwt.clone(),
-            client_authorities: match &sections.client_certificate {
-                Some(config) => {
-                    let loaded =
-                        Authorities::load(config).map_err(|(key, why)| format!("client_certificate.{key}: {why}"));
-                    let loaded = loaded?;
-                    if let Some(why) = loaded.doubt() {
-                        tracing::warn!("client_certificate.crl: {why}");
-                    }
-                    Some(Arc::new(loaded))
-                }
-                None => None,
-            },
+            client_authorities,
         })
     }
 
@@ -129,6 +119,11 @@ impl Policy {
             known_versions: known,
             ..self.clone()
         })
+    }
+
+    /// The same with other authorities of callers' certificates.
+    pub(crate) fn trusting(&self, client_authorities: Option<Arc<Authorities>>) -> Self {
+        Self { client_authorities, ..self.clone() }
     }
 
     /// Where a request goes, by the path as the client wrote it, without its query.

@@ -12,6 +12,7 @@ use starling_node::{Announced, AnnouncedVersion, StateDir};
 use starling_protocol::Name;
 
 use crate::{
+    client_certificate::Authorities,
     config::{EdgeSections, Published},
     policy::Policy,
 };
@@ -27,6 +28,8 @@ pub(crate) struct Rules {
 #[derive(Clone)]
 struct Sources {
     own: EdgeSections,
+    /// Whose certificates callers may show, as the files that `own` names said when they were read last.
+    client_authorities: Option<Arc<Authorities>>,
     /// Where the file says that the rules come from there: what was published last.
     published: Option<Arc<Published>>,
     announced: Arc<Announced>,
@@ -37,18 +40,31 @@ struct Sources {
 /// How long a version is known whose last node has left.
 const KEPT: Duration = Duration::from_secs(20);
 
+/// Reads whose certificates callers may show.
+fn authorities(own: &EdgeSections) -> Result<Option<Arc<Authorities>>, String> {
+    let Some(config) = &own.client_certificate else { return Ok(None) };
+    let read = Authorities::load(config).map_err(|(key, why)| format!("client_certificate.{key}: {why}"))?;
+    if let Some(why) = read.doubt() {
+        tracing::warn!("client_certificate.crl: {why}");
+    }
+    Ok(Some(Arc::new(read)))
+}
+
 impl Sources {
     fn policy(&self, former: Option<&Policy>, state: &StateDir) -> Result<Policy, String> {
         let published = self.published.as_ref().filter(|_| self.own.edge.config.is_some());
         let sections = published.map(|published| published.fill(&self.own));
-        Policy::new(sections.as_ref().unwrap_or(&self.own), former, state, &self.announced)
+        let authorities = self.client_authorities.clone();
+        Policy::new(sections.as_ref().unwrap_or(&self.own), former, state, &self.announced, authorities)
     }
 }
 
 impl Rules {
     /// Of the file alone. Needs a runtime, where keys are fetched.
     pub(crate) fn new(own: EdgeSections, state: StateDir) -> Result<Self, String> {
-        let sources = Sources { own, published: None, announced: Arc::default(), seen: BTreeMap::new() };
+        let client_authorities = authorities(&own)?;
+        let (announced, seen) = (Arc::default(), BTreeMap::new());
+        let sources = Sources { own, client_authorities, published: None, announced, seen };
         let policy = ArcSwap::from_pointee(sources.policy(None, &state)?);
         Ok(Self { policy, state, sources: Mutex::new(sources) })
     }
@@ -60,7 +76,23 @@ impl Rules {
 
     /// Takes another file, if `then` works out as well, which is what else it changes.
     pub(crate) fn reload(&self, own: EdgeSections, then: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
-        self.change(|sources| sources.own = own, then)
+        let client_authorities = authorities(&own)?;
+        let change = |sources: &mut Sources| {
+            sources.own = own;
+            sources.client_authorities = client_authorities;
+        };
+        self.change(change, then)
+    }
+
+    /// Reads the files of the authorities of callers' certificates again that are in force: what is revoked is revoked, whatever is
+    /// wrong with everything else.
+    pub(crate) fn reload_authorities(&self) -> Result<(), String> {
+        let mut sources = self.lock();
+        let read = authorities(&sources.own)?;
+        sources.client_authorities = read.clone();
+        let policy = self.policy.load().trusting(read);
+        self.policy.store(Arc::new(policy));
+        Ok(())
     }
 
     /// Takes what was published for all edges, or that it is no more. An edge that goes by its own file keeps it for the time when its

@@ -20,6 +20,9 @@ use crate::{acme, certificates::Certificates};
 /// What a client may show, in bytes: it is kept as long as the connection.
 const MAX_CHAIN_BYTES: usize = 16 << 10;
 
+/// Certificates behind a client's own. The ways to put them together are more with each of them, and all may have to be tried.
+const MAX_INTERMEDIATES: usize = 4;
+
 /// How the public port makes handshakes. A change is for new connections only.
 pub(crate) struct Tls {
     provider: Arc<CryptoProvider>,
@@ -134,9 +137,10 @@ impl ClientCertVerifier for Asks {
         rest: &[CertificateDer<'_>],
         _: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        match rest.iter().map(|certificate| certificate.len()).sum::<usize>() + leaf.len() {
-            ..=MAX_CHAIN_BYTES => Ok(ClientCertVerified::assertion()),
-            _ => Err(CertificateError::BadEncoding.into()),
+        let bytes = rest.iter().map(|certificate| certificate.len()).sum::<usize>() + leaf.len();
+        match bytes <= MAX_CHAIN_BYTES && rest.len() <= MAX_INTERMEDIATES {
+            true => Ok(ClientCertVerified::assertion()),
+            false => Err(CertificateError::BadEncoding.into()),
         }
     }
 

@@ -30,7 +30,8 @@ pub(crate) fn spawn(
 ) {
     let (changed, mut changes) = mpsc::channel::<()>(1);
     let mut watched = Watched::new(changed.clone());
-    watched.follow(&named(&config, &keys));
+    let mut files = named(&config, &keys).unwrap_or_else(|| BTreeSet::from([config.clone(), keys.clone()]));
+    watched.follow(&files);
     // Something may have changed since it was read.
     let _ = changed.try_send(());
     let Seen(mut seen) = seen;
@@ -43,7 +44,8 @@ pub(crate) fn spawn(
                 Err(_) => {}
             }
             while changes.try_recv().is_ok() {}
-            let files = named(&config, &keys);
+            // While the file cannot be read, what it named counts on.
+            files = named(&config, &keys).unwrap_or(files);
             watched.follow(&files);
             let now = content(&files);
             if now != seen {
@@ -60,35 +62,35 @@ pub(crate) struct Seen(Vec<Option<[u8; 32]>>);
 impl Seen {
     /// What they have in them now: to be taken before they are read.
     pub(crate) fn now(config: &Path, keys: &Path) -> Self {
-        Self(content(&named(config, keys)))
+        let files = named(config, keys).unwrap_or_else(|| BTreeSet::from([config.into(), keys.into()]));
+        Self(content(&files))
     }
 }
 
-/// Every file whose content counts.
-fn named(config: &Path, keys: &Path) -> BTreeSet<PathBuf> {
+/// Every file whose content counts; `None` if the configuration does not say, because something is wrong with it.
+fn named(config: &Path, keys: &Path) -> Option<BTreeSet<PathBuf>> {
     let mut files = BTreeSet::from([config.to_path_buf(), keys.to_path_buf()]);
     let text = std::fs::read_to_string(config).unwrap_or_default();
-    if let (Some((_, sections)), _) = read_config(&text) {
-        for certificate in sections.certificate {
-            match certificate.source {
-                Source::Files(Files { cert, key }) => files.extend([cert, key]),
-                Source::Acme(acme) => files.extend(acme.ca.into_iter().chain(acme.eab.map(|eab| eab.key_file))),
-            }
-        }
-        if let Some(store) = sections.quota_store {
-            files.extend(store.ca.into_iter().chain(store.password_file));
-        }
-        if let Some(client) = sections.client_certificate {
-            files.extend([client.ca].into_iter().chain(client.crl));
-        }
-        if let Some(jwt) = sections.jwt {
-            files.extend(jwt.ca);
-            if let Jwks::File(file) = jwt.jwks {
-                files.insert(file);
-            }
+    let (_, sections) = read_config(&text).0?;
+    for certificate in sections.certificate {
+        match certificate.source {
+            Source::Files(Files { cert, key }) => files.extend([cert, key]),
+            Source::Acme(acme) => files.extend(acme.ca.into_iter().chain(acme.eab.map(|eab| eab.key_file))),
         }
     }
-    files
+    if let Some(store) = sections.quota_store {
+        files.extend(store.ca.into_iter().chain(store.password_file));
+    }
+    if let Some(client) = sections.client_certificate {
+        files.extend([client.ca].into_iter().chain(client.crl));
+    }
+    if let Some(jwt) = sections.jwt {
+        files.extend(jwt.ca);
+        if let Jwks::File(file) = jwt.jwks {
+            files.insert(file);
+        }
+    }
+    Some(files)
 }
 
 fn content(files: &BTreeSet<PathBuf>) -> Vec<Option<[u8; 32]>> {

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Uri};
 use http_body_util::BodyExt;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, wait_for};
+use starling_protocol::admin::QuotaUse;
 use starling_tests::{
     Front, binary, is_known,
     service::{self, Service, Speaks, text},
@@ -97,8 +98,8 @@ impl Stage {
             text(200, format!("{told} {}", String::from_utf8_lossy(&body)))
         })
         .await;
-        let serving = NodeSpec::named("a").serving(format!("gatekeeper={}", gatekeeper.addr));
-        cluster.add(&serving.serving(format!("orders={}", orders.addr))).await.unwrap();
+        cluster.add(&NodeSpec::named("a").serving(format!("gatekeeper={}", gatekeeper.addr))).await.unwrap();
+        cluster.add(&NodeSpec::named("b").serving(format!("orders={}", orders.addr))).await.unwrap();
         let Front { listen, cert, sections } = Front::new(cluster.dir(), HOST, "");
         let rules = r#"
 [[route]]
@@ -126,6 +127,8 @@ quota = "1000/day"
             .header("x-user", "root")
             .header("x-role", "root")
             .header("x-forwarded-uri", "/elsewhere")
+            .header("x-original-url", "/elsewhere")
+            .header("x-original-method", "HEAD")
             .header("if-none-match", "\"1\"")
             .header("content-type", "text/plain")
             .header("content-length", "5");
@@ -163,6 +166,8 @@ async fn a_service_decides_who_may_pass() {
                 ("x-forwarded-for", Some("127.0.0.1")),
                 ("x-request-id", Some(answer.header("x-request-id"))),
                 ("x-user", None),
+                ("x-original-url", None),
+                ("x-original-method", None),
                 ("content-type", None),
                 ("if-none-match", None),
             ] {
@@ -170,6 +175,9 @@ async fn a_service_decides_who_may_pass() {
             }
             assert!(field("content-length").is_none_or(|length| length == "0"), "{fields:?}");
         }
+        // It decides about what the service gets.
+        assert_eq!(stage.ask(door, "/public/%2e./%61dmin/./1?q=2", "alice", None).await.status, 200);
+        assert_eq!(stage.questions.lock().unwrap().last().unwrap().fields["x-forwarded-uri"], "/admin/1?q=2");
         for (cookie, status, what) in [
             ("nobody", 200, "|||| hello"),
             ("wordy", 200, "|||| hello"),
@@ -211,8 +219,9 @@ async fn a_service_decides_who_may_pass() {
     // Nobody was sent away from its connection for an answer that was left where it was.
     let connections = stage.gatekeeper.connections.load(std::sync::atomic::Ordering::Relaxed);
     assert!(connections < 12, "{connections} connections for {} questions", stage.questions.lock().unwrap().len());
-    let used = stage.cluster.run(&["quota", "show", "forward:alice", "--admin", &admin]).await.unwrap();
-    assert!(used.contains("3"), "{used}");
+    let used = stage.cluster.run(&["quota", "show", "forward:alice", "-o", "json", "--admin", &admin]).await.unwrap();
+    let used: Vec<QuotaUse> = serde_json::from_str(&used).unwrap();
+    assert_eq!(used[0].used, 6, "two calls over each protocol");
     let routes: Vec<serde_json::Value> = stage.cluster.admin("edge", "/v1/routes").await.unwrap();
     assert!(routes.iter().any(|route| route["forward"] == "gatekeeper"), "{routes:?}");
 }
@@ -239,7 +248,8 @@ async fn without_a_decision_nothing_passes() {
     .unwrap();
     for door in Door::PUBLIC {
         let answer = stage.ask(door, "/", "alice", None).await;
-        assert_eq!((answer.status, answer.text().contains("gatekeeper")), (503, false), "{}", answer.text());
+        assert!(answer.status == 503 && answer.text().contains("undecided"), "{door:?}: {}", answer.text());
+        assert!(!answer.text().contains("gatekeeper"), "{}", answer.text());
     }
 }
 

@@ -14,4 +14,10 @@ pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
     for name in [header::TE, header::CONTENT_LENGTH, header::HOST, header::TRANSFER_ENCODING, header::AUTHORIZATION] {
         trailers.remove(name);
     }
+    // Of whom a request is, only its head says.
+    let about_client = |name: &str| name.starts_with("x-forwarded-") || ABOUT_CLIENT.contains(&name);
+    let found: Vec<_> = trailers.keys().filter(|name| about_client(name.as_str())).cloned().collect();
+    found.iter().for_each(|name| drop(trailers.remove(name)));
 }
+
+const ABOUT_CLIENT: [&str; 4] = ["forwarded", "x-real-ip", "client-cert", "client-cert-chain"];

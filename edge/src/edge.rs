@@ -139,7 +139,7 @@ impl Edge {
         });
         let fleet = node.fleet();
         let members = Members::new(fleet.clone());
-        members.count_in(sections.quota_store.as_ref()).map_err(EdgeError::Config)?;
+        members.count_in(members.store(sections.quota_store.as_ref()).map_err(EdgeError::Config)?);
         let tally = Tally::new(counter.clone(), Arc::new(members.clone()));
         fleet.answer_with(Arc::new(Answerer(tally.clone())));
         node.while_in_charge(tally.clone().run());
@@ -274,15 +274,13 @@ impl Reload {
             return Err(lines.collect::<Vec<_>>().join("; "));
         };
         let certificates = sections.certificate.clone();
-        let store = sections.quota_store.clone();
-        let reloaded = self.shared.rules.reload(sections, || {
-            self.members.count_in(store.as_ref())?;
-            self.shared.certificates.reload(&certificates)
-        });
+        let store = self.members.store(sections.quota_store.as_ref())?;
+        let reloaded = self.shared.rules.reload(sections, || self.shared.certificates.reload(&certificates));
         if reloaded.is_err() {
             let _ = self.shared.rules.reload_authorities();
             return reloaded;
         }
+        self.members.count_in(store);
         let policy = self.shared.rules.policy();
         self.tls.ask_for(policy.client_subjects())?;
         if policy.has_quotas() {

@@ -37,7 +37,7 @@ pub(super) fn check(edge: &EdgeSections) -> Vec<(String, String)> {
         problems.add(format!("client_certificate.{key}"), why);
     }
     if let Some(store) = &edge.quota_store {
-        if let Err(why) = Redis::new(store) {
+        if let Err(why) = Redis::new(store, None) {
             problems.add("quota_store.ca", why);
         }
         if let Some(file) = &store.password_file

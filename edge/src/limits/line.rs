@@ -34,6 +34,8 @@ pub(super) struct Line {
     turns: VecDeque<String>,
     wanted: HashMap<String, Wanted>,
     told: VecDeque<(KnownCount, Option<Said>)>,
+    /// How many times as much as to an edge may be said there.
+    pace: f64,
     /// Whether somebody talks.
     pub(super) talking: bool,
     /// How many questions may be asked, and how many bytes, as of when.
@@ -58,8 +60,9 @@ pub(super) struct Question {
 }
 
 impl Line {
-    pub(super) fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant, pace: f64) -> Self {
         Self {
+            pace,
             turns: VecDeque::new(),
             wanted: HashMap::new(),
             told: VecDeque::new(),
@@ -128,10 +131,11 @@ impl Line {
     fn next_at(&mut self, now: Instant) -> Duration {
         let (questions, bytes, at) = self.free;
         let passed = (now - at).as_secs_f64();
-        let questions = (questions + passed * PER_SECOND).min(AT_ONCE) - 1.0;
-        let bytes = (bytes + passed * BYTES_PER_SECOND).min(BYTES_AT_ONCE);
+        let questions = (questions + passed * PER_SECOND * self.pace).min(AT_ONCE * self.pace) - 1.0;
+        let bytes = (bytes + passed * BYTES_PER_SECOND * self.pace).min(BYTES_AT_ONCE);
         self.free = (questions, bytes, now);
-        Duration::from_secs_f64((-questions / PER_SECOND).max(-bytes / BYTES_PER_SECOND).max(0.0))
+        let seconds = (-questions / PER_SECOND).max(-bytes / BYTES_PER_SECOND).max(0.0);
+        Duration::from_secs_f64(seconds / self.pace)
     }
 
     /// The next question: what somebody waits for, and then what is to be told.
@@ -197,7 +201,7 @@ mod tests {
     #[test]
     fn much_is_said_in_few_questions_and_what_is_waited_for_first() {
         let now = Instant::now();
-        let mut line = Line::new(now);
+        let mut line = Line::new(now, 1.0);
         for n in 0..600 {
             assert!(line.tell(known(&format!("told {n}"))));
         }
@@ -211,7 +215,7 @@ mod tests {
         assert_eq!(counts, [(256, 0), (44, 212), (0, 256), (0, 132)]);
         assert_eq!(questions[0].waiting.len(), 256 * 3 + 100);
         drop((questions, heard));
-        let (mut line, mut said, mut now) = (Line::new(now), 0, now);
+        let (mut line, mut said, mut now) = (Line::new(now, 1.0), 0, now);
         let begun = now;
         while now - begun < Duration::from_secs(10) {
             now += line.next_at(now);
@@ -222,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_calls_of_one_caller_ask_together() {
-        let mut line = Line::new(Instant::now());
+        let mut line = Line::new(Instant::now(), 1.0);
         let _heard = [line.take(take("a", 2, 10), Some(known("a"))), line.take(take("a", 1, 10), None), line.find("a")];
         let question = line.question();
         assert_eq!(question.ask.takes, [take("a", 1, 11)]);
@@ -231,7 +235,7 @@ mod tests {
 
     #[test]
     fn what_is_too_much_is_not_said() {
-        let mut line = Line::new(Instant::now());
+        let mut line = Line::new(Instant::now(), 1.0);
         let heard: Vec<Heard> = (0..MAX_WAITING).map(|n| line.find(&format!("k{n}"))).collect();
         assert!(line.find("one more").try_recv().is_err_and(|e| e == oneshot::error::TryRecvError::Closed));
         assert!((0..MAX_TOLD).all(|n| line.tell(known(&format!("k{n}")))) && !line.tell(known("one more")));
@@ -242,7 +246,7 @@ mod tests {
 
     #[test]
     fn no_more_bytes_than_a_link_takes() {
-        let (mut line, mut now) = (Line::new(Instant::now()), Instant::now());
+        let (mut line, mut now) = (Line::new(Instant::now(), 1.0), Instant::now());
         let (begun, mut bytes) = (now, 0);
         while now - begun < Duration::from_secs(20) {
             let large = KnownCount { key: "k".into(), counts: vec![0; 2000].into() };

@@ -1,8 +1,13 @@
--- A counter of a quota, and the number under which this store counts: KEYS[1], KEYS[2].
--- ARGV: such a number, if there is none; part, since, limit, least and most of what is to be taken (most 0: nothing);
+-- A counter of a quota, and what this store calls itself: KEYS[1], KEYS[2].
+-- ARGV: a number, for a store or a counter that has none; part, since, limit, least and most of what is to be taken (most 0: nothing);
 -- how long the counter is kept; and what the edge knows of it, by field.
-local counter, lives = KEYS[1], KEYS[2]
+local counter = KEYS[1]
 local part, since, limit = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local name = redis.call('GET', KEYS[2])
+if not name then
+  name = ARGV[1]
+  redis.call('SET', KEYS[2], name)
+end
 local least, most = tonumber(ARGV[5]), tonumber(ARGV[6])
 
 for i = 8, #ARGV, 2 do
@@ -34,10 +39,11 @@ if most > 0 then
   local free = limit - math.max(sum, 0)
   if free >= least then
     taken = math.min(free, most)
-    local life = redis.call('GET', lives)
+    -- Under a number of the counter's own: one that was lost does not begin with numbers that edges know already.
+    local life = redis.call('HGET', counter, 'life')
     if not life then
       life = ARGV[1]
-      redis.call('SET', lives, life)
+      redis.call('HSET', counter, 'life', life)
     end
     redis.call('HINCRBY', counter, ARGV[2] .. ':' .. life .. ':t', taken)
   end
@@ -45,4 +51,4 @@ end
 if taken > 0 or #ARGV > 7 then
   redis.call('EXPIRE', counter, ARGV[7])
 end
-return { taken, redis.call('HGETALL', counter) }
+return { taken, redis.call('HGETALL', counter), name }

@@ -8,9 +8,9 @@ use std::{collections::BTreeMap, fs, sync::LazyLock};
 use redis::{Pipeline, RedisConnectionInfo, Script, aio::MultiplexedConnection};
 use starling_node::web::Web;
 use starling_protocol::{AskCounts, KnownCount, TakeCount, TakenCount, TellCounts};
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 
-use super::counts::Counts;
+use super::{counts::Counts, tally::PATIENCE};
 use crate::config::QuotaStore;
 
 /// Where it listens that says nothing else.
@@ -28,17 +28,25 @@ pub(crate) struct Redis {
     /// One question goes there at a time. Taken out while it is used: what a question has left behind that was given up is not read as an
     /// answer to the next.
     connection: Mutex<Option<MultiplexedConnection>>,
+    name: std::sync::Mutex<Called>,
 }
 
 impl Redis {
+    /// In the place of another one, or of none.
+    ///
     /// # Errors
     /// What is wrong with the file of certificates.
-    pub(crate) fn new(config: &QuotaStore) -> Result<Self, String> {
+    pub(crate) fn new(config: &QuotaStore, in_place_of: Option<&Self>) -> Result<Self, String> {
         let web = match config.url.tls {
             true => Web::trusting(config.ca.as_deref()).map_err(|e| e.to_string())?,
             false => Web::plain(),
         };
-        Ok(Self { config: config.clone(), web, connection: Mutex::default() })
+        let name = in_place_of.map(|former| match former.config.url == config.url {
+            true => lock(&former.name).name.clone().unwrap_or_default(),
+            false => String::new(),
+        });
+        let name = std::sync::Mutex::new(Called { name, another: None });
+        Ok(Self { config: config.clone(), web, connection: Mutex::default(), name })
     }
 
     pub(crate) fn config(&self) -> &QuotaStore {
@@ -58,13 +66,17 @@ impl Redis {
             self.put(&mut pipeline, key, question);
         }
         if questions.is_empty() {
-            pipeline.cmd("PING").ignore();
+            self.greet(&mut pipeline);
         }
-        let answers: Vec<(u64, Vec<String>)> =
-            pipeline.query_async(&mut connection).await.map_err(|e| e.to_string())?;
+        let answers: Vec<Answer> = pipeline.query_async(&mut connection).await.map_err(|e| e.to_string())?;
         *place = Some(connection);
+        let name = answers.first().map(|(_, _, name)| name.clone()).unwrap_or_default();
+        if !lock(&self.name).is_still(name) {
+            // Whoever was taken for silent is told everything when it is back.
+            return Err("it is another one, or has forgotten everything".into());
+        }
         let mut heard: BTreeMap<&str, (u64, Counts)> = BTreeMap::new();
-        for ((key, _), (taken, fields)) in questions.iter().zip(answers) {
+        for ((key, _), (taken, fields, _)) in questions.iter().zip(answers) {
             heard.insert(key, (taken, counts_of(&fields)));
         }
         let mut told = TellCounts::default();
@@ -107,6 +119,13 @@ impl Redis {
         Ok(connection)
     }
 
+    /// Finds out whether it takes what it is told.
+    fn greet(&self, pipeline: &mut Pipeline) {
+        let mut knows = Counts::default();
+        knows.learn(0, 0, starling_node::unix_now(), 0);
+        self.put(pipeline, "", &Question { take: None, knows });
+    }
+
     fn put(&self, pipeline: &mut Pipeline, key: &str, question: &Question<'_>) {
         let prefix = &self.config.prefix;
         let none = TakeCount { key: String::new(), part: 0, since: 0, limit: 0, least: 0, most: 0 };
@@ -120,6 +139,34 @@ impl Redis {
             }
         }
     }
+}
+
+/// What a store calls itself.
+#[derive(Default)]
+struct Called {
+    /// The last one; empty if whoever is there is to be told everything.
+    name: Option<String>,
+    /// Since when it is another one.
+    another: Option<Instant>,
+}
+
+impl Called {
+    /// Whether it is the one that it was. Another one is refused for a moment, so that it is taken for silent.
+    fn is_still(&mut self, name: String) -> bool {
+        let is_other = self.name.as_ref().is_some_and(|known| *known != name);
+        if is_other && self.another.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+            return false;
+        }
+        *self = Self { name: Some(name), another: None };
+        true
+    }
+}
+
+/// What is taken, the counter as it is then, and what the store calls itself.
+type Answer = (u64, Vec<String>, String);
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// What is to be done with a counter.
@@ -146,17 +193,21 @@ fn questions(ask: &AskCounts) -> BTreeMap<&str, Question<'_>> {
 
 /// What a hash says; what nobody of us has written is not heard.
 fn counts_of(fields: &[String]) -> Counts {
-    let mut counts = Counts::default();
-    for [field, number] in fields.as_chunks::<2>().0 {
+    let parsed = |[field, number]: &[String; 2]| {
         let mut names = field.split(':');
         let mut next = || names.next()?.parse::<u64>().ok();
-        let (Some(part), Some(life), Ok(number)) = (next(), next(), number.parse()) else { continue };
+        let (part, life, number) = (next()?, next()?, number.parse::<u64>().ok()?);
         match names.next() {
-            Some("t") => counts.learn(part, life, number, 0),
-            Some("r") => counts.learn(part, life, 0, number),
-            _ => {}
+            Some("t") => Some((part, life, number, 0)),
+            Some("r") => Some((part, life, 0, number)),
+            _ => None,
         }
-    }
+    };
+    let mut numbers: Vec<_> = fields.as_chunks::<2>().0.iter().filter_map(parsed).collect();
+    // A hash has no order, and of more parts than are remembered the last ones are to stay.
+    numbers.sort_unstable();
+    let mut counts = Counts::default();
+    numbers.into_iter().for_each(|(part, life, taken, returned)| counts.learn(part, life, taken, returned));
     counts
 }
 
@@ -172,5 +223,19 @@ mod tests {
         let fields =
             ["100:7:t", "5", "100:8:r", "2", "nonsense", "1", "100:7:x", "9", "100:9:t", "-1"].map(String::from);
         assert_eq!(counts_of(&fields), counts);
+    }
+
+    #[test]
+    fn of_many_parts_the_last_ones_stay_in_whatever_order_they_come() {
+        let fields: Vec<String> =
+            (0..100).map(|nth| nth * 37 % 100).flat_map(|part| [format!("{part}:7:t"), "1".into()]).collect();
+        let read = counts_of(&fields);
+        let mut known = Counts::default();
+        known.add(99, Life(8), 5);
+        known.merge(&read);
+        for counts in [&read, &known] {
+            assert_eq!(counts.numbers().last().map(|(part, ..)| part), Some(99));
+        }
+        assert!(known.has(Life(8)));
     }
 }

@@ -43,13 +43,21 @@ impl Edges {
             return self.clone();
         }
         let version = self.version + 1;
-        let known = |edge: &NodeId| self.others.iter().find(|(known, _)| known == edge).map(|(_, since)| *since);
+        // Without the store they count what was counted there so far, each of which knows another part of that.
+        let loses_the_store = self.has_store() && !others.contains(&STORE);
+        let known = |edge: &NodeId| self.others.iter().find(|(known, _)| known == edge && !loses_the_store);
+        let known = |edge: &NodeId| known(edge).map(|(_, since)| *since);
         let since = |edge: NodeId| (edge, known(&edge).unwrap_or(version));
         Self { own: self.own, others: others.into_iter().map(since).collect(), version }
     }
 
     pub(super) fn others(&self) -> impl Iterator<Item = NodeId> {
         self.others.iter().map(|(edge, _)| *edge)
+    }
+
+    /// Whether a store is among them.
+    pub(super) fn has_store(&self) -> bool {
+        self.others().any(|edge| edge == STORE)
     }
 
     /// Another number for every change.

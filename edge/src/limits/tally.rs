@@ -23,7 +23,7 @@ use tokio::{runtime::Handle, time::Instant};
 
 pub(crate) use self::{
     answer::Answerer,
-    peers::{Members, Peers},
+    peers::{Members, PATIENCE, Peers},
 };
 use super::{
     counter::{Change, Counter, Entry},
@@ -190,7 +190,7 @@ impl Tally {
 
     /// Whether nothing may be counted until the store answers again.
     fn waits_for_the_store(&self) -> bool {
-        self.peers.needs_the_store() && self.store_is_silent()
+        self.peers.needs_the_store() && !self.edges.load().has_store()
     }
 
     /// Whether a counter's owner is the same as when it was looked for last.

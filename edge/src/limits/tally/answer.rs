@@ -7,7 +7,7 @@ use starling_node::{Answering, Colleague};
 use starling_protocol::{AskCounts, Framed, KnownCount, NodeId, TakeCount, TakenCount, TellCounts, decode, frame};
 
 use super::{
-    super::{counter::Change, counts::Counts, quota::Span},
+    super::{counter::Change, counts::Counts, quota::Span, share::STORE},
     Tally,
 };
 
@@ -68,6 +68,12 @@ impl Tally {
         let unsettled = unsettled.await.ok()?;
         if !unsettled.is_empty() {
             self.settle(&unsettled).await;
+        }
+        let edges = self.edges.load_full();
+        if edges.has_store() {
+            // Whoever asks does not reach the store, and is not to be lent what was used up there.
+            let found = takes.iter().map(|take| self.say(&STORE, |line| line.find(&take.key))).collect();
+            self.settled(&[], &edges, found).await;
         }
         let told = tokio::task::spawn_blocking(move || {
             let (mut told, mut bytes) = (TellCounts::default(), 0);

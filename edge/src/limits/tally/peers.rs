@@ -14,7 +14,7 @@ use super::{
 use crate::config::{OnStoreDown, QuotaStore};
 
 /// How long an edge may take to answer; one that does not is left out for a while, which doubles.
-pub(super) const PATIENCE: Duration = Duration::from_millis(700);
+pub(crate) const PATIENCE: Duration = Duration::from_millis(700);
 const SILENCE: Duration = Duration::from_secs(2);
 pub(super) const MAX_SILENCE: Duration = Duration::from_secs(30);
 
@@ -50,16 +50,23 @@ impl Members {
         Self { fleet, store: Arc::default() }
     }
 
-    /// Counts there from now on, or among the edges alone.
+    /// The store of that description, for [`Members::count_in`].
     ///
     /// # Errors
-    /// What is wrong with the files that it names: nothing has changed then.
-    pub(crate) fn count_in(&self, config: Option<&QuotaStore>) -> Result<(), String> {
-        let store = self.store.load();
-        if store.as_ref().map(|store| store.config()) != config {
-            self.store.store(config.map(Redis::new).transpose()?.map(Arc::new));
+    /// What is wrong with the files that it names.
+    pub(crate) fn store(&self, config: Option<&QuotaStore>) -> Result<Option<Arc<Redis>>, String> {
+        let Some(config) = config else { return Ok(None) };
+        let former = self.store.load_full();
+        match former.filter(|former| former.config() == config && !config.url.tls) {
+            Some(same) => Ok(Some(same)),
+            // Also of the same description, where its certificates may be others now.
+            None => Ok(Some(Arc::new(Redis::new(config, self.store.load().as_deref())?))),
         }
-        Ok(())
+    }
+
+    /// Counts there from now on, or among the edges alone.
+    pub(crate) fn count_in(&self, store: Option<Arc<Redis>>) {
+        self.store.store(store);
     }
 
     /// Whether a store is named.
@@ -122,6 +129,7 @@ impl Tally {
                 let answer = tokio::time::timeout(PATIENCE, tally.peers.ask(&edge, &nothing)).await;
                 if matches!(answer, Ok(Ok(_))) {
                     lock(&tally.silent).remove(&edge);
+                    tally.look();
                     if edge == STORE {
                         tracing::info!("the store of quotas answers again");
                     }
@@ -142,11 +150,8 @@ impl Tally {
         if self.edges.load().others().any(|edge| edge == STORE) {
             let tally = self.clone();
             self.runtime.spawn(async move {
-                let nothing = AskCounts::default();
-                match tokio::time::timeout(PATIENCE, tally.peers.ask(&STORE, &nothing)).await {
-                    Ok(Ok(_)) => {}
-                    Ok(Err(why)) => tally.falls_silent(STORE, &why),
-                    Err(_) => tally.falls_silent(STORE, "no answer in time"),
+                if let Err(why) = tally.put(&STORE, &AskCounts::default()).await {
+                    tally.falls_silent(STORE, &why);
                 }
             });
         }

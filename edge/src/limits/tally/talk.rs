@@ -10,7 +10,7 @@ use super::{
         counter::Change,
         counts::Counts,
         line::{Line, MAX_TOLD},
-        share::Edges,
+        share::{Edges, STORE},
     },
     Tally, lock,
     peers::PATIENCE,
@@ -19,6 +19,8 @@ use super::{
 /// Callers of whom that is told each time, and, after a change of edges, of those on disk.
 const MAX_NEWS: usize = MAX_TOLD / 2;
 const MAX_SWEPT: usize = 200;
+/// A store has nothing else to do.
+const STORE_PACE: f64 = 10.0;
 
 impl Tally {
     /// Says what was counted here, and gives back what nobody uses.
@@ -65,7 +67,9 @@ impl Tally {
     /// Says something to an edge, with what else there is to say.
     pub(super) fn say<T>(self: &Arc<Self>, edge: &NodeId, say: impl FnOnce(&mut Line) -> T) -> T {
         let mut lines = lock(&self.lines);
-        let line = lines.entry(*edge).or_insert_with(|| Line::new(Instant::now()));
+        let line = lines
+            .entry(*edge)
+            .or_insert_with(|| Line::new(Instant::now(), if *edge == STORE { STORE_PACE } else { 1.0 }));
         let said = say(line);
         if !std::mem::replace(&mut line.talking, true) {
             let (tally, edge) = (self.clone(), *edge);
@@ -107,7 +111,7 @@ impl Tally {
     }
 
     /// Asks an edge; once more, where its connection was of no use.
-    async fn put(&self, edge: &NodeId, ask: &AskCounts) -> Result<TellCounts, String> {
+    pub(super) async fn put(&self, edge: &NodeId, ask: &AskCounts) -> Result<TellCounts, String> {
         let until = Instant::now() + PATIENCE;
         let mut answer = Err(String::new());
         for _ in 0..2 {

@@ -135,17 +135,25 @@ impl Standing {
         if let Some(known) = certificate.known(authorities) {
             return Ok(known);
         }
-        let address = address_key(client);
-        if let Some(after) = self.failures.spent(&address, Instant::now()) {
-            let detail = "too many certificates that are not good came from this address";
-            let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
-            return Err(problem.retry_after(after));
-        }
+        let address = self.not_too_many_failures(client, "certificates")?;
         let named = certificate.judge(authorities);
         if named.is_err() {
             self.failures.take(&address, 1, Instant::now());
         }
         Ok(named)
+    }
+
+    /// The address to count another failure against, unless it has had too many.
+    fn not_too_many_failures(&self, client: IpAddr, of: &str) -> Result<String, Problem> {
+        let address = address_key(client);
+        match self.failures.spent(&address, Instant::now()) {
+            Some(after) => {
+                let detail = format!("too many {of} that are not valid came from this address");
+                let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
+                Err(problem.retry_after(after))
+            }
+            None => Ok(address),
+        }
     }
 
     /// Verifies a token, unless too many from that address were bad: each costs a signature's check. Those that were good
@@ -159,12 +167,7 @@ impl Standing {
         if let Some(claims) = verifier.remembered(token) {
             return Ok(Ok(claims));
         }
-        let (address, now) = (address_key(client), Instant::now());
-        if let Some(after) = self.failures.spent(&address, now) {
-            let detail = "too many tokens that are not valid came from this address";
-            let problem = Problem::policy(StatusCode::TOO_MANY_REQUESTS, "too-many-failures", detail);
-            return Err(problem.retry_after(after));
-        }
+        let address = self.not_too_many_failures(client, "tokens")?;
         let mut verified = verifier.verify(token);
         if let Err(error) = verified
             && verifier.may_be_of_a_new_key(token, error)

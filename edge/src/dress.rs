@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderName, HeaderValue, StatusCode, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request};
 use starling_http::{Problem, ProxyError};
 use starling_protocol::headers;
 
@@ -48,11 +48,7 @@ impl Dress<'_> {
             parts.headers.remove(name);
         }
         parts.headers.extend(self.told.iter().cloned());
-        // A key of ours is for us alone; a token may be the service's to read.
-        parts.headers.remove("x-api-key");
-        if jwt::bearer(&parts.headers).is_ok_and(|token| token.is_some_and(api_key::is_api_key)) {
-            parts.headers.remove(header::AUTHORIZATION);
-        }
+        hide_keys(&mut parts.headers);
         let client = self.client.to_canonical().to_string();
         let forwarded = hops::forwarded(self.client, self.authority);
         let host = match &self.route.forward_host {
@@ -74,6 +70,14 @@ impl Dress<'_> {
             parts.headers.insert(HeaderName::from_static(name), value);
         }
         Ok(())
+    }
+}
+
+/// Removes what a key of ours came in, which is for us alone; a token may be the service's to read.
+pub(crate) fn hide_keys(fields: &mut HeaderMap) {
+    fields.remove("x-api-key");
+    if jwt::bearer(fields).is_ok_and(|token| token.is_some_and(api_key::is_api_key)) {
+        fields.remove(header::AUTHORIZATION);
     }
 }
 

@@ -13,12 +13,11 @@ use starling_node::{Call, Carried, LimitSettings, MadeByNode, RepeatSettings, tr
 use starling_protocol::headers;
 
 use crate::{
-    api_key,
     caller::Caller,
     config::{Forward, Route},
-    dress::{FORWARDED, METHOD_OVERRIDES, PATH_OVERRIDES},
+    dress::{FORWARDED, METHOD_OVERRIDES, PATH_OVERRIDES, hide_keys},
     gateway::Gateway,
-    hops, jwt,
+    hops,
 };
 
 /// Longest body of its answer.
@@ -61,11 +60,7 @@ impl Asked<'_> {
         for name in self.route.told_headers().chain(&forward.consumer) {
             fields.remove(name);
         }
-        // A key of ours is for us alone.
-        fields.remove("x-api-key");
-        if jwt::bearer(&fields).is_ok_and(|token| token.is_some_and(api_key::is_api_key)) {
-            fields.remove(header::AUTHORIZATION);
-        }
+        hide_keys(&mut fields);
         fields.extend(caller.told.iter().cloned());
         let method = if self.parts.method == Method::CONNECT { &Method::GET } else { &self.parts.method };
         let (from, forwarded) = (self.from.to_canonical().to_string(), hops::forwarded(self.from, self.authority));

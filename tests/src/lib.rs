@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::OnceLock,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use starling_chaos::{Client, Cluster, Process, free_port, self_signed, wait_for};
@@ -90,6 +90,14 @@ pub fn run(program: &Path, args: &[&str]) -> (bool, String, String) {
         .unwrap_or_else(|e| panic!("{}: {e}", program.display()));
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status.success(), text(output.stdout), text(output.stderr))
+}
+
+/// Waits, where a full hour is near: a day, or a month, may begin at any somewhere.
+pub async fn away_from_the_hour() {
+    let past = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs() % 3600;
+    if past > 3600 - 120 {
+        tokio::time::sleep(Duration::from_secs(3601 - past)).await;
+    }
 }
 
 /// A sample service of the binary itself.

@@ -3,14 +3,14 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, wait_for};
 use starling_protocol::admin::QuotaUse;
-use starling_tests::{Front, binary, is_known, listening, program, run, sample};
+use starling_tests::{Front, away_from_the_hour, binary, is_known, listening, program, run, sample};
 
 const HOST: &str = "api.example.com";
 /// For whatever is waited for.
@@ -76,10 +76,7 @@ struct Stage {
 
 impl Stage {
     async fn set(redis: &Redis, password: &str, more: &str) -> Self {
-        let past = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 3600;
-        if past > 3600 - 120 {
-            tokio::time::sleep(Duration::from_secs(3601 - past)).await;
-        }
+        away_from_the_hour().await;
         let mut cluster = Cluster::start(binary()).await.unwrap();
         let (service, addr) = sample(cluster.dir(), "orders").await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();

@@ -1,17 +1,13 @@
 //! Quotas by the day and longer: the same over every protocol, over whatever happens to the process, and over several edges.
 
-use std::{
-    net::SocketAddr,
-    path::PathBuf,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, wait_for};
 use starling_protocol::admin::QuotaUse;
 use starling_tests::{
-    Front, binary, is_known, sample,
+    Front, away_from_the_hour, binary, is_known, sample,
     service::{self, Service, Speaks},
 };
 
@@ -33,11 +29,7 @@ impl Stage {
     }
 
     async fn with_edges(names: &[&str]) -> Self {
-        // A day, or a month, may begin at any full hour somewhere.
-        let past = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() % 3600;
-        if past > 3600 - 120 {
-            tokio::time::sleep(Duration::from_secs(3601 - past)).await;
-        }
+        away_from_the_hour().await;
         let mut cluster = Cluster::start(binary()).await.unwrap();
         let (service, addr) = sample(cluster.dir(), "orders").await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={addr}"))).await.unwrap();

@@ -370,3 +370,39 @@ async fn an_account_is_bound_to_one_that_the_authority_knows() {
     cluster.run(&["certificates", "renew", HOST, "--admin", &admin]).await.unwrap();
     issued(&cluster, "edge").await;
 }
+
+/// An edge that is killed while it has a certificate issued goes on with that order.
+#[tokio::test]
+async fn an_order_is_gone_on_with_after_a_kill() {
+    let mut cluster = Cluster::start(binary()).await.unwrap();
+    // So many seconds at most until it looks.
+    let Some(authority) = Authority::start(&cluster, &[("PEBBLE_VA_SLEEPTIME", "6")]).await else { return };
+    let _service = service(&mut cluster).await;
+    let section = format!("[[certificate]]\nhosts = [\"{HOST}\"]\nacme = {}", authority.acme(""));
+    edge(&mut cluster, "edge", authority.tls, Some(authority.http), &section).await;
+    let kept = cluster.node("edge").state.join("acme");
+    let begun = || {
+        let files = std::fs::read_dir(&kept).into_iter().flatten().flatten().map(|file| file.path());
+        files.filter(|file| file.to_string_lossy().ends_with(".order.json")).collect::<Vec<_>>()
+    };
+    wait_for("an order is begun", LIMIT, || async {
+        (!begun().is_empty()).then_some(()).ok_or_else(|| "none".to_owned())
+    })
+    .await
+    .unwrap();
+    cluster.kill("edge").await.unwrap();
+    let orders: Vec<String> = begun().iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    assert_eq!(orders.len(), 1, "{}", cluster.node("edge").process.log());
+    cluster.restart("edge").await.unwrap();
+    issued(&cluster, "edge").await;
+    let log = cluster.node("edge").process.log();
+    assert!(log.contains("goes on with an order that was begun"), "{log}");
+    assert!(begun().is_empty(), "it has ended");
+    let order: serde_json::Value = serde_json::from_str(&orders[0]).unwrap();
+    let pair =
+        std::fs::read_dir(&kept).unwrap().flatten().find(|file| file.path().extension().is_some_and(|e| e == "pem"));
+    let pair = std::fs::read_to_string(pair.unwrap().path()).unwrap();
+    let comes_of_it = pair.starts_with(order["key"].as_str().unwrap());
+    assert!(comes_of_it || log.contains("the order that was begun comes to nothing"), "{log}");
+    works(&authority.client().await, authority.tls, HOST).await;
+}

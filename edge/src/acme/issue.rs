@@ -10,9 +10,10 @@ use bytes::Bytes;
 use http::{Request, header};
 use http_body_util::{BodyExt as _, Full};
 use instant_acme::{
-    Account, AuthorizationStatus, BodyWrapper, BytesResponse, CertificateIdentifier, ChallengeType, ExternalAccountKey,
-    HttpClient, Identifier, NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
+    Account, AuthorizationStatus, BodyWrapper, BytesResponse, CertificateIdentifier, ChallengeStatus, ChallengeType,
+    ExternalAccountKey, HttpClient, Identifier, NewAccount, NewOrder, Order, OrderStatus, RetryPolicy,
 };
+use rcgen::{CertificateParams, DistinguishedName, KeyPair};
 use starling_node::{
     Fleet,
     web::{self, Web},
@@ -22,7 +23,7 @@ use starling_protocol::ShowChallenge;
 use super::{
     challenge::{Challenges, Shown},
     fleet,
-    store::Store,
+    store::{Begun, Id, Store},
 };
 use crate::config::{self, ChallengeKind};
 
@@ -59,12 +60,32 @@ pub(super) enum IssueError {
 }
 
 impl IssueError {
+    /// Whether an order may still come to something: then it was the way to the authority that failed, or its patience with us.
+    fn leaves_hope(&self) -> bool {
+        match self {
+            Self::Authority(instant_acme::Error::Api(_)) => {
+                ["badNonce", "rateLimited", "serverInternal"].iter().any(|kind| self.is(kind))
+            }
+            Self::Authority(_) => true,
+            Self::NotProven { .. } | Self::NotOffered { .. } | Self::Own(_) => false,
+        }
+    }
+
     /// Whether the authority says that it is this (RFC 8555 §6.7).
     pub(super) fn is(&self, kind: &str) -> bool {
         let Self::Authority(instant_acme::Error::Api(problem)) = self else { return false };
         let said = problem.r#type.as_deref().and_then(|kind| kind.strip_prefix("urn:ietf:params:acme:error:"));
         said == Some(kind)
     }
+}
+
+/// What is wanted of an authority.
+pub(super) struct Wanted<'a> {
+    pub(super) id: &'a Id,
+    pub(super) hosts: &'a [String],
+    /// The certificate that it is to replace.
+    pub(super) former: Option<CertificateIdentifier<'static>>,
+    pub(super) kind: ChallengeKind,
 }
 
 fn hint(kind: ChallengeKind) -> &'static str {
@@ -133,32 +154,52 @@ impl Authority {
         Some(((unix(info.suggested_window.start)?, unix(info.suggested_window.end)?), again))
     }
 
-    /// Has a certificate issued, in place of `former` if there is one.
+    /// Has a certificate issued: goes on with an order that was begun and not ended, as by a process that was killed, if the authority
+    /// still knows it. What comes has been paid for, with a place among the few orders that an authority takes in a week.
     pub(super) async fn issue(
         &self,
-        hosts: &[String],
-        former: Option<CertificateIdentifier<'static>>,
-        kind: ChallengeKind,
+        wanted: Wanted<'_>,
+        store: &Store,
         challenges: &Challenges,
         fleet: &Fleet,
     ) -> Result<Issued, IssueError> {
-        let identifiers: Vec<_> = hosts.iter().map(|host| Identifier::Dns(host.clone())).collect();
-        let mut order = self.order(&identifiers, former).await?;
-        let shown = prove(&mut order, kind, challenges, fleet).await?;
-        let policy = RetryPolicy::new().initial_delay(FIRST_LOOK).backoff(1.5).timeout(PATIENCE);
-        if order.state().status == OrderStatus::Pending {
-            match order.poll_ready(&policy).await {
-                Ok(OrderStatus::Invalid) | Err(instant_acme::Error::Api(_)) => {
-                    return Err(blame(&mut order, kind).await);
+        let id = wanted.id;
+        if let Some((order, key)) = self.begun(id, store).await {
+            match finish(order, &key, &wanted, challenges, fleet).await {
+                // It may have been looked for us while nobody was there.
+                Err(error) if !error.leaves_hope() => {
+                    tracing::info!(certificate = %id, %error, "the order that was begun comes to nothing; another one is begun");
                 }
-                Ok(_) => {}
-                Err(error) => return Err(error.into()),
+                // Until what comes of it is kept, it is kept itself.
+                outcome => return Ok(Issued { key: key.serialize_pem(), chain: outcome? }),
             }
         }
-        drop(shown);
-        let key = order.finalize().await?;
-        let chain = order.poll_certificate(&policy).await?;
-        Ok(Issued { key, chain })
+        let (order, key) = self.begin(&wanted, store).await?;
+        let finished = finish(order, &key, &wanted, challenges, fleet).await;
+        if finished.as_ref().is_err_and(|error| !error.leaves_hope()) {
+            store.forget_begun(id);
+        }
+        Ok(Issued { key: key.serialize_pem(), chain: finished? })
+    }
+
+    /// The order that was begun, with its key; `None` if there is none that can come to anything.
+    async fn begun(&self, id: &Id, store: &Store) -> Option<(Order, KeyPair)> {
+        let Begun { order, key } = store.begun(id)?;
+        let key = KeyPair::from_pem(&key).ok()?;
+        let mut order = self.account.order(order).await.ok()?;
+        if order.state().status == OrderStatus::Invalid {
+            return None;
+        }
+        tracing::info!(certificate = %id, "goes on with an order that was begun");
+        Some((order, key))
+    }
+
+    async fn begin(&self, wanted: &Wanted<'_>, store: &Store) -> Result<(Order, KeyPair), IssueError> {
+        let identifiers: Vec<_> = wanted.hosts.iter().map(|host| Identifier::Dns(host.clone())).collect();
+        let key = KeyPair::generate().map_err(|e| IssueError::Own(e.to_string()))?;
+        let order = self.order(&identifiers, wanted.former.clone()).await?;
+        store.keep_begun(wanted.id, &Begun { order: order.url().to_owned(), key: key.serialize_pem() });
+        Ok((order, key))
     }
 
     /// An order that says which certificate it renews, if the authority knows of such things: those of the account that had ordered the
@@ -175,6 +216,34 @@ impl Authority {
         }
         self.account.new_order(&NewOrder::new(identifiers)).await
     }
+}
+
+/// From wherever an order stands to the chain.
+async fn finish(
+    mut order: Order,
+    key: &KeyPair,
+    Wanted { hosts, kind, .. }: &Wanted<'_>,
+    challenges: &Challenges,
+    fleet: &Fleet,
+) -> Result<String, IssueError> {
+    let policy = RetryPolicy::new().initial_delay(FIRST_LOOK).backoff(1.5).timeout(PATIENCE);
+    if order.state().status == OrderStatus::Pending {
+        let _shown = prove(&mut order, *kind, challenges, fleet).await?;
+        match order.poll_ready(&policy).await {
+            Ok(OrderStatus::Invalid) | Err(instant_acme::Error::Api(_)) => {
+                return Err(blame(&mut order, *kind).await);
+            }
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if order.state().status == OrderStatus::Ready {
+        let own = |error: rcgen::Error| IssueError::Own(error.to_string());
+        let mut params = CertificateParams::new(hosts.to_vec()).map_err(own)?;
+        params.distinguished_name = DistinguishedName::new();
+        order.finalize_csr(params.serialize_request(key).map_err(own)?.der()).await?;
+    }
+    Ok(order.poll_certificate(&policy).await?)
 }
 
 /// Shows what the authority is to find, here and at all other edges, for it may come to any; and asks it to look.
@@ -211,6 +280,8 @@ async fn prove(
         let mut authorization = authorization?;
         if authorization.status != AuthorizationStatus::Valid
             && let Some(mut challenge) = authorization.challenge(of_kind.clone())
+            // In an order that was begun it may have been asked already.
+            && challenge.status == ChallengeStatus::Pending
         {
             challenge.set_ready().await?;
         }

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::{
     Acme,
     fleet::{self, Others},
-    issue::IssueError,
+    issue::{IssueError, Wanted},
     schedule::{self, Tries},
     store::{Id, Pair},
 };
@@ -66,6 +66,8 @@ impl Keeper {
         if let Some(kept) = store.pair(&self.id, &starling_node::crypto_provider()) {
             self.show_if_newer(&kept);
         }
+        // To go on with an order is no new try.
+        let mut goes_on = store.begun(&self.id).is_some();
         let mut suggested = None;
         let mut look = FIRST_LOOK;
         let mut due_since = None;
@@ -82,7 +84,7 @@ impl Keeper {
                     schedule::renewal(have.from, have.until, window, self.id.dice())
                 }
             };
-            let due = wanted.max(tries.next(now));
+            let due = if std::mem::take(&mut goes_on) { wanted } else { wanted.max(tries.next(now)) };
             self.acme.note(&self.id, &tries, due);
             let waited = match due <= now {
                 true => due_since.get_or_insert_with(Instant::now).elapsed(),
@@ -174,7 +176,8 @@ impl Keeper {
         let kind = kinds[failures as usize % kinds.len()];
         let issue = async || {
             let authority = authorities.meet(&self.settings, store).await?;
-            match authority.issue(&self.hosts, former.clone(), kind, challenges, fleet).await {
+            let wanted = Wanted { id: &self.id, hosts: &self.hosts, former: former.clone(), kind };
+            match authority.issue(wanted, store, challenges, fleet).await {
                 Ok(issued) => Ok(issued),
                 Err(error) => {
                     authorities.distrust(&self.settings, &authority, &error, store).await;

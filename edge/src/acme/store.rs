@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use instant_acme::AccountCredentials;
 use rustls::{crypto::CryptoProvider, sign::CertifiedKey};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use starling_node::StateDir;
 
@@ -82,6 +83,15 @@ impl std::fmt::Debug for Pair {
     }
 }
 
+/// An order that was begun (RFC 8555 §7.4), and the key of the certificate that it is for.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Begun {
+    /// Its URL.
+    pub(super) order: String,
+    /// In PEM.
+    pub(super) key: String,
+}
+
 /// The files. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Store(StateDir);
@@ -113,9 +123,10 @@ impl Store {
         files.filter_map(|path| Pair::new(std::fs::read(path).ok()?.into(), provider).ok()).collect()
     }
 
-    /// Keeps one.
+    /// Keeps one; whatever order there was is done with.
     pub(crate) fn keep_pair(&self, id: &Id, pair: &Pair) {
         self.0.keep(&pem_name(id), &pair.pem);
+        self.forget_begun(id);
     }
 
     /// How the last tries went; from the start, if it cannot be read.
@@ -126,6 +137,20 @@ impl Store {
 
     pub(crate) fn keep_tries(&self, id: &Id, tries: &Tries) {
         self.0.keep(&tries_name(id), &serde_json::to_vec(tries).unwrap_or_default());
+    }
+
+    /// The order that was begun and has not ended.
+    pub(super) fn begun(&self, id: &Id) -> Option<Begun> {
+        serde_json::from_slice(&self.0.read(&order_name(id)).ok().flatten()?).ok()
+    }
+
+    pub(super) fn keep_begun(&self, id: &Id, begun: &Begun) {
+        self.0.keep(&order_name(id), &serde_json::to_vec(begun).unwrap_or_default());
+    }
+
+    /// It came to an end.
+    pub(super) fn forget_begun(&self, id: &Id) {
+        let _ = std::fs::remove_file(self.0.path().join(order_name(id)));
     }
 
     /// Our account with an authority.
@@ -154,6 +179,10 @@ fn pem_name(id: &Id) -> String {
 
 fn tries_name(id: &Id) -> String {
     format!("acme/{id}.json")
+}
+
+fn order_name(id: &Id) -> String {
+    format!("acme/{id}.order.json")
 }
 
 fn account_name(acme: &config::Acme) -> String {

@@ -32,6 +32,7 @@ pub(crate) use self::{
     route::{AuthMethod, ForwardHost, Host, Network, Preflight, Route},
     version::{Version, VersionInfo, VersionSource, is_version},
 };
+use crate::transform::size::Size;
 
 pub use self::published::published;
 
@@ -108,6 +109,8 @@ pub struct Edge {
     pub alt_svc: bool,
     /// What Strict-Transport-Security tells clients (RFC 6797 §6.1); nothing if not told.
     pub hsts: Option<Hsts>,
+    /// What the process may have; with nine tenths of it new requests are refused. If not told, it is what its control group may.
+    pub memory: Option<Size>,
     /// Where routes, plans, versions and the issuer of tokens come from, if not from this file.
     pub config: Option<From>,
     /// Addresses of proxies in front of it, whose word counts for who the client is.
@@ -279,6 +282,7 @@ mod tests {
             (route("auth = []\nhost = \"*example.com\""), "is not a host"),
             (format!("{EDGE}hsts = \"31536000\""), "is no such value"),
             (format!("{EDGE}hsts = \"max-age=1; everywhere\""), "is no such value"),
+            (format!("{EDGE}memory = \"1G\""), "is not a size"),
             (plan("rate = \"0/s\""), "is not a rate"),
             (plan("rate = \"50/d\""), "is not a rate"),
             (plan("rate = \"+5/s\""), "is not a rate"),

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 use starling_http::{accept::Sources, shared_port::UdpGroup};
 use starling_node::{
-    ExtraAnswer, ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, rfc3339, unix_now,
+    ExtraAnswer, ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, memory, rfc3339,
+    unix_now,
 };
 use starling_protocol::{
     NodeKind,
@@ -25,6 +26,7 @@ use crate::{
     listener,
     policy::shown,
     rules::Rules,
+    strain::{Lag, Memory},
     tls::Tls,
     watch::{self, Seen},
 };
@@ -144,6 +146,7 @@ impl Edge {
         fleet.answer_with(Arc::new(Answerer(tally.clone())));
         node.while_in_charge(tally.clone().run());
         let alt_svc_port = sections.edge.alt_svc_port.unwrap_or(bound.port());
+        let memory = Arc::new(Memory::default());
         let shared = Arc::new(Standing {
             rules: rules.clone(),
             keys,
@@ -155,6 +158,7 @@ impl Edge {
             },
             tally,
             tunnels: Sources::default(),
+            memory: memory.clone(),
             looking: Sources::default(),
             deciding: Sources::default(),
             failures: Limiter::new(
@@ -162,11 +166,20 @@ impl Edge {
                 FAILURES_AT_ONCE,
             ),
         });
+        {
+            let rules = rules.clone();
+            tokio::spawn(memory.watch(move || rules.policy().memory.or_else(memory::allowed)));
+        }
+        let lags: Vec<_> = node.workers().iter().map(|_| Arc::new(Lag::default())).collect();
+        for (worker, lag) in node.workers().iter().zip(&lags) {
+            worker.runtime().spawn(lag.clone().watch(worker.number()));
+        }
         node.set_admin_routes(Arc::new(Routes {
             standing: shared.clone(),
             acme: acme.clone(),
             counter: counter.clone(),
             members: members.clone(),
+            lags: lags.clone(),
         }));
 
         let mut announcements = node.announcements();
@@ -196,17 +209,18 @@ impl Edge {
         let places = listener::places(&carriers);
         let shelves: Vec<_> = node.workers().iter().map(|_| listener::shelf(node.workers().len())).collect();
         let mut public = Vec::new();
-        for (((worker, shelf), socket), owner) in node.workers().iter().zip(&shelves).zip(sockets).zip(owners) {
+        let served = || node.workers().iter().zip(&lags).zip(&shelves);
+        for ((((worker, lag), shelf), socket), owner) in served().zip(sockets).zip(owners) {
             let _runtime = worker.runtime().enter();
             let endpoint = listener::quic_endpoint(socket, owner, &tls)
                 .map_err(|e| StartError::bind("the public port (UDP)", bound, e))?;
-            let gateway = Gateway::on(worker, shared.clone());
+            let gateway = Gateway::on(worker, lag.clone(), shared.clone());
             let (shelf, drain) = (shelf.clone(), drain.clone());
             worker.runtime().spawn(listener::serve_quic(endpoint.clone(), endpoints, gateway, shelf, drain));
             public.push(endpoint);
         }
-        for ((worker, shelf), tcp) in node.workers().iter().zip(&shelves).cycle().zip(tcp) {
-            let gateway = Gateway::on(worker, shared.clone());
+        for (((worker, lag), shelf), tcp) in served().cycle().zip(tcp) {
+            let gateway = Gateway::on(worker, lag.clone(), shared.clone());
             let (tls, places, shelf, drain) = (tls.clone(), places.clone(), shelf.clone(), drain.clone());
             let carriers = carriers.clone();
             worker.runtime().spawn(async move {
@@ -297,6 +311,8 @@ struct Routes {
     acme: Arc<Acme>,
     counter: Arc<Counter>,
     members: Members,
+    /// Of the workers.
+    lags: Vec<Arc<Lag>>,
 }
 
 impl ExtraRoutes for Routes {
@@ -321,6 +337,15 @@ impl ExtraRoutes for Routes {
                 help: "Tries to have a certificate issued that failed, one after the other",
                 unit: Unit::Things,
                 points: certificates.iter().filter_map(failures).collect(),
+            },
+            Levels {
+                name: "starling.edge_refuses",
+                help: "Whether new requests are refused because memory is short; workers that are behind, and refuse them",
+                unit: Unit::Things,
+                points: vec![
+                    (vec![("short_of", "memory".into())], self.standing.memory.is_short().into()),
+                    (vec![("short_of", "time".into())], self.lags.iter().filter(|lag| lag.is_behind()).count() as i64),
+                ],
             },
             Levels {
                 name: "starling.quota_unsaved",

@@ -34,6 +34,7 @@ use crate::{
     room::Seat,
     route::{self, Query, Sought},
     rules::Rules,
+    strain::{self, Lag, Memory},
     transform::{
         coding::Wish,
         fields::{Edits, without_trailers},
@@ -83,6 +84,8 @@ pub(crate) struct Gateway {
     pub(crate) client: MeshClient,
     /// Of its worker.
     pub(crate) observer: Observer,
+    /// Of its worker.
+    lag: Arc<Lag>,
 }
 
 pub(crate) struct Standing {
@@ -101,6 +104,7 @@ pub(crate) struct Standing {
     pub(crate) deciding: Sources,
     /// Who has WebSockets, and other tunnels.
     pub(crate) tunnels: Sources,
+    pub(crate) memory: Arc<Memory>,
 }
 
 /// What a request leaves beside its answer, whatever becomes of it.
@@ -123,8 +127,13 @@ const MAX_TUNNELS: usize = 10_000;
 const MAX_TUNNELS_OF_ONE: usize = MAX_TUNNELS / 4;
 
 impl Gateway {
-    pub(crate) fn on(worker: &Worker, standing: Arc<Standing>) -> Self {
-        Self { standing, client: worker.client().clone(), observer: worker.observer().clone() }
+    pub(crate) fn on(worker: &Worker, lag: Arc<Lag>, standing: Arc<Standing>) -> Self {
+        Self { standing, client: worker.client().clone(), observer: worker.observer().clone(), lag }
+    }
+
+    /// Whether there is room for one more connection.
+    pub(crate) fn takes_connections(&self) -> bool {
+        !self.standing.memory.is_out()
     }
 
     /// Answers a request, whatever is wrong with it.
@@ -215,6 +224,7 @@ impl Gateway {
         Aside { fields: extra, place, room, edits, is_refused }: &mut Aside,
         observed: &mut Observed,
     ) -> Result<Response<Guarded<Carried>>, Problem> {
+        strain::admit(&self.standing.memory, &self.lag)?;
         let (mut parts, body) = request.into_parts();
         if parts.headers.keys().any(|name| name.as_str().contains('_')) {
             // Servers that read `_` as `-` would take such a field for one that we set.

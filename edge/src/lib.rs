@@ -30,6 +30,7 @@ mod rendezvous;
 mod room;
 mod route;
 mod rules;
+mod strain;
 mod tls;
 mod transform;
 mod version;

@@ -109,6 +109,9 @@ pub(crate) async fn serve_tcp(
         let is_carried = carriers.iter().any(|network| network.contains(from.ip()));
         let (tls, gateway, shelf, drain, all) = (tls.clone(), gateway.clone(), shelf.clone(), of.clone(), all.clone());
         async move {
+            if !gateway.takes_connections() {
+                return;
+            }
             if !is_carried {
                 return serve_tls(stream, from, tls, gateway, shelf, drain).await;
             }
@@ -171,6 +174,9 @@ pub(crate) async fn serve_quic(
     let accepting = accept::quic(endpoint.clone(), ROOM.shared_by(endpoints), drain.clone(), move |connection| {
         let (gateway, shelf, drain) = (gateway.clone(), shelf.clone(), drain.clone());
         async move {
+            if !gateway.takes_connections() {
+                return connection.close(0u32.into(), b"there is no memory for more connections");
+            }
             let _ = drain.clone().spawn(serve_h3(connection, gateway, shelf, drain)).await;
         }
     });

@@ -26,6 +26,7 @@ use crate::{
     limits::Limit,
     room::{Room, Seat},
     route::{self, Query, Routes, Sought},
+    transform::size::Size,
     version::{self, Found, KnownVersions, Picker, Versions},
 };
 
@@ -40,6 +41,8 @@ pub(crate) struct Policy {
     pub(crate) trusted_field: HopsField,
     /// Strict-Transport-Security.
     pub(crate) hsts: Option<HeaderValue>,
+    /// What the process may have, in bytes, if its file says.
+    pub(crate) memory: Option<u64>,
     versions: Versions,
     /// What the versions were made of: sections, and which there are.
     of_versions: Arc<[config::Version]>,
@@ -82,6 +85,7 @@ impl Policy {
             trusted_hops: sections.edge.trusted_hops.clone().into(),
             trusted_field: sections.edge.trusted_field,
             hsts: sections.edge.hsts.as_ref().map(|hsts| hsts.0.clone()),
+            memory: sections.edge.memory.map(|Size(bytes)| bytes),
             versions: Versions::new(sections.version.iter().zip(&known)),
             of_versions: sections.version.clone().into(),
             known_versions: known,

@@ -17,6 +17,7 @@ mod state;
 mod takeover;
 
 pub mod config;
+pub mod memory;
 pub mod web;
 
 pub use admin::{ExtraAnswer, ExtraRoutes, rfc3339};

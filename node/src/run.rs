@@ -4,7 +4,6 @@ mod addresses;
 mod error;
 mod establish;
 mod life;
-mod memory;
 mod reception;
 mod reload;
 mod subject;
@@ -317,7 +316,7 @@ impl Node {
             running.clone(),
             workers.iter().map(|worker| (worker.runtime().clone(), worker.client.clone())).collect(),
         ));
-        tokio::spawn(memory::give_back());
+        tokio::spawn(crate::memory::give_back());
         {
             let mut duties = running.duties();
             duties.spawn(running.documents.clone().run(gossip.durable()));

@@ -250,7 +250,9 @@ impl Gateway {
         for name in policy.varies_by(&sought, parts.uri.path()) {
             extra.append(header::VARY, name.into());
         }
-        let Aim { route, path, picker, named } = policy.aim(&sought, parts.uri.path())?;
+        let aim = policy.aim(&sought, parts.uri.path())?;
+        let location = aim.location(parts.uri.query());
+        let Aim { route, path, picker, named } = aim;
         if let Some(service) = &route.service {
             entry.service = Some(service.to_string());
             observed.is_for(service.as_str());
@@ -336,7 +338,7 @@ impl Gateway {
         let admitted = limit(policy, route, &caller, from, &self.standing.tally).await?;
         extra.extend(admitted.fields);
         *room = seat;
-        if let Some((status, to)) = route.location(&path, parts.uri.query()) {
+        if let Some((status, to)) = location {
             let mut answer = Response::new(Guarded::from(Body::empty()));
             *answer.status_mut() = status;
             let to = HeaderValue::try_from(to).map_err(|_| bad_request("the request target is not a path"))?;
@@ -360,7 +362,7 @@ impl Gateway {
             None => None,
             Some(picker) => {
                 let asked = version::Asked {
-                    named: named.as_deref(),
+                    named: named.as_ref().map(|(name, _)| name.as_str()),
                     path: &path,
                     service: &service,
                     query: parts.uri.query(),

@@ -142,7 +142,12 @@ impl Policy {
             };
             if !found.route.raw_path || path == written {
                 let Found { route, path, picker, named } = found;
-                return Ok(Aim { route, path: path.into_owned(), picker, named: named.map(str::to_owned) });
+                return Ok(Aim {
+                    route,
+                    path: path.into_owned(),
+                    picker,
+                    named: named.map(|(name, at)| (name.to_owned(), at)),
+                });
             }
         }
         let [kept, split] = route::readings(written).map_err(unreadable)?;
@@ -265,8 +270,21 @@ pub(crate) struct Aim<'a> {
     /// What the service gets, but for a prefix that is to be taken off.
     pub(crate) path: String,
     pub(crate) picker: Option<&'a Picker>,
-    /// The version that the path named.
-    pub(crate) named: Option<String>,
+    /// The version that the path named, and as which of its segments.
+    pub(crate) named: Option<(String, usize)>,
+}
+
+impl Aim<'_> {
+    /// Where a redirect leads; `None` if it is none. Within the host a version that the path named is in the new one as well.
+    pub(crate) fn location(&self, query: Option<&str>) -> Option<(StatusCode, String)> {
+        let (status, mut to) = self.route.location(&self.path, query)?;
+        if let Some((version, segment)) = self.named.as_ref().filter(|_| to.starts_with('/')) {
+            let path = to.split(['?', '#']).next().unwrap_or_default();
+            let at = path.match_indices('/').nth(*segment).map_or(path.trim_end_matches('/').len(), |(at, _)| at);
+            to.insert_str(at, &format!("/{version}"));
+        }
+        Some((status, to))
+    }
 }
 
 impl Policy {
@@ -286,13 +304,15 @@ impl Policy {
         let host = route::bare_host(authority.as_str());
         let (matched, query) = (matched(&method, &fields), Query::new(uri.query()));
         let sought = Sought { host: &host, method: &matched, headers: &fields, query: &query };
-        let Aim { route, path, picker, named } = match self.aim(&sought, uri.path()) {
+        let aim = match self.aim(&sought, uri.path()) {
             Ok(aim) => aim,
             Err(problem) => {
                 told.refused = refused(problem);
                 return Ok(told);
             }
         };
+        told.redirected = aim.location(uri.query()).map(|(status, to)| format!("{} {to}", status.as_u16()));
+        let Aim { route, path, picker, named } = aim;
         let seen = route.target(&path);
         let seen = uri.query().map_or(seen.to_string(), |query| format!("{seen}?{query}"));
         told.route = Some(shown(route, &self.versions_of(route)));
@@ -305,7 +325,6 @@ impl Policy {
             told.because += &format!(", and which asks for {}", conditions.join(" and "));
         }
         told.path = Some(seen).filter(|_| route.service.is_some());
-        told.redirected = route.location(&path, uri.query()).map(|(status, to)| format!("{} {to}", status.as_u16()));
         if let Some(maintenance) = &route.maintenance {
             let (status, why) = (StatusCode::SERVICE_UNAVAILABLE.as_u16(), maintenance.detail.clone());
             told.refused = Some(admin::RefusedRequest { status, why });
@@ -320,7 +339,7 @@ impl Policy {
         }
         if let (Some(picker), Some(service)) = (picker, &route.service) {
             let asked = version::Asked {
-                named: named.as_deref(),
+                named: named.as_ref().map(|(name, _)| name.as_str()),
                 path: &path,
                 service,
                 query: uri.query(),

@@ -33,8 +33,8 @@ pub(crate) struct Found<'r, 'p, T> {
     pub(crate) path: Cow<'p, str>,
     /// Who picks the version; `None` if the route's API has none.
     pub(crate) picker: Option<&'r Picker>,
-    /// The version that the path named, known or not; for [`Picker::pick`].
-    pub(crate) named: Option<&'p str>,
+    /// The version that the path named, known or not, and as which of its segments; for [`Picker::pick`].
+    pub(crate) named: Option<(&'p str, usize)>,
 }
 
 impl Versions {
@@ -66,7 +66,7 @@ impl Versions {
                 if let Some(route) = routes.find(sought, &path)
                     && covers(&picker.route, &route.borrow().path)
                 {
-                    return Some(Found { route, path, picker: Some(picker), named: named.map(|(name, _)| name) });
+                    return Some(Found { route, path, picker: Some(picker), named });
                 }
             }
         }
@@ -586,7 +586,8 @@ mod tests {
         ] {
             let (host, path) = request.split_at(request.find('/').unwrap());
             let found = versions.find(&routes, &get(host), path).unwrap();
-            let got = (found.route.path.as_str(), &*found.path, found.named, found.picker.is_some());
+            let got =
+                (found.route.path.as_str(), &*found.path, found.named.map(|(name, _)| name), found.picker.is_some());
             assert_eq!(got, want, "{request}");
             assert_eq!(routes.find(&get(host), &found.path).unwrap(), found.route, "{request}: policy of another path");
         }
@@ -604,7 +605,7 @@ mod tests {
             ("/orders/v1", ("/orders", "/orders/v1", None)),
         ] {
             let found = versions.find(&routes, &get("a"), path).unwrap();
-            assert_eq!((found.route.path.as_str(), &*found.path, found.named), want, "{path}");
+            assert_eq!((found.route.path.as_str(), &*found.path, found.named.map(|(name, _)| name)), want, "{path}");
         }
     }
 
@@ -763,7 +764,7 @@ mod tests {
             ("/stable/orders/5", ("/orders", "/orders/5", Some("stable"))),
         ] {
             let found = versions.find(&routes, &get("a"), path).unwrap();
-            assert_eq!((found.route.path.as_str(), &*found.path, found.named), want, "{path}");
+            assert_eq!((found.route.path.as_str(), &*found.path, found.named.map(|(name, _)| name)), want, "{path}");
         }
         let mut headers = HeaderMap::new();
         headers.insert("x-api-version", "shop".parse().unwrap());

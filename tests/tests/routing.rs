@@ -127,6 +127,19 @@ path = "/few"
 service = "orders"
 auth = []
 max_concurrency = 1
+[[route]]
+path = "/books"
+service = "orders"
+auth = []
+[[route]]
+path = "/books/old"
+redirect = { to = "/books/new/*", status = 307 }
+auth = []
+[[version]]
+route = "/books"
+from = ["path"]
+default = "v2"
+versions = { v1 = {}, v2 = {} }
 "#;
 
 #[tokio::test]
@@ -169,6 +182,10 @@ async fn requests_go_where_their_method_fields_and_query_lead() {
             ("/old", 308, "https://new.example.com/api/"),
             ("/old//evil.example/x", 308, "https://new.example.com/api/evil.example/x"),
             ("/see/1", 303, "/elsewhere"),
+            // The version that a path names is in the other one, too.
+            ("/books/old/7?c=d", 307, "/books/new/7?c=d"),
+            ("/v1/books/old/7?c=/d", 307, "/v1/books/new/7?c=/d"),
+            ("/books/v1/old/7", 307, "/books/v1/new/7"),
         ] {
             let answer = stage.get(door, path, &[]).await;
             assert_eq!((answer.status, answer.header("location")), (status, to), "{door:?} {path}");

@@ -6,11 +6,11 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 use starling_http::{accept::Sources, shared_port::UdpGroup};
 use starling_node::{
-    ExtraAnswer, ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, memory, rfc3339,
-    unix_now,
+    Documents, ExtraAnswer, ExtraRoutes, Levels, Node, Place, StartError, StateDir, Unit, config::Config, memory,
+    rfc3339, unix_now,
 };
 use starling_protocol::{
-    NodeKind,
+    Name, NodeKind,
     admin::{self, CertificateState},
 };
 
@@ -117,7 +117,7 @@ impl Edge {
         // What was published holds before anybody comes.
         {
             let (rules, counter) = (rules.clone(), counter.clone());
-            node.documents().follow(DOCUMENT.parse().expect("a name"), move |content| {
+            node.documents().follow(document(), move |content| {
                 rules.publish(content)?;
                 if rules.policy().has_quotas() {
                     counter.begin(false);
@@ -199,6 +199,7 @@ impl Edge {
             counter: counter.clone(),
             tls: tls.clone(),
             members: members.clone(),
+            documents: node.documents().clone(),
         };
         let path = reload.path.clone();
         node.set_reload(move || reload.all());
@@ -271,6 +272,7 @@ struct Reload {
     counter: Arc<Counter>,
     tls: Arc<Tls>,
     members: Members,
+    documents: Documents,
 }
 
 impl Reload {
@@ -301,6 +303,8 @@ impl Reload {
             self.counter.begin(false);
         }
         self.acme.want(&certificates);
+        // It may have been refused for what this file did not have.
+        self.documents.read_again(&document());
         Ok(())
     }
 }
@@ -488,6 +492,10 @@ impl Routes {
         };
         shown.map(certificate).collect()
     }
+}
+
+fn document() -> Name {
+    DOCUMENT.parse().expect("a name")
 }
 
 const NO_CALLER: &str = "name a consumer, or an address";

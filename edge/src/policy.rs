@@ -73,7 +73,7 @@ impl Policy {
         let shows = |route: &Route| route.auth.contains(&AuthMethod::ClientCertificate);
         if sections.client_certificate.is_none() && sections.route.iter().any(shows) {
             return Err(
-                "routes ask for client certificates: add [client_certificate] with ca to this edge's file, and publish again".into()
+                "routes ask for client certificates: add [client_certificate] with ca to this edge's file".into()
             );
         }
         let routes = Routes::new(sections.route.iter().map(|route| Ruled::new(route, former)));

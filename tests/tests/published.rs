@@ -216,3 +216,35 @@ async fn an_edge_changes_to_what_is_published_without_a_pause() {
     }
     assert!(old.wait(LIMIT).await.unwrap().success());
 }
+
+/// What is published may need something that an edge's file does not have yet.
+#[tokio::test]
+async fn an_edition_that_was_refused_holds_when_the_edge_has_what_it_needs() {
+    let stage = Stage::set().await;
+    let goods = "[[route]]\npath = \"/goods\"\nservice = \"orders\"\nauth = []\n";
+    let (fine, _, err) = stage.publish(goods).await;
+    assert!(fine, "{err}");
+    let shown =
+        format!("{goods}[[route]]\npath = \"/partners\"\nservice = \"orders\"\nauth = [\"client-certificate\"]\n");
+    let (fine, _, err) = stage.publish(&shown).await;
+    assert!(!fine && err.contains("cannot read it"), "{err}");
+    stage.all_answer("/goods", "", 200).await;
+    stage.all_answer("/partners", "", 404).await;
+    for name in EDGES {
+        let file = stage.cluster.dir().join(format!("{name}.toml"));
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, format!("{text}[client_certificate]\nca = {:?}\n", stage.cert)).unwrap();
+    }
+    for edge in 0..EDGES.len() {
+        wait_for("it holds", LIMIT, || async {
+            let answer = stage.ask(edge, Door::Http3, "/partners", "").await;
+            (answer.status == 403).then_some(()).ok_or(format!("{answer:?}"))
+        })
+        .await
+        .unwrap();
+    }
+    stage.all_answer("/goods", "", 200).await;
+    let documents: Vec<Document> = stage.cluster.admin("edge", "/v1/documents").await.unwrap();
+    let edge = documents.iter().find(|document| document.kind.as_str() == "edge").unwrap();
+    assert_eq!(edge.state.to_string(), "active");
+}

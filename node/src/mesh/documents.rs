@@ -179,6 +179,13 @@ impl Documents {
         readers.entry(kind).or_default().push(reader);
     }
 
+    /// Has the newest edition of a kind read again if it was refused: whoever follows it may understand it now. That takes a second.
+    pub fn read_again(&self, kind: &Name) {
+        if let Some(known) = self.table().kinds.get_mut(kind).filter(|known| known.state == DocumentState::Refused) {
+            known.state = DocumentState::Pending;
+        }
+    }
+
     /// Waits until what was kept from the life before has been looked at.
     pub async fn looked_at(&self) {
         // The sender lives as long as this.
@@ -437,6 +444,37 @@ mod tests {
         assert_eq!((state_of(&documents), read()), (DocumentState::Expired, None));
         documents.take([view(5, b"", true)].into_iter(), 150);
         assert_eq!((state_of(&documents), read()), (DocumentState::Deleted, None));
+    }
+
+    #[test]
+    fn an_edition_that_was_refused_is_read_again_when_its_reader_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let (documents, _) = Documents::open(&StateDir::open(dir.path()).unwrap()).unwrap();
+        let (allows, allowed) = watch::channel(1);
+        let (publish, value) = watch::channel(None);
+        let plans: Name = "plans".parse().unwrap();
+        documents.follow(plans.clone(), move |content| {
+            let read = content.map(number).transpose()?;
+            if read.is_some_and(|read| read > *allowed.borrow()) {
+                return Err("too much".into());
+            }
+            publish.send_replace(read);
+            Ok(())
+        });
+        let take = |views: Vec<DocumentView>| {
+            documents.take(views.into_iter(), 100);
+            (state_of(&documents), *value.borrow())
+        };
+        assert_eq!(take(vec![view(1, b"1", false)]), (DocumentState::Active, Some(1)));
+        assert_eq!(take(vec![view(2, b"2", false)]), (DocumentState::Refused, Some(1)));
+        documents.read_again(&plans);
+        assert_eq!(take(vec![]), (DocumentState::Refused, Some(1)));
+        allows.send_replace(2);
+        assert_eq!(take(vec![]), (DocumentState::Refused, Some(1)));
+        documents.read_again(&plans);
+        assert_eq!(take(vec![]), (DocumentState::Active, Some(2)));
+        documents.read_again(&plans);
+        assert_eq!(take(vec![]), (DocumentState::Active, Some(2)));
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub(in crate::commands) async fn follow(edition: &DocumentEdition, client: &Clie
         let list = |names: &BTreeSet<&str>| names.iter().copied().collect::<Vec<_>>().join(", ");
         if !refuse.is_empty() {
             return Err(Failure::failed(format!(
-                "{} cannot read it and go on by the one before: see their logs, and publish another one",
+                "{} cannot read it and go on by the one before: see their logs; publish another one, or give them what it needs",
                 list(&refuse)
             )));
         }

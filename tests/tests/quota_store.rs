@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use http::Request;
-use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, wait_for};
+use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, Process, free_port, self_signed, wait_for};
 use starling_protocol::admin::QuotaUse;
 use starling_tests::{Front, away_from_the_hour, binary, is_known, listening, program, run, sample};
 
@@ -23,23 +23,36 @@ struct Redis {
     program: PathBuf,
     dir: PathBuf,
     addr: SocketAddr,
+    /// Where else it listens, with TLS.
+    tls: SocketAddr,
     process: Process,
 }
 
 impl Redis {
     /// `None` if it is missing.
     async fn start() -> Option<Self> {
-        let (program, addr) = (program("redis-server")?, free_port());
+        let program = program("redis-server")?;
         let dir = tempfile::tempdir().unwrap().keep();
-        let process = Self::run(&program, &dir, addr).await;
-        Some(Self { program, dir, addr, process })
+        self_signed(&["localhost"], &dir.join("cert.pem"), &dir.join("key.pem")).unwrap();
+        let listens @ [addr, tls] = [free_port(), free_port()];
+        let process = Self::run(&program, &dir, listens).await;
+        Some(Self { program, dir, addr, tls, process })
     }
 
-    async fn run(program: &Path, dir: &Path, addr: SocketAddr) -> Process {
-        let (port, dir_text) = (addr.port().to_string(), dir.to_string_lossy());
-        let args =
-            ["--port", &port, "--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", "", "--dir", &dir_text];
-        let process = Process::start(program, args, &dir.join("redis.log")).unwrap();
+    async fn run(program: &Path, dir: &Path, [addr, tls]: [SocketAddr; 2]) -> Process {
+        let file = |name| dir.join(name).display().to_string();
+        let config = format!(
+            "bind 127.0.0.1\nport {}\nrequirepass \"{PASSWORD}\"\nsave \"\"\ndir {}\n\
+             tls-port {}\ntls-cert-file {cert}\ntls-key-file {}\ntls-ca-cert-file {cert}\ntls-auth-clients no\n\
+             user edges on >secret ~starling:* -@all +select +evalsha +script|load +get +set +type +del +expire +@hash\n",
+            addr.port(),
+            dir.display(),
+            tls.port(),
+            file("key.pem"),
+            cert = file("cert.pem"),
+        );
+        std::fs::write(dir.join("redis.conf"), config).unwrap();
+        let process = Process::start(program, [file("redis.conf")], &dir.join("redis.log")).unwrap();
         listening(addr).await;
         process
     }
@@ -49,7 +62,7 @@ impl Redis {
     }
 
     async fn back(&mut self) {
-        self.process = Self::run(&self.program, &self.dir, self.addr).await;
+        self.process = Self::run(&self.program, &self.dir, [self.addr, self.tls]).await;
     }
 
     fn says(&self, args: &[&str]) -> Option<String> {
@@ -75,7 +88,12 @@ struct Stage {
 }
 
 impl Stage {
+    /// With the password of the one user that there is without names.
     async fn set(redis: &Redis, password: &str, more: &str) -> Self {
+        Self::set_at(&format!("redis://{}/0", redis.addr), password, more).await
+    }
+
+    async fn set_at(url: &str, password: &str, more: &str) -> Self {
         away_from_the_hour().await;
         let mut cluster = Cluster::start(binary()).await.unwrap();
         let (service, addr) = sample(cluster.dir(), "orders").await;
@@ -85,7 +103,7 @@ impl Stage {
         let rules = format!(
             r#"
 [quota_store]
-url = "redis://{addr}/0"
+url = "{url}"
 password_file = {file:?}
 {more}
 [[plan]]
@@ -109,8 +127,7 @@ plan = "looks"
 path = "/free"
 service = "orders"
 auth = []
-"#,
-            addr = redis.addr
+"#
         );
         let (mut listen, mut cert) = (Vec::new(), PathBuf::new());
         for name in EDGES {
@@ -184,6 +201,18 @@ async fn edges_count_in_a_store_and_without_it_when_it_is_gone() {
         assert!(keys.contains("starling:quota:shared day address 127.0.0.1"), "{keys}");
         let ttl = redis.says(&["TTL", "starling:quota:shared day address 127.0.0.1"]).unwrap();
         assert!(ttl.trim().parse::<i64>().unwrap() > 60 * 24 * 60 * 60, "{ttl}");
+        // What is no counter makes way for one, and harms nobody else's.
+        const LOOKS: &str = "starling:quota:looks day address 127.0.0.1";
+        redis.says(&["SET", LOOKS, "nonsense"]);
+        wait_for("it is a counter", LIMIT, || async {
+            assert_eq!(stage.ask(0, Door::Http2, "/looks").await.status, 200);
+            let kind = redis.says(&["TYPE", LOOKS]).unwrap();
+            (kind.trim() == "hash").then_some(()).ok_or(kind)
+        })
+        .await
+        .unwrap();
+        let log = stage.cluster.node("edge").process.log();
+        assert!(!log.contains("does not answer"), "{log}");
     }
     // Gone: the edges count by themselves, from where it stood.
     redis.kill().await;
@@ -239,6 +268,23 @@ async fn without_its_store_nothing_passes_that_is_to_be_counted_there() {
     redis.back().await;
     stage.store_is(false).await;
     assert_eq!(stage.passed(4).await, 0, "it knows what was counted before");
+}
+
+/// As a user of its own, who may do what the edges need and no more.
+#[tokio::test]
+async fn a_store_is_reached_over_tls() {
+    let Some(redis) = Redis::start().await else { return };
+    let url = format!("rediss://edges@localhost:{}/0", redis.tls.port());
+    let ca = redis.dir.join("cert.pem");
+    let stage = Stage::set_at(&url, "secret", &format!("ca = {ca:?}")).await;
+    stage.store_is(false).await;
+    assert_eq!(stage.passed(70).await, 60);
+    stage.all_tell(60).await;
+    if let Some(keys) = redis.says(&["KEYS", "*"]) {
+        assert!(keys.contains("starling:quota:shared day address 127.0.0.1"), "{keys}");
+    }
+    let log = stage.cluster.node("edge").process.log();
+    assert!(!log.contains("does not answer"), "{log}");
 }
 
 #[tokio::test]

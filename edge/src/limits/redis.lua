@@ -9,6 +9,11 @@ if not name then
   redis.call('SET', KEYS[2], name)
 end
 local least, most = tonumber(ARGV[5]), tonumber(ARGV[6])
+-- Something that is no counter would fail the questions about all others that come with this one.
+local kind = redis.call('TYPE', counter).ok
+if kind ~= 'hash' and kind ~= 'none' then
+  redis.call('DEL', counter)
+end
 
 for i = 8, #ARGV, 2 do
   local known = tonumber(redis.call('HGET', counter, ARGV[i]) or '0')

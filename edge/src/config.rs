@@ -111,6 +111,8 @@ pub struct Edge {
     pub hsts: Option<Hsts>,
     /// What the process may have; with nine tenths of it new requests are refused. If not told, it is what its control group may.
     pub memory: Option<Size>,
+    /// How many handshakes an address may begin; two thousand a second if not told.
+    pub handshakes: Option<Rate>,
     /// Where routes, plans, versions and the issuer of tokens come from, if not from this file.
     pub config: Option<From>,
     /// Addresses of proxies in front of it, whose word counts for who the client is.

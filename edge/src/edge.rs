@@ -21,6 +21,7 @@ use crate::{
     certificates::{Certificates, Shown},
     config::{EdgeSections, Network, Rate, read_config},
     gateway::{Gateway, Standing},
+    handshakes::{self, Handshakes},
     key_file::{KeyError, KeyFile},
     limits::{Answerer, Counter, Limiter, Members, Tally},
     listener,
@@ -159,6 +160,7 @@ impl Edge {
             tally,
             tunnels: Sources::default(),
             memory: memory.clone(),
+            handshakes: Handshakes::new(sections.edge.handshakes.unwrap_or(handshakes::USUAL)),
             looking: Sources::default(),
             deciding: Sources::default(),
             failures: Limiter::new(

@@ -27,6 +27,7 @@ use crate::{
     dress::Dress,
     forward::{self, Decision},
     grpc_web::Page,
+    handshakes::Handshakes,
     hops::Hops,
     key_file::KeyFile,
     limits::{Limit, Limiter, Outcome, Tally},
@@ -105,6 +106,7 @@ pub(crate) struct Standing {
     /// Who has WebSockets, and other tunnels.
     pub(crate) tunnels: Sources,
     pub(crate) memory: Arc<Memory>,
+    pub(crate) handshakes: Handshakes,
 }
 
 /// What a request leaves beside its answer, whatever becomes of it.
@@ -131,9 +133,10 @@ impl Gateway {
         Self { standing, client: worker.client().clone(), observer: worker.observer().clone(), lag }
     }
 
-    /// Whether there is room for one more connection.
-    pub(crate) fn takes_connections(&self) -> bool {
-        !self.standing.memory.is_out()
+    /// Whether a client may begin one more handshake. What it does with an address that is not proven yet does not count against whoever
+    /// has it.
+    pub(crate) fn lets_in(&self, from: IpAddr, is_proven: bool) -> bool {
+        !self.standing.memory.is_out() && self.standing.handshakes.takes(from, is_proven)
     }
 
     /// Answers a request, whatever is wrong with it.

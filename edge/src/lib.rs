@@ -17,6 +17,7 @@ mod edge;
 mod forward;
 mod gateway;
 mod grpc_web;
+mod handshakes;
 mod hops;
 mod jwks;
 mod jwt;

@@ -109,9 +109,6 @@ pub(crate) async fn serve_tcp(
         let is_carried = carriers.iter().any(|network| network.contains(from.ip()));
         let (tls, gateway, shelf, drain, all) = (tls.clone(), gateway.clone(), shelf.clone(), of.clone(), all.clone());
         async move {
-            if !gateway.takes_connections() {
-                return;
-            }
             if !is_carried {
                 return serve_tls(stream, from, tls, gateway, shelf, drain).await;
             }
@@ -142,6 +139,9 @@ async fn uncarried(mut stream: Socket, from: SocketAddr, places: &TcpPlaces) -> 
 }
 
 async fn serve_tls(stream: Socket, client: SocketAddr, tls: Arc<Tls>, gateway: Gateway, shelf: Shelf, drain: Drain) {
+    if !gateway.lets_in(client.ip(), true) {
+        return;
+    }
     let control = stream.control();
     let accepted = tls.acceptor().accept_with(stream, |session| session.set_buffer_limit(Some(TLS_BUFFER_BYTES)));
     let Ok(Ok(stream)) = tokio::time::timeout(accept::HANDSHAKE_TIMEOUT, accepted).await else { return };
@@ -171,15 +171,15 @@ pub(crate) async fn serve_quic(
     drain: Drain,
 ) {
     let leaves = drain.begun_as_a_whole();
-    let accepting = accept::quic(endpoint.clone(), ROOM.shared_by(endpoints), drain.clone(), move |connection| {
-        let (gateway, shelf, drain) = (gateway.clone(), shelf.clone(), drain.clone());
-        async move {
-            if !gateway.takes_connections() {
-                return connection.close(0u32.into(), b"there is no memory for more connections");
+    let door = gateway.clone();
+    let lets_in = move |from, is_proven| door.lets_in(from, is_proven);
+    let accepting =
+        accept::quic(endpoint.clone(), ROOM.shared_by(endpoints), drain.clone(), lets_in, move |connection| {
+            let (gateway, shelf, drain) = (gateway.clone(), shelf.clone(), drain.clone());
+            async move {
+                let _ = drain.clone().spawn(serve_h3(connection, gateway, shelf, drain)).await;
             }
-            let _ = drain.clone().spawn(serve_h3(connection, gateway, shelf, drain)).await;
-        }
-    });
+        });
     tokio::select! {
         () = accepting => return,
         () = leaves => {}

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::Request;
 use starling_chaos::{Answer, Client, Cluster, Door, NodeSpec, wait_for};
 use starling_tests::{
-    Front, binary, is_known, memory_kib,
+    Front, binary, is_known, memory_kib, program, run,
     service::{Service, Speaks, text},
 };
 
@@ -25,10 +25,15 @@ struct Stage {
 
 impl Stage {
     async fn set() -> Self {
+        Self::set_with(PLENTY).await
+    }
+
+    /// With that in `[edge]`.
+    async fn set_with(settings: &str) -> Self {
         let mut cluster = Cluster::start(binary()).await.unwrap();
         let orders = Service::start(Speaks::Http1, |_, _| async { text(200, "done") }).await;
         cluster.add(&NodeSpec::named("a").serving(format!("orders={}", orders.addr))).await.unwrap();
-        let Front { listen, cert, sections } = Front::new(cluster.dir(), HOST, PLENTY);
+        let Front { listen, cert, sections } = Front::new(cluster.dir(), HOST, settings);
         cluster.add_edge("edge", &(sections + "[[route]]\nservice = \"orders\"\nauth = []\n")).await.unwrap();
         is_known(&cluster, "edge", "orders", 1).await;
         Self { client: Client::trusting(&cert).unwrap(), cluster, listen, _orders: orders }
@@ -186,4 +191,33 @@ async fn a_worker_that_is_behind_refuses_requests_until_it_has_caught_up() {
     back.sort();
     assert!(!behind.is_empty() && behind.windows(2).all(|two| two[0] != two[1]), "{log}");
     assert_eq!(behind, back, "{log}");
+}
+
+// curl is waited for, and the service runs here.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_begins_so_many_handshakes() {
+    let stage = Stage::set_with("handshakes = \"6/h\"").await;
+    for nth in 0..3 {
+        for door in [Door::Http1, Door::Http2] {
+            assert!(stage.ask(door).await.is_ok_and(|answer| answer.status == 200), "{nth} {door:?} {}", stage.log());
+        }
+    }
+    for door in [Door::Http1, Door::Http2] {
+        assert!(stage.ask(door).await.is_err(), "{door:?}");
+    }
+    // Over QUIC an address is not proven at first: it is asked to prove itself when so many have come in its name.
+    for nth in 0..6 {
+        assert!(stage.ask(Door::Http3).await.is_ok_and(|answer| answer.status == 200), "{nth} {}", stage.log());
+    }
+    let error = stage.ask(Door::Http3).await.unwrap_err();
+    assert!(format!("{error:#}").contains("refused"), "{error:#}");
+    assert_eq!(stage.log().matches("begins more connections than it may").count(), 1, "{}", stage.log());
+    // Another address is another client.
+    let Some(curl) = program("curl") else { return };
+    let resolve = format!("{HOST}:{}:{}", stage.listen.port(), stage.listen.ip());
+    let url = format!("https://{HOST}:{}/", stage.listen.port());
+    for version in ["--http1.1", "--http2"] {
+        let args = ["-ks", version, "--interface", "127.0.0.2", "--resolve", &resolve, &url];
+        assert_eq!(run(&curl, &args), (true, "done".into(), String::new()), "{version}");
+    }
 }

@@ -165,16 +165,19 @@ impl Room {
         endpoint: &quinn::Endpoint,
         incoming: quinn::Incoming,
         handshakes: &Sources,
+        lets_in: impl Fn(IpAddr, bool) -> bool,
     ) -> Option<(quinn::Incoming, Place)> {
         let open = endpoint.open_connections();
         let from = incoming.remote_address().ip();
+        let is_proven = incoming.remote_address_validated() || !incoming.may_retry();
         let place = handshakes.enter(from, self.handshakes_of_one).filter(|_| open < self.connections);
-        let Some(place) = place else {
+        let is_let_in = place.is_some() && lets_in(from, is_proven);
+        let Some(place) = place.filter(|_| is_let_in || !is_proven) else {
             incoming.refuse();
             return None;
         };
-        let unproven = open >= self.unproven || handshakes.total() > self.unproven_handshakes;
-        if unproven && !incoming.remote_address_validated() && incoming.may_retry() {
+        let must_prove = !is_let_in || open >= self.unproven || handshakes.total() > self.unproven_handshakes;
+        if must_prove && !is_proven {
             // It may have been answered already; then it is gone, as it would be.
             let _ = incoming.retry();
             return None;
@@ -246,15 +249,19 @@ pub fn source_of(ip: IpAddr) -> IpAddr {
 
 /// Accepts connections until the endpoint closes or the future is dropped. Each is served by a task of its own, which
 /// outlives that. The drain waits for handshakes; from its first step on, what `serve` gives has to see to that by itself.
-pub async fn quic<S, F>(endpoint: quinn::Endpoint, room: Room, drain: Drain, serve: S)
+///
+/// `lets_in` is asked about each address before its handshake, and told whether it is proven; one that is not, and is not let in, is
+/// asked to prove it. What anybody does in somebody's name should cost that one nothing.
+pub async fn quic<L, S, F>(endpoint: quinn::Endpoint, room: Room, drain: Drain, lets_in: L, serve: S)
 where
+    L: Fn(IpAddr, bool) -> bool,
     S: Fn(quinn::Connection) -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
     let (handshakes, connected) = (Sources::default(), Sources::default());
     let full = Arc::new(Mutex::new(Seldom::default()));
     while let Some(incoming) = endpoint.accept().await {
-        let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes) else { continue };
+        let Some((incoming, place)) = room.admit(&endpoint, incoming, &handshakes, &lets_in) else { continue };
         let (serve, connected, full) = (serve.clone(), connected.clone(), full.clone());
         let mut busy = Some(drain.hold());
         tokio::spawn(async move {

@@ -40,7 +40,8 @@ impl Reception {
     /// Takes those of one of so many `endpoints` that share the room.
     pub(super) async fn accept(self, endpoint: quinn::Endpoint, endpoints: usize) {
         let drain = self.running.drain.clone();
-        accept::quic(endpoint, ROOM.shared_by(endpoints), drain, move |connection| self.clone().lead(connection)).await;
+        let serve = move |connection| self.clone().lead(connection);
+        accept::quic(endpoint, ROOM.shared_by(endpoints), drain, |_, _| true, serve).await;
     }
 
     async fn lead(self, connection: quinn::Connection) {

@@ -42,6 +42,9 @@ const HEAL_BEYOND: Duration = Duration::from_secs(20);
 const NOTICED: Duration = Duration::from_secs(10);
 /// How long the word that a client has gone may take to its service.
 const GONE: Duration = Duration::from_secs(2);
+/// How many times as long as a process stood still it may take besides, where a client of HTTP/3 went meanwhile without a word: answers
+/// that came meanwhile look like a slow line, and a connection is given up after three times what an answer may take (RFC 9000 §10.1).
+const AFTER_STILL: u32 = 5;
 /// Until all nodes see all others after the start.
 const CONVERGED: Duration = Duration::from_secs(120);
 
@@ -463,7 +466,10 @@ impl Run<'_> {
     /// Asks every service which calls are open that nobody waits for any more: those of the load that are older than its
     /// deadline, and the time that the word of it may take.
     async fn open_calls(&mut self) {
-        let oldest = (self.options.plan.load.deadline + GONE).as_millis();
+        let Plan { load, steps, .. } = &self.options.plan;
+        let stops = |step: &&Step| step.faults.iter().any(|fault| matches!(fault, Fault::Pause { .. }));
+        let still = steps.iter().filter(stops).map(|step| step.hold).max().unwrap_or_default();
+        let oldest = (load.deadline + GONE + AFTER_STILL * still).as_millis();
         for node in &self.mesh.nodes {
             for served in &node.services {
                 let of = format!("{} of {}", served.service, node.name);
